@@ -1,0 +1,329 @@
+"""``fast_weight_attention``: what ``jax.nn.dot_product_attention`` is for softmax, for the fast weight memory.
+
+This file checks what users pass, casts, normalises, and calls one of the forms. The mathematics is in ``memory.py``.
+
+Letters: B batch, T tokens, H heads, K key features, V value size.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fwt_jax import memory as memory_lib
+from fwt_jax.chunkwise import chunkwise, over_heads
+from fwt_jax.memory import Memory, Rule
+
+Form = Literal["chunkwise", "recurrent", "parallel"]
+Normalize = Literal[False, "read", "retrieval"]
+
+
+def init_memory(batch_size: int, num_heads: int, key_size: int, value_size: int, dtype=jnp.float32) -> Memory:
+    """An empty memory: W_0 = 0 ``[B, H, K, V]`` and z_0 = 0 ``[B, H, K]``.
+
+    Args:
+      batch_size, num_heads, key_size, value_size: B, H, K (features, after the feature map) and V.
+      dtype: float32, or float64 where the inputs are float64.
+
+    Returns:
+      A ``Memory``, the default of ``fast_weight_attention``.
+    """
+    return Memory(
+        fast_weights=jnp.zeros((batch_size, num_heads, key_size, value_size), dtype),
+        key_sum=jnp.zeros((batch_size, num_heads, key_size), dtype),
+    )
+
+
+def fast_weight_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    beta: jax.Array | None = None,
+    log_decay: jax.Array | None = None,
+    *,
+    rule: Rule = "delta",
+    memory: Memory | None = None,
+    segment_ids: jax.Array | None = None,
+    normalize: Normalize = False,
+    eps: float = 1e-6,
+    form: Form = "chunkwise",
+    chunk_size: int | None = None,
+    implementation: Literal[None, "xla"] = None,
+    precision: lax.PrecisionLike = lax.Precision.HIGHEST,
+) -> tuple[jax.Array, Memory]:
+    """Writes T tokens into a fast weight memory and reads it after each of them (causal linear attention).
+
+    Per head, with W ``[K, V]``, α_t = exp(log_decay_t):
+
+        sum      W_t = α_t W_{t−1} + β_t k_t v_tᵀ
+        delta    W_t = α_t W_{t−1} + β_t k_t (v_t − (α_t W_{t−1})ᵀk_t)ᵀ
+        fwm      delta, then W_t / max(1, ‖W_t‖_F)
+        read     y_t = W_tᵀ q_t                                  divided by z_tᵀq_t + eps if normalised
+
+    Feature maps and their normalisation are the caller's: query and key are features already.
+
+    Args:
+      query: φ(q), ``[B, T, H, K]``, floating point. No scale is applied.
+      key: φ(k), ``[B, T, H, K]``, floating point.
+      value: ``[B, T, H, V]``, floating point.
+      beta: write strength, ``[B, T, H]``; in (0, 1) in the paper, up to 2 with unit keys. "delta" and "fwm" need it;
+        1 for "sum" if not given.
+      log_decay: log α, finite and ≤ 0, ``[B, T, H]`` (per head) or ``[B, T, H, K]`` (per key channel); no decay
+        if not given.
+      rule: the update rule.
+      memory: where to start, what an earlier call returned; empty if not given.
+      segment_ids: integers ``[B, T]``, for packed sequences. The memory is dropped before each token whose id differs
+        from the one before it; the first token of a call always continues ``memory``.
+      normalize: attention normalisation, with z_t = α_t z_{t−1} + k_t. False; "read" divides the read by z_tᵀq_t + eps
+        (eq. 28); "retrieval" (delta only) also divides what the key recalls, (α_t W_{t−1})ᵀk_t, by (α_t z_{t−1})ᵀk_t
+        + eps (eq. 27), and nothing is recalled where that sum is 0, as at the first token.
+      eps: see ``normalize``. 1e-6 in the authors' retrieval program, 1e-5 in their language models.
+      form: "chunkwise" trains; "recurrent" is the definition, and right for T = 1; "parallel" (sum, delta) is one
+        chunk. All give the same numbers up to rounding.
+      chunk_size: tokens per chunk of the chunkwise form; None picks.
+      implementation: None picks, "xla" is plain JAX.
+      precision: of the matrix products of the chunkwise and parallel forms, as in ``jax.lax``. The default keeps
+        float32 products exact where the hardware would round them to bfloat16 (TPU) or TF32 (GPU).
+
+    Returns:
+      y ``[B, T, H, V]`` in value's dtype, and the memory after the last token: float32 (float64 for float64 inputs).
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit together, T = 0, an unknown rule, form, normalisation or
+        implementation, "delta" or "fwm" without beta, a combination that is not defined ("fwm" in parallel form,
+        normalised, or chunkwise with a decay per channel; "retrieval" for a rule other than delta).
+
+    Example:
+      >>> y, memory = fast_weight_attention(q, k, v, beta)                    # a prompt
+      >>> y, memory = fast_weight_attention(q1, k1, v1, beta1, memory=memory) # and its next token
+
+    References:
+      Schlag, Irie & Schmidhuber 2021 (eq. 17-28); Katharopoulos et al. 2020; Yang et al. 2024 (chunks), 2025 (decay).
+    """
+    _check_qkv(query, key, value)
+    batch, length, heads, key_size = key.shape
+    if query.shape != key.shape:
+        raise ValueError(
+            f"query and key must have one shape [B, T, H, K], got {list(query.shape)} and {list(key.shape)}"
+        )
+    if value.shape[1] != length:
+        raise ValueError(f"value must have the length {length} of key, got value {list(value.shape)}")
+    _check_options(rule, form, normalize, implementation, beta, log_decay, chunk_size)
+    _check_like(beta, "beta", [(batch, length, heads)])
+    _check_like(log_decay, "log_decay", [(batch, length, heads), (batch, length, heads, key_size)])
+    dtype = functools.reduce(jnp.promote_types, (query.dtype, key.dtype, value.dtype), jnp.float32)
+    memory = _start(memory, (batch, heads, key_size, value.shape[-1]), dtype)
+    reset = _resets(segment_ids, batch, length)
+
+    out_dtype = value.dtype
+    query, key, value = (x.astype(dtype) for x in (query, key, value))
+    beta = jnp.ones((batch, length, heads), dtype) if beta is None else beta.astype(dtype)
+    log_decay = None if log_decay is None else log_decay.astype(dtype)
+
+    write_key, key_sum = key, memory.key_sum
+    if normalize:
+        found, left = over_heads(memory_lib.key_sums, out_axes=1)(key_sum, key, log_decay, reset)
+        key_sum = left[:, -1]
+    if normalize == "retrieval":
+        # To divide by d what k recalls, and nothing else, is the plain rule with the key k/d and the strength βd.
+        mass = jnp.sum(found * key, axis=-1)
+        divisor, mass = jnp.where(mass == 0, 1, mass + eps), jnp.where(mass == 0, 1, mass)
+        write_key, beta = key / divisor[..., None], beta * mass
+    inputs = (memory.fast_weights, query, write_key, value, beta, log_decay, reset)
+    if form == "chunkwise":
+        out, fast_weights = chunkwise(*inputs, rule=rule, chunk_size=chunk_size, precision=precision)
+    elif form == "parallel":
+        out, fast_weights = over_heads(functools.partial(memory_lib.parallel, rule=rule, precision=precision))(*inputs)
+    else:
+        out, fast_weights = over_heads(functools.partial(memory_lib.recurrent, rule=rule))(*inputs)
+    if normalize:
+        out = out / (jnp.sum(left * query, axis=-1, keepdims=True) + eps)
+    return out.astype(out_dtype), Memory(fast_weights, key_sum)
+
+
+def fast_weight_cross_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    key_mask: jax.Array | None = None,
+    memory: Memory | None = None,
+    normalize: Literal[False, "read"] = False,
+    eps: float = 1e-6,
+    precision: lax.PrecisionLike = lax.Precision.HIGHEST,
+) -> tuple[jax.Array, Memory]:
+    """Non-causal linear attention, for encoders and cross-attention: all keys are written, then every query reads.
+
+        W = W_0 + Σ_i k_i v_iᵀ,   z = z_0 + Σ_i k_i,   y_t = Wᵀq_t,  divided by zᵀq_t + eps if normalised
+
+    In 4·B·H·K·V FLOPs per token (2 per written, 2 per read), without a query-by-key matrix.
+
+    Args:
+      query: φ(q), ``[B, T, H, K]``, floating point.
+      key: φ(k), ``[B, S, H, K]``, floating point.
+      value: ``[B, S, H, V]``, floating point.
+      key_mask: bool ``[B, S]``, False for padding: what is not to be written.
+      memory: where to start; empty if not given. To read again what was written, call ``read``.
+      normalize: False, or "read" (eq. 18-19).
+      eps: added to the divisor.
+      precision: of the matrix products, as in ``jax.lax``.
+
+    Returns:
+      y ``[B, T, H, V]`` in value's dtype, and the memory of all keys: float32 (float64 for float64 inputs).
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit together, T = 0 or S = 0, an unknown normalisation.
+
+    References:
+      Katharopoulos et al. 2020; Schlag, Irie & Schmidhuber 2021 (eq. 17-19).
+    """
+    _check_qkv(query, key, value)
+    batch, length, heads, key_size = key.shape
+    if value.shape[1] != length:
+        raise ValueError(
+            f"key and value must have one length S, got key {list(key.shape)} and value {list(value.shape)}"
+        )
+    dtype = functools.reduce(jnp.promote_types, (query.dtype, key.dtype, value.dtype), jnp.float32)
+    memory = _start(memory, (batch, heads, key_size, value.shape[-1]), dtype)
+    written = key.astype(dtype)
+    if key_mask is not None:
+        if key_mask.shape != (batch, length) or key_mask.dtype != bool:
+            raise ValueError(
+                f"key_mask must be bool [B, S] = [{batch}, {length}], got {key_mask.dtype}{list(key_mask.shape)}"
+            )
+        written = jnp.where(key_mask[:, :, None, None], written, 0)
+        value = jnp.where(key_mask[:, :, None, None], value, 0)
+    outer = jnp.einsum("bshk,bshv->bhkv", written, value.astype(dtype), precision=precision)
+    memory = Memory(memory.fast_weights + outer, memory.key_sum + jnp.sum(written, axis=1))
+    return read(query, memory, normalize=normalize, eps=eps, precision=precision).astype(value.dtype), memory
+
+
+def read(
+    query: jax.Array,
+    memory: Memory,
+    *,
+    normalize: Literal[False, "read"] = False,
+    eps: float = 1e-6,
+    precision: lax.PrecisionLike = lax.Precision.HIGHEST,
+) -> jax.Array:
+    """Reads a memory without writing: y_t = Wᵀq_t, divided by zᵀq_t + eps if normalised (eq. 19, 25, 28).
+
+    Args:
+      query: φ(q), ``[B, T, H, K]``, floating point.
+      memory: W ``[B, H, K, V]`` and z ``[B, H, K]``. z is only kept by calls that normalise.
+      normalize: False, or "read".
+      eps: added to the divisor.
+      precision: of the matrix products, as in ``jax.lax``.
+
+    Returns:
+      y ``[B, T, H, V]`` in query's dtype.
+
+    Raises:
+      ValueError: shapes that do not fit together, an unknown normalisation.
+    """
+    if normalize not in (False, "read"):
+        raise ValueError(f'normalize must be False or "read" where nothing is retrieved by key, got {normalize!r}')
+    batch, heads, key_size, _ = memory.fast_weights.shape
+    if query.ndim != 4 or query.shape[0] != batch or query.shape[2:] != (heads, key_size):
+        raise ValueError(
+            f"query must be [{batch}, T, {heads}, {key_size}] for a memory of {list(memory.fast_weights.shape)}, "
+            f"got {list(query.shape)}"
+        )
+    dtype = memory.fast_weights.dtype
+    out = jnp.einsum("bthk,bhkv->bthv", query.astype(dtype), memory.fast_weights, precision=precision)
+    if normalize:
+        mass = jnp.einsum("bthk,bhk->bth", query.astype(dtype), memory.key_sum, precision=precision)
+        out = out / (mass[..., None] + eps)
+    return out.astype(query.dtype)
+
+
+# --- checks: what came, what was expected, the way out ---------------------------------------------------------------
+
+
+def _check_qkv(query, key, value):
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.ndim != 4:
+            raise ValueError(
+                f"{name} must be [B, T, H, size], got {list(x.shape)}; "
+                "for one sequence or one head add axes of length 1, e.g. x[None, :, None, :]"
+            )
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"{name} must be floating point, got {x.dtype}; cast it, e.g. {name}.astype(jnp.float32)")
+        if 0 in x.shape:
+            raise ValueError(f"{name} must not be empty, got {list(x.shape)}; a call takes at least one token (T = 1)")
+    if query.shape[0::2] != key.shape[0::2] or query.shape[3] != key.shape[3]:
+        raise ValueError(
+            f"query and key must agree in B, H and K, got query {list(query.shape)} and key {list(key.shape)}; "
+            "with grouped heads, repeat the smaller of them"
+        )
+    if value.shape[0] != key.shape[0] or value.shape[2] != key.shape[2]:
+        raise ValueError(f"value must agree with key in B and H, got value {list(value.shape)}, key {list(key.shape)}")
+
+
+def _check_options(rule, form, normalize, implementation, beta, log_decay, chunk_size):
+    def one_of(name, got, options):
+        if not any(got is option or (got == option and isinstance(got, str)) for option in options):
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {got!r}")
+
+    one_of("rule", rule, ("sum", "delta", "fwm"))
+    one_of("form", form, ("chunkwise", "recurrent", "parallel"))
+    one_of("normalize", normalize, (False, "read", "retrieval"))
+    one_of("implementation", implementation, (None, "xla"))
+    if beta is None and rule != "sum":
+        raise ValueError(
+            f'rule "{rule}" needs beta, the write strength [B, T, H] (e.g. a sigmoid of a projection), got None; '
+            'pass jnp.ones(...) to write in full, or use rule="sum"'
+        )
+    if rule == "fwm" and form == "parallel":
+        raise ValueError(
+            'rule "fwm" has no parallel form, for each clip depends on the one before; use "recurrent" or "chunkwise"'
+        )
+    if rule == "fwm" and form == "chunkwise" and log_decay is not None and log_decay.ndim == 4:
+        raise ValueError('rule "fwm" has no chunkwise form with a decay per key channel; use form="recurrent"')
+    if rule == "fwm" and normalize:
+        raise ValueError(f'rule "fwm" clips its memory and has no attention normalisation, got normalize={normalize!r}')
+    if rule == "sum" and normalize == "retrieval":
+        raise ValueError('normalize="retrieval" is for rule "delta"; rule "sum" retrieves nothing by key, use "read"')
+    if chunk_size is not None and (form != "chunkwise" or chunk_size < 1):
+        raise ValueError(
+            f'chunk_size must be at least 1 and goes with form="chunkwise", got {chunk_size} and form="{form}"'
+        )
+
+
+def _check_like(x, name, shapes):
+    if x is None:
+        return
+    if x.shape not in shapes:
+        expected = " or ".join(str(list(shape)) for shape in shapes)
+        raise ValueError(f"{name} must be {expected} to go with key, got {list(x.shape)}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{name} must be floating point, got {x.dtype}; cast it, e.g. {name}.astype(jnp.float32)")
+
+
+def _start(memory, shape, dtype):
+    """The memory to start from, in the dtype of the computation."""
+    if memory is None:
+        return init_memory(*shape, dtype)
+    got = (memory.fast_weights.shape, memory.key_sum.shape)
+    if got != (shape, shape[:-1]):
+        raise ValueError(
+            f"memory must hold fast_weights {list(shape)} and key_sum {list(shape[:-1])}, "
+            f"got {list(got[0])} and {list(got[1])}; init_memory{shape} makes an empty one"
+        )
+    return Memory(*(x.astype(jnp.promote_types(x.dtype, dtype)) for x in memory))
+
+
+def _resets(segment_ids, batch, length):
+    """True where a token's segment differs from the one before it; None without segments."""
+    if segment_ids is None:
+        return None
+    if segment_ids.shape != (batch, length) or not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+        raise ValueError(
+            f"segment_ids must be integers [B, T] = [{batch}, {length}], "
+            f"got {segment_ids.dtype}{list(segment_ids.shape)}"
+        )
+    return jnp.concatenate([jnp.zeros((batch, 1), bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)

@@ -1,0 +1,75 @@
+"""The form that trains: a scan over chunks of tokens, each advanced at once (Yang et al. 2024).
+
+Between the extremes of ``memory.recurrent`` (T steps in sequence, O(TKV)) and ``memory.parallel`` (none, O(T²)) stand
+T/C steps in sequence of O(C²(K+V) + CKV) each. Its parts are those of ``memory.chunk``.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fwt_jax import memory
+
+CHUNK_SIZE = 64
+
+
+def chunkwise(
+    fast_weights,
+    query,
+    key,
+    value,
+    beta,
+    log_decay=None,
+    reset=None,
+    *,
+    rule: memory.Rule,
+    chunk_size: int | None = None,
+    precision=lax.Precision.HIGHEST,
+):
+    """Advances the memories of a batch of heads over T tokens, chunk by chunk.
+
+    The last chunk is filled up with tokens that write nothing. The gradient keeps the memory at the start of each
+    chunk, T/C in all, and computes the chunk anew.
+
+    Args:
+      fast_weights: W_0, ``[B, H, K, V]``, float32 or float64; all else is computed in its dtype.
+      query, key: ``[B, T, H, K]``.
+      value: ``[B, T, H, V]``.
+      beta: ``[B, T, H]``.
+      log_decay: None, ``[B, T, H]`` or ``[B, T, H, K]``.
+      reset: None or bool ``[B, T]``.
+      rule: "sum", "delta" or "fwm".
+      chunk_size: C; None is 64 (16 for "fwm", whose chunks are sequential inside), never more than T.
+      precision: of the matrix products, as in ``jax.lax``.
+
+    Returns:
+      The reads ``[B, T, H, V]`` and W_T ``[B, H, K, V]``.
+    """
+    length = key.shape[1]
+    chunk_size = min(chunk_size or (16 if rule == "fwm" else CHUNK_SIZE), length)
+    num_chunks = -(-length // chunk_size)
+
+    def one_head(fast_weights, *inputs):
+        padding = num_chunks * chunk_size - length
+        pad = lambda x: jnp.pad(x, ((0, padding), *((0, 0),) * (x.ndim - 1)))  # noqa: E731
+        chunks = jax.tree.map(lambda x: pad(x).reshape(num_chunks, chunk_size, *x.shape[1:]), inputs)
+
+        @jax.checkpoint
+        def body(fast_weights, chunk):
+            reads, fast_weights = memory.chunk(fast_weights, *chunk, rule=rule, precision=precision)
+            return fast_weights, reads
+
+        fast_weights, reads = lax.scan(body, fast_weights, chunks)
+        return reads.reshape(num_chunks * chunk_size, -1)[:length], fast_weights
+
+    return over_heads(one_head)(fast_weights, query, key, value, beta, log_decay, reset)
+
+
+def over_heads(one_head, out_axes=(1, 0)):
+    """Maps ``one_head(start, *inputs, reset)``, of one sequence, over [B, H, ·], [B, T, H, ·] and [B, T]."""
+
+    def mapped(start, *inputs):
+        in_axes = (0, *(1,) * (len(inputs) - 1), None)
+        return jax.vmap(jax.vmap(one_head, in_axes, out_axes))(start, *inputs)
+
+    return mapped

@@ -1,0 +1,325 @@
+"""The fast weight memory: one head, one sequence. Everything else in the library is this file, made fast or batched.
+
+The memory of a head is a matrix W, ``[K, V]`` (K key features, V value size; the paper writes its transpose).
+Each token decays it, writes one outer product, and reads it:
+
+    sum      W_t = α_t W_{t−1} + β_t k_t v_tᵀ                          Katharopoulos et al. 2020
+    delta    W_t = α_t W_{t−1} + β_t k_t (v_t − v̄_t)ᵀ                  Schlag, Irie & Schmidhuber 2021, eq. 24
+             v̄_t = (α_t W_{t−1})ᵀ k_t                                  eq. 20
+    fwm      delta, then W_t / max(1, ‖W_t‖_F)                         Schlag, Munkhdalai & Schmidhuber 2021
+    read     y_t = W_tᵀ q_t, after the write                           eq. 25
+
+α_t = exp(log_decay_t) is a scalar (gated delta rule, Yang et al. 2025) or one number per key channel (Kimi Delta
+Attention 2025); without it α_t = 1. ``reset_t`` drops the memory before token t, exactly.
+
+``recurrent`` is a scan of the step and the definition; ``chunk`` advances the memory by many tokens at once; both give
+the same numbers up to rounding. Shapes, for all functions of this file:
+
+    query, key  [T, K]     value  [T, V]     beta  [T]     log_decay  None, [T] or [T, K]     reset  None or bool [T]
+
+Everything is computed in the dtype of ``fast_weights``: float32, or float64.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Rule = Literal["sum", "delta", "fwm"]
+HIGHEST = lax.Precision.HIGHEST
+
+
+class Memory(NamedTuple):
+    """What a fast weight layer remembers; the size does not depend on how much was read.
+
+    Attributes:
+      fast_weights: W, ``[..., K, V]``, float32 (float64 for float64 inputs).
+      key_sum: z = Σφ(k) of attention normalisation (eq. 26), ``[..., K]``, same dtype. It is a sum-ruled memory
+        whose values are ones, and decays and resets with W.
+    """
+
+    fast_weights: jax.Array
+    key_sum: jax.Array
+
+
+# --- one step --------------------------------------------------------------------------------------------------------
+
+
+def sum_step(fast_weights, key, value, beta, decay=None):
+    """W ← α W + β k vᵀ (eq. 17). key ``[K]``, value ``[V]``, beta ``[]``, decay None, ``[]`` or ``[K]``. 2KV FLOPs."""
+    fast_weights = _decayed(fast_weights, decay)
+    return fast_weights + beta * jnp.outer(key, value)
+
+
+def delta_step(fast_weights, key, value, beta, decay=None):
+    """W ← α W, then W ← W + β k (v − Wᵀk)ᵀ (eq. 20, 24). Arguments as in ``sum_step``. 4KV FLOPs."""
+    fast_weights = _decayed(fast_weights, decay)
+    recalled = jnp.matmul(key, fast_weights, precision=HIGHEST)
+    return fast_weights + beta * jnp.outer(key, value - recalled)
+
+
+def fwm_step(fast_weights, key, value, beta, decay=None):
+    """The delta step, then W ← W / max(1, ‖W‖_F); gradients flow through the norm. Arguments as in ``sum_step``."""
+    fast_weights = delta_step(fast_weights, key, value, beta, decay)
+    return fast_weights * lax.rsqrt(jnp.maximum(1, jnp.sum(jnp.square(fast_weights))))
+
+
+_STEPS = {"sum": sum_step, "delta": delta_step, "fwm": fwm_step}
+
+
+def _decayed(fast_weights, decay):
+    if decay is None:
+        return fast_weights
+    return (decay if decay.ndim == 0 else decay[:, None]) * fast_weights
+
+
+def recurrent(fast_weights, query, key, value, beta, log_decay=None, reset=None, *, rule: Rule):
+    """The definition: a scan of the step of ``rule`` over T tokens.
+
+    The gradient keeps about 2√T memories, not T: the scan is nested, and the inner one is recomputed. Cost: 2KV (sum)
+    or 4KV (delta, fwm) FLOPs per token for the write and 2KV for the read, T steps in sequence.
+
+    Args:
+      fast_weights: W_0, ``[K, V]``.
+      query, key, value, beta, log_decay, reset: see the head of this file.
+      rule: "sum", "delta" or "fwm".
+
+    Returns:
+      The reads y ``[T, V]`` and W_T ``[K, V]``.
+    """
+    _check_shapes(fast_weights, query, key, value, beta, log_decay, reset)
+    step = _STEPS[rule]
+
+    def body(fast_weights, inputs):
+        query, key, value, beta, log_decay, reset = inputs
+        if reset is not None:
+            fast_weights = jnp.where(reset, 0, fast_weights)
+        decay = None if log_decay is None else jnp.exp(log_decay)
+        fast_weights = step(fast_weights, key, value, beta, decay)
+        return fast_weights, jnp.matmul(query, fast_weights, precision=HIGHEST)
+
+    length = key.shape[0]
+    block = max(1, int(length**0.5))
+    inputs = (query, key, value, beta, log_decay, reset)
+    blocks = jax.tree.map(lambda x: x[: length // block * block].reshape(-1, block, *x.shape[1:]), inputs)
+    rest = jax.tree.map(lambda x: x[length // block * block :], inputs)
+    fast_weights, reads = lax.scan(jax.checkpoint(lambda w, x: lax.scan(body, w, x)), fast_weights, blocks)
+    fast_weights, last_reads = lax.scan(body, fast_weights, rest)
+    return jnp.concatenate([reads.reshape(-1, value.shape[-1]), last_reads]), fast_weights
+
+
+# --- many steps at once ----------------------------------------------------------------------------------------------
+
+
+def chunk(fast_weights, query, key, value, beta, log_decay=None, reset=None, *, rule: Rule, precision=HIGHEST):
+    """T steps at once (Yang et al. 2024; with decay, Yang et al. 2025), for T of the order of K.
+
+    With D_ti = α_{i+1} ⋯ α_t, the decay from token i to token t, every token's write u_i solves
+
+        sum      u_t = β_t v_t
+        delta    u_t = β_t (v_t − D_t0 W_0ᵀk_t − Σ_{i<t} D_ti (k_tᵀk_i) u_i)
+        fwm      the same, where D takes in the clips 1/max(1, ‖W_i‖), which are known one after another
+
+    and then  y_t = D_t0 W_0ᵀq_t + Σ_{i≤t} D_ti (q_tᵀk_i) u_i  and  W_T = D_T0 W_0 + Σ_i D_Ti k_i u_iᵀ.
+    For delta the system is unit lower triangular and is inverted by ``unit_lower_inverse``.
+
+    Cost for T tokens: 2T²(K+V) + 6TKV FLOPs for delta, and the inverse, O(T³); T² numbers of memory, which a decay per
+    channel raises to T²K unless the compiler fuses the sum.
+
+    Args:
+      fast_weights: W_0, ``[K, V]``.
+      query, key, value, beta, log_decay, reset: see the head of this file.
+      rule: "sum", "delta" or "fwm"; a decay per channel is not defined for "fwm" here, use ``recurrent``.
+      precision: of the matrix products, as in ``jax.lax``.
+
+    Returns:
+      The reads y ``[T, V]`` and W_T ``[K, V]``.
+    """
+    _check_shapes(fast_weights, query, key, value, beta, log_decay, reset)
+    length = key.shape[0]
+    matmul = lambda a, b: jnp.matmul(a, b, precision=precision)  # noqa: E731
+    resets = jnp.zeros(length, jnp.int32) if reset is None else jnp.cumsum(reset)
+    sees_start, reaches_end = resets == 0, resets == resets[-1]
+    causal = jnp.tri(length, dtype=bool) & (resets[:, None] == resets)
+    log_alpha = jnp.zeros((length, 1), key.dtype) if log_decay is None else log_decay.reshape(length, -1)
+    log_alpha = jnp.cumsum(log_alpha, axis=0)
+
+    from_start = jnp.where(sees_start[:, None], jnp.exp(log_alpha), 0)
+    if rule == "sum":
+        writes = beta[:, None] * value
+    else:
+        recalled = matmul(key * from_start, fast_weights)
+        overlaps = _decayed_products(key, key, log_alpha, causal & ~jnp.eye(length, dtype=bool), precision)
+        if rule == "delta":
+            inverse = unit_lower_inverse(beta[:, None] * overlaps)
+            writes = matmul(inverse, beta[:, None] * (value - recalled))
+        else:
+            decay = jnp.ones(length, key.dtype) if log_decay is None else jnp.exp(log_decay)
+            decay = decay if reset is None else jnp.where(reset, 0, decay)
+            writes, log_clip = _fwm_writes(fast_weights, key, value, beta, recalled, overlaps, decay)
+            log_alpha = log_alpha + jnp.cumsum(log_clip)[:, None]
+            from_start = jnp.where(sees_start[:, None], jnp.exp(log_alpha), 0)
+
+    scores = _decayed_products(query, key, log_alpha, causal, precision)
+    reads = matmul(query * from_start, fast_weights) + matmul(scores, writes)
+    to_end = jnp.where(reaches_end[:, None], jnp.exp(log_alpha[-1] - log_alpha), 0)
+    fast_weights = from_start[-1][:, None] * fast_weights + matmul((key * to_end).T, writes)
+    return reads, fast_weights
+
+
+def parallel(fast_weights, query, key, value, beta, log_decay=None, reset=None, *, rule: Rule, precision=HIGHEST):
+    """One chunk of length T, the "attention" form: O(T²(K+V)), and for delta O(T³). For short T and for tests.
+
+    Arguments and results are those of ``chunk``; ``rule`` is "sum" or "delta".
+    """
+    return chunk(fast_weights, query, key, value, beta, log_decay, reset, rule=rule, precision=precision)
+
+
+def _decayed_products(left, key, log_alpha, mask, precision):
+    """P_ti = Σ_c left_tc key_ic exp(g_tc − g_ic) where mask_ti, else 0; g ``[T, 1]`` or ``[T, K]`` is cumulative."""
+    if log_alpha.shape[1] == 1:
+        products = jnp.matmul(left, key.T, precision=precision)
+        return products * jnp.exp(jnp.where(mask, log_alpha - log_alpha.T, -jnp.inf))
+    exponents = jnp.where(mask[:, :, None], log_alpha[:, None] - log_alpha[None], -jnp.inf)
+    return jnp.sum(left[:, None] * key[None] * jnp.exp(exponents), axis=-1)
+
+
+def _fwm_writes(fast_weights, key, value, beta, recalled, overlaps, decay):
+    """Writes u_t (already clipped, ``[T, V]``) and log clips ``[T]`` of the fwm rule, without touching a [K, V] matrix.
+
+    The norm is followed by scalars: ‖αW + ku'ᵀ‖² = α²‖W‖² + 2 u'ᵀ(αWᵀk) + ‖k‖²‖u'‖².
+    """
+    key_norms = jnp.sum(jnp.square(key), axis=-1)
+
+    def body(carry, inputs):
+        writes, clips, norm = carry
+        index, overlap, recalled, value, beta, key_norm, decay = inputs
+        recalled = clips * recalled + jnp.matmul(overlap, writes, precision=HIGHEST)
+        write = beta * (value - recalled)
+        norm = jnp.square(decay) * norm + 2 * jnp.dot(write, recalled) + key_norm * jnp.dot(write, write)
+        clip = lax.rsqrt(jnp.maximum(1, norm))
+        writes = clip * writes.at[index].set(write)
+        return (writes, clips * clip, norm * jnp.square(clip)), (clip * write, jnp.log(clip))
+
+    one = jnp.ones((), key.dtype)
+    start = (jnp.zeros_like(value), one, jnp.sum(jnp.square(fast_weights)))
+    inputs = (jnp.arange(len(key)), overlaps, recalled, value, beta, key_norms, decay)
+    _, (writes, log_clip) = lax.scan(body, start, inputs)
+    return writes, log_clip
+
+
+def unit_lower_inverse(lower: jax.Array) -> jax.Array:
+    """(I + L)⁻¹ for the strictly lower triangular part of a matrix, by products alone.
+
+    8×8 diagonal blocks are inverted by (I − L)(I + L²)(I + L⁴), exact because L⁸ = 0; then neighbours are merged,
+
+        [[X, 0], [C, Y]]⁻¹ = [[X⁻¹, 0], [−Y⁻¹ C X⁻¹, Y⁻¹]],
+
+    doubling the size each time. Powers of larger blocks would lose all digits for correlated keys, and a triangular
+    solve is sequential on TPU and slow on CPU.
+
+    Args:
+      lower: ``[T, T]``, float32 or float64; what lies on or above the diagonal is taken as zero.
+
+    Returns:
+      ``[T, T]``, unit lower triangular.
+    """
+    length = lower.shape[-1]
+    size, padded = 8, 8
+    while padded < length:
+        padded *= 2
+    matmul = lambda a, b: jnp.matmul(a, b, precision=HIGHEST)  # noqa: E731
+    lower = jnp.pad(jnp.tril(lower, -1), (0, padded - length))
+
+    def blocks(size, row, column):
+        """The [row, column] block, of ``size``, of each diagonal pair of blocks."""
+        pairs = padded // size // 2
+        split = lower.reshape(pairs, 2, size, pairs, 2, size)
+        return jnp.stack([split[i, row, :, i, column] for i in range(pairs)])
+
+    diagonal = lower.reshape(padded // size, size, padded // size, size)
+    diagonal = jnp.stack([diagonal[i, :, i] for i in range(padded // size)])
+    identity = jnp.eye(size, dtype=lower.dtype)
+    square = matmul(diagonal, diagonal)
+    inverse = matmul(matmul(identity - diagonal, identity + square), identity + matmul(square, square))
+    while size < padded:
+        first, second = inverse[0::2], inverse[1::2]
+        corner = -matmul(matmul(second, blocks(size, 1, 0)), first)
+        top = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
+        inverse = jnp.concatenate([top, jnp.concatenate([corner, second], axis=-1)], axis=-2)
+        size *= 2
+    return inverse[0, :length, :length]
+
+
+# --- what else one may ask of a memory -------------------------------------------------------------------------------
+
+
+def read_weights(query, key, beta, log_decay=None, reset=None, *, rule: Rule):
+    """What a read after the last write takes of each value: w with W_Tᵀq = Σ_t w_t v_t + W_0ᵀr, without forming W.
+
+    The recurrence is run backwards on the query: w_t = β_t k_tᵀr,  then  r ← α_t (r − w_t k_t) for delta and r ← α_t r
+    for sum, from r = q. O(TK), where advancing the memory costs O(TKV). These are the "attention weights" of a
+    fast weight memory: for sum βkᵀq, for delta less what later keys have overwritten.
+
+    Args:
+      query: ``[K]``, the one read.
+      key, beta, log_decay, reset: see the head of this file.
+      rule: "sum" or "delta" (fwm is not linear in its values).
+
+    Returns:
+      The weights w ``[T]`` and r ``[K]``, what of the query reaches the initial memory.
+    """
+    if rule == "sum" and log_decay is None and reset is None:
+        return beta * jnp.matmul(key, query, precision=HIGHEST), query
+
+    def body(query, inputs):
+        key, beta, log_decay, reset = inputs
+        weight = beta * jnp.dot(key, query, precision=HIGHEST)
+        if rule == "delta":
+            query = query - weight * key
+        if log_decay is not None:
+            query = jnp.exp(log_decay) * query
+        if reset is not None:
+            query = jnp.where(reset, 0, query)
+        return query, weight
+
+    query, weights = lax.scan(body, query, (key, beta, log_decay, reset), reverse=True)
+    return weights, query
+
+
+def key_sums(key_sum, key, log_decay=None, reset=None):
+    """Running key sums of attention normalisation (eq. 26): z_t = α_t z_{t−1} + k_t, before and after each token.
+
+    Args:
+      key_sum: z_0, ``[K]``.
+      key, log_decay, reset: see the head of this file.
+
+    Returns:
+      α_t z_{t−1} (what token t finds) and z_t (what it leaves), both ``[T, K]``.
+    """
+    decay = jnp.ones((len(key), 1), key.dtype) if log_decay is None else jnp.exp(log_decay.reshape(len(key), -1))
+    decay = decay if reset is None else jnp.where(reset[:, None], 0, decay)
+
+    def combine(first, second):
+        return first[0] * second[0], second[0] * first[1] + second[1]
+
+    decays, sums = lax.associative_scan(combine, (decay, key))
+    after = decays * key_sum + sums
+    before = decay * jnp.concatenate([key_sum[None], after[:-1]])
+    return before, after
+
+
+def _check_shapes(fast_weights, query, key, value, beta, log_decay, reset):
+    length, key_size, value_size = *key.shape, value.shape[-1]
+    chex.assert_shape(fast_weights, (key_size, value_size))
+    chex.assert_shape([query, key], (length, key_size))
+    chex.assert_shape(value, (length, value_size))
+    chex.assert_shape(beta, (length,))
+    if log_decay is not None and log_decay.shape != (length,):
+        chex.assert_shape(log_decay, (length, key_size))
+    if reset is not None:
+        chex.assert_shape(reset, (length,))
