@@ -7,10 +7,22 @@ from fwt_jax.attention import (
     init_memory,
     read,
 )
+from fwt_jax.layers import (
+    FastWeightAttention,
+    FavorPlus,
+    KeyValueCache,
+    SoftmaxAttention,
+    TrainedFeatureMap,
+)
 from fwt_jax.memory import Memory, read_weights
 
 __all__ = [
+    "FastWeightAttention",
+    "FavorPlus",
+    "KeyValueCache",
     "Memory",
+    "SoftmaxAttention",
+    "TrainedFeatureMap",
     "fast_weight_attention",
     "fast_weight_cross_attention",
     "feature_maps",

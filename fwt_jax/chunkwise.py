@@ -4,6 +4,8 @@ Between the extremes of ``memory.recurrent`` (T steps in sequence, O(TKV)) and `
 T/C steps in sequence of O(C²(K+V) + CKV) each. Its parts are those of ``memory.chunk``.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -39,14 +41,14 @@ def chunkwise(
       log_decay: None, ``[B, T, H]`` or ``[B, T, H, K]``.
       reset: None or bool ``[B, T]``.
       rule: "sum", "delta" or "fwm".
-      chunk_size: C; None is 64 (16 for "fwm", whose chunks are sequential inside), never more than T.
+      chunk_size: C; None is 64 (8 for "fwm", whose chunks are sequential inside), never more than T.
       precision: of the matrix products, as in ``jax.lax``.
 
     Returns:
       The reads ``[B, T, H, V]`` and W_T ``[B, H, K, V]``.
     """
     length = key.shape[1]
-    chunk_size = min(chunk_size or (16 if rule == "fwm" else CHUNK_SIZE), length)
+    chunk_size = min(chunk_size or (8 if rule == "fwm" else CHUNK_SIZE), length)
     num_chunks = -(-length // chunk_size)
 
     def one_head(fast_weights, *inputs):
@@ -54,7 +56,7 @@ def chunkwise(
         pad = lambda x: jnp.pad(x, ((0, padding), *((0, 0),) * (x.ndim - 1)))  # noqa: E731
         chunks = jax.tree.map(lambda x: pad(x).reshape(num_chunks, chunk_size, *x.shape[1:]), inputs)
 
-        @jax.checkpoint
+        @functools.partial(jax.checkpoint, prevent_cse=False)
         def body(fast_weights, chunk):
             reads, fast_weights = memory.chunk(fast_weights, *chunk, rule=rule, precision=precision)
             return fast_weights, reads

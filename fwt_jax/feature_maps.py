@@ -167,8 +167,13 @@ def dpfp(x: jax.Array, nu: int = 1) -> jax.Array:
     size = x.shape[-1]
     if not 1 <= nu <= 2 * size - 1:
         raise ValueError(f"dpfp of vectors of size {size} takes nu from 1 to {2 * size - 1}, got nu={nu}")
-    u = jnp.concatenate([jnp.maximum(x, 0), jnp.maximum(-x, 0)], axis=-1)
-    return jnp.concatenate([u * jnp.roll(u, j, axis=-1) for j in range(1, nu + 1)], axis=-1)
+    pair = jnp.concatenate([x, -x], axis=-1)
+    # Each roll is a slice of u with its end put before its start. The barrier has this copy made once: fused into the nu
+    # products, XLA's CPU compiler would branch on every element instead of using vectors, at three times the time.
+    extended = lax.optimization_barrier(jnp.concatenate([pair[..., 2 * size - nu :], pair], axis=-1))
+    extended = jnp.maximum(extended, 0)
+    rolls = [extended[..., nu - j : nu - j + 2 * size] for j in range(nu + 1)]
+    return jnp.concatenate([rolls[0] * roll for roll in rolls[1:]], axis=-1)
 
 
 @functools.partial(jax.jit, static_argnames=("num_features", "dim", "orthogonal", "dtype"))
@@ -203,7 +208,8 @@ def orthogonal_projection(
         return orthogonal_projection(key, dim, num_features, dtype=dtype).T
     num_blocks = -(-num_features // dim)
     gaussian = jax.random.normal(key, (num_blocks, dim, dim), dtype)
-    lengths = jnp.linalg.norm(gaussian, axis=-1)
+    # Of the columns, which are those of the triangle: independent of the basis, as the lengths of the rows are not.
+    lengths = jnp.linalg.norm(gaussian, axis=-2)
     basis, triangle = jnp.linalg.qr(gaussian)
     # The sign makes the basis uniform (Haar); QR alone leaves it to the algorithm.
     basis = basis * jnp.sign(jnp.diagonal(triangle, axis1=-2, axis2=-1))[:, None, :]
@@ -271,7 +277,7 @@ def _affine(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Arra
     if kernel.ndim != 2 or kernel.shape[0] != x.shape[-1]:
         raise ValueError(f"kernel must be [{x.shape[-1]}, F] for x of shape {list(x.shape)}, got {list(kernel.shape)}")
     y = jnp.matmul(x, kernel.astype(x.dtype), precision=lax.Precision.HIGHEST)
-    return y if bias is None else y + bias.astype(x.dtype)
+    return y if bias is None else y + jnp.broadcast_to(bias.astype(x.dtype), y.shape)
 
 
 @_in_float32

@@ -107,7 +107,9 @@ def recurrent(fast_weights, query, key, value, beta, log_decay=None, reset=None,
     inputs = (query, key, value, beta, log_decay, reset)
     blocks = jax.tree.map(lambda x: x[: length // block * block].reshape(-1, block, *x.shape[1:]), inputs)
     rest = jax.tree.map(lambda x: x[length // block * block :], inputs)
-    fast_weights, reads = lax.scan(jax.checkpoint(lambda w, x: lax.scan(body, w, x)), fast_weights, blocks)
+    fast_weights, reads = lax.scan(
+        jax.checkpoint(lambda w, x: lax.scan(body, w, x), prevent_cse=False), fast_weights, blocks
+    )
     fast_weights, last_reads = lax.scan(body, fast_weights, rest)
     return jnp.concatenate([reads.reshape(-1, value.shape[-1]), last_reads]), fast_weights
 
@@ -122,7 +124,7 @@ def chunk(fast_weights, query, key, value, beta, log_decay=None, reset=None, *, 
 
         sum      u_t = β_t v_t
         delta    u_t = β_t (v_t − D_t0 W_0ᵀk_t − Σ_{i<t} D_ti (k_tᵀk_i) u_i)
-        fwm      the same, where D takes in the clips 1/max(1, ‖W_i‖), which are known one after another
+        fwm      the same with r_t v_t for v_t, and W_T, y_t divided by r in the end: see ``_fwm_writes``
 
     and then  y_t = D_t0 W_0ᵀq_t + Σ_{i≤t} D_ti (q_tᵀk_i) u_i  and  W_T = D_T0 W_0 + Σ_i D_Ti k_i u_iᵀ.
     For delta the system is unit lower triangular and is inverted by ``unit_lower_inverse``.
@@ -144,7 +146,7 @@ def chunk(fast_weights, query, key, value, beta, log_decay=None, reset=None, *, 
     matmul = lambda a, b: jnp.matmul(a, b, precision=precision)  # noqa: E731
     resets = jnp.zeros(length, jnp.int32) if reset is None else jnp.cumsum(reset)
     sees_start, reaches_end = resets == 0, resets == resets[-1]
-    causal = jnp.tri(length, dtype=bool) & (resets[:, None] == resets)
+    causal = jnp.tri(length, dtype=bool) & (resets[:, None] == resets[None])
     log_alpha = jnp.zeros((length, 1), key.dtype) if log_decay is None else log_decay.reshape(length, -1)
     log_alpha = jnp.cumsum(log_alpha, axis=0)
 
@@ -160,14 +162,14 @@ def chunk(fast_weights, query, key, value, beta, log_decay=None, reset=None, *, 
         else:
             decay = jnp.ones(length, key.dtype) if log_decay is None else jnp.exp(log_decay)
             decay = decay if reset is None else jnp.where(reset, 0, decay)
-            writes, log_clip = _fwm_writes(fast_weights, key, value, beta, recalled, overlaps, decay)
-            log_alpha = log_alpha + jnp.cumsum(log_clip)[:, None]
-            from_start = jnp.where(sees_start[:, None], jnp.exp(log_alpha), 0)
+            writes, scale = _fwm_writes(fast_weights, value, beta, key, recalled, overlaps, decay)
 
     scores = _decayed_products(query, key, log_alpha, causal, precision)
     reads = matmul(query * from_start, fast_weights) + matmul(scores, writes)
-    to_end = jnp.where(reaches_end[:, None], jnp.exp(log_alpha[-1] - log_alpha), 0)
+    to_end = jnp.where(reaches_end[:, None], jnp.exp(log_alpha[-1:] - log_alpha), 0)
     fast_weights = from_start[-1][:, None] * fast_weights + matmul((key * to_end).T, writes)
+    if rule == "fwm":
+        return reads / scale[:, None], fast_weights / scale[-1]
     return reads, fast_weights
 
 
@@ -188,28 +190,23 @@ def _decayed_products(left, key, log_alpha, mask, precision):
     return jnp.sum(left[:, None] * key[None] * jnp.exp(exponents), axis=-1)
 
 
-def _fwm_writes(fast_weights, key, value, beta, recalled, overlaps, decay):
-    """Writes u_t (already clipped, ``[T, V]``) and log clips ``[T]`` of the fwm rule, without touching a [K, V] matrix.
+def _fwm_writes(fast_weights, value, beta, key, recalled, overlaps, decay):
+    """Writes ``[T, V]`` of the fwm rule and its scale r ``[T]`` after each token, touching no [K, V] matrix.
 
-    The norm is followed by scalars: ‖αW + ku'ᵀ‖² = α²‖W‖² + 2 u'ᵀ(αWᵀk) + ‖k‖²‖u'‖².
+    With M_t the same memory never clipped, the clips make W_t = M_t / r_t with r_t = max(r_{t−1}, ‖M_t‖_F), r_0 = 1, if M is
+    the delta memory of the values r_{t−1} v_t. The norm is followed by scalars, as for a write u to the recalled m
+
+        ‖αM + k uᵀ‖² = α²‖M‖² + 2 uᵀm + ‖k‖²‖u‖².
     """
-    key_norms = jnp.sum(jnp.square(key), axis=-1)
-
-    def body(carry, inputs):
-        writes, clips, norm = carry
-        index, overlap, recalled, value, beta, key_norm, decay = inputs
-        recalled = clips * recalled + jnp.matmul(overlap, writes, precision=HIGHEST)
-        write = beta * (value - recalled)
-        norm = jnp.square(decay) * norm + 2 * jnp.dot(write, recalled) + key_norm * jnp.dot(write, write)
-        clip = lax.rsqrt(jnp.maximum(1, norm))
-        writes = clip * writes.at[index].set(write)
-        return (writes, clips * clip, norm * jnp.square(clip)), (clip * write, jnp.log(clip))
-
-    one = jnp.ones((), key.dtype)
-    start = (jnp.zeros_like(value), one, jnp.sum(jnp.square(fast_weights)))
-    inputs = (jnp.arange(len(key)), overlaps, recalled, value, beta, key_norms, decay)
-    _, (writes, log_clip) = lax.scan(body, start, inputs)
-    return writes, log_clip
+    writes, scales = [], [jnp.ones((), key.dtype)]
+    norm = jnp.sum(jnp.square(fast_weights))
+    for t in range(len(key)):
+        found = sum((overlaps[t, i] * writes[i] for i in range(t)), recalled[t])
+        writes.append(beta[t] * (scales[-1] * value[t] - found))
+        gain = 2 * found + jnp.sum(jnp.square(key[t])) * writes[-1]
+        norm = jnp.square(decay[t]) * norm + jnp.sum(writes[-1] * gain)
+        scales.append(jnp.sqrt(jnp.maximum(jnp.square(scales[-1]), norm)))
+    return jnp.stack(writes), jnp.stack(scales[1:])
 
 
 def unit_lower_inverse(lower: jax.Array) -> jax.Array:
@@ -243,7 +240,7 @@ def unit_lower_inverse(lower: jax.Array) -> jax.Array:
 
     diagonal = lower.reshape(padded // size, size, padded // size, size)
     diagonal = jnp.stack([diagonal[i, :, i] for i in range(padded // size)])
-    identity = jnp.eye(size, dtype=lower.dtype)
+    identity = jnp.eye(size, dtype=lower.dtype)[None]
     square = matmul(diagonal, diagonal)
     inverse = matmul(matmul(identity - diagonal, identity + square), identity + matmul(square, square))
     while size < padded:
@@ -308,7 +305,7 @@ def key_sums(key_sum, key, log_decay=None, reset=None):
         return first[0] * second[0], second[0] * first[1] + second[1]
 
     decays, sums = lax.associative_scan(combine, (decay, key))
-    after = decays * key_sum + sums
+    after = decays * key_sum[None] + sums
     before = decay * jnp.concatenate([key_sum[None], after[:-1]])
     return before, after
 

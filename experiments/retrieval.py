@@ -1,0 +1,242 @@
+"""The paper's synthetic retrieval: how much a fast weight memory holds, and which update rule corrects it (figures 2 to 5).
+
+    python -m experiments.retrieval                 figure 3 and a coarse figure 2, drawn over the authors' points
+    python -m experiments.retrieval capacity        figures 2 and 4: 8 models, S = 20 … 600
+    python -m experiments.retrieval update_rules    figures 3 and 5: 8 models, S = 20 … 200
+
+Every finished run is saved at once, and a sweep that was interrupted goes on where it stopped. Times and numbers, measured on
+two cores: experiments/README.md. The task and the models are in retrieval_model.py, the figures in plot_retrieval.py.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import multiprocessing
+import os
+import pathlib
+import queue
+import time
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from typing import Literal
+
+import tyro
+from tqdm import tqdm
+
+from experiments import plot_retrieval
+from experiments.retrieval_model import EVAL_EVERY, MAX_STEPS, Model, Task, train
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+COLUMNS = ("model", "rule", "S", "replace", "seed", "best_loss", "best_step", "last_loss", "steps", "seconds", "losses")
+
+CAPACITY_MODELS = (
+    Model("softmax", "softmax"),
+    Model("linear", "sum"),
+    *(Model("favor", "sum", m) for m in (64, 128, 512)),
+    *(Model("dpfp", "sum", nu) for nu in (1, 2, 3)),
+)
+UPDATE_RULE_MODELS = (
+    Model("dpfp", "sum", 1),
+    Model("linear", "delta"),
+    Model("dpfp", "delta", 1),
+    Model("dpfp", "delta", 2),
+    *(Model("favor", "delta", m) for m in (64, 128)),
+    Model("dpfp", "fwm", 1),
+    Model("tanh", "fwm"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One point of a figure."""
+
+    model: Model
+    task: Task
+    seed: int = 1
+
+    @property
+    def id(self) -> tuple[str, ...]:
+        """What tells the rows of a results file apart: its first five columns, as text."""
+        fields = (self.model.name, self.model.rule, self.task.num_keys, int(self.task.replace), self.seed)
+        return tuple(map(str, fields))
+
+    @property
+    def cost(self) -> float:
+        """A rough measure of the time it takes, to start the longest first."""
+        features = {"favor": 10 * self.model.size, "dpfp": 128 * self.model.size}.get(self.model.feature_map, 64)
+        return self.task.num_keys * (1000 + features) * (100 if self.model.rule == "fwm" else 1)
+
+
+# --- running and saving ----------------------------------------------------------------------------------------------
+
+
+def load(path: pathlib.Path) -> dict[tuple[str, ...], dict[str, str]]:
+    """The finished runs of a results file by ``Run.id``; none if there is no file."""
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise ValueError(
+                f"{path} has the columns {reader.fieldnames}, expected {list(COLUMNS)}; "
+                "move it away, or name another place with --out"
+            )
+        return {tuple(row[column] for column in COLUMNS[:5]): row for row in reader}
+
+
+def save(path: pathlib.Path, rows: dict[tuple[str, ...], dict[str, str]]):
+    """Writes a results file whole and then puts it in place, so that at any moment there is a complete one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows[key] for key in sorted(rows, key=lambda key: (key[0], key[1], int(key[2]), int(key[4]))))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+_progress = None  # in a worker: where it reports its evaluations
+
+
+def _start_worker(progress, cores):
+    """One core for each worker: the products here are too small for two to be worth the waiting."""
+    global _progress
+    _progress = progress
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {cores.get()})
+
+
+def _execute(run: Run, max_steps: int) -> dict[str, str]:
+    start = time.perf_counter()
+    losses = train(run.model, run.task, run.seed, max_steps, lambda step, loss: _progress.put((run.id, step, loss)))
+    best = min(range(len(losses)), key=lambda i: (losses[i] != losses[i], losses[i]))
+    numbers = (
+        f"{losses[best]:.7g}",
+        (best + 1) * EVAL_EVERY,
+        f"{losses[-1]:.7g}",
+        len(losses) * EVAL_EVERY,
+        f"{time.perf_counter() - start:.1f}",
+        " ".join(f"{loss:.4g}" for loss in losses),
+    )
+    return dict(zip(COLUMNS, (*run.id, *map(str, numbers)), strict=True))
+
+
+def sweep(runs: list[Run], path: pathlib.Path, *, workers: int, max_steps: int = MAX_STEPS) -> dict:
+    """Executes the runs that ``path`` does not hold yet, on several cores, saving each as it finishes.
+
+    Args:
+      runs: what to execute, in any order.
+      path: the results file.
+      workers: processes, one core each.
+      max_steps: of a run that does not stop by itself.
+
+    Returns:
+      The rows of ``path``, by ``Run.id``.
+    """
+    rows = load(path)
+    todo = sorted((run for run in runs if run.id not in rows), key=lambda run: -run.cost)
+    bar = tqdm(total=len(runs), initial=len(runs) - len(todo), unit="run", desc=path.stem, dynamic_ncols=True)
+    if not todo:
+        bar.close()
+        return rows
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager:
+        progress, cores = manager.Queue(), manager.Queue()
+        for worker in range(workers):
+            cores.put(_cores()[worker % len(_cores())])
+        with bar, ProcessPoolExecutor(min(workers, len(todo)), context, _start_worker, (progress, cores)) as pool:
+            pending = {pool.submit(_execute, run, max_steps) for run in todo}
+            try:
+                while pending:
+                    done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        row = future.result()
+                        rows[tuple(row[column] for column in COLUMNS[:5])] = row
+                        save(path, rows)
+                        bar.update()
+                    _show_progress(bar, progress)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in list((pool._processes or {}).values()):
+                    process.terminate()
+                raise
+    return rows
+
+
+def _cores() -> list[int]:
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+def _show_progress(bar, progress):
+    latest = None
+    while True:
+        try:
+            latest = progress.get_nowait()
+        except queue.Empty:
+            break
+    if latest:
+        (model, rule, num_keys, _, seed), step, loss = latest
+        bar.set_postfix_str(f"{model} {rule} S={num_keys} seed {seed}: step {step}, loss {loss:.4f}")
+
+
+# --- command line ----------------------------------------------------------------------------------------------------
+
+EXPERIMENTS = {
+    # name: [(models, S, setting 2?)]
+    "quick": [
+        ((UPDATE_RULE_MODELS[0], UPDATE_RULE_MODELS[2], *UPDATE_RULE_MODELS[6:]), (20,), True),
+        (tuple(model for model in CAPACITY_MODELS if model.size not in (128, 512)), (20, 60, 120, 260), False),
+    ],
+    "capacity": [(CAPACITY_MODELS, tuple(range(20, 601, 20)), False)],
+    "update_rules": [(UPDATE_RULE_MODELS, tuple(range(20, 201, 20)), True)],
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What to run, and how."""
+
+    experiment: tyro.conf.Positional[Literal["quick", "capacity", "update_rules"]] = "quick"
+    """quick: figure 3 and a coarse figure 2, in minutes. capacity: figures 2 and 4. update_rules: figures 3 and 5."""
+    out: pathlib.Path = RESULTS
+    """Folder for results and figures; the runs that its results file holds are not repeated."""
+    seeds: int = 1
+    """Runs per point, with seeds 1, 2, ...; more than one draws error bars."""
+    sizes: tuple[int, ...] = ()
+    """Numbers of keys, S, instead of the experiment's own."""
+    workers: int = len(_cores())
+    """Processes, one core each."""
+    max_steps: int = MAX_STEPS
+    """Of a run that does not stop by itself."""
+
+    def __post_init__(self):
+        for name, least in (("seeds", 1), ("workers", 1), ("max_steps", EVAL_EVERY)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+    @property
+    def runs(self) -> list[Run]:
+        return [
+            Run(model, Task(num_keys, replace), seed)
+            for models, sizes, replace in EXPERIMENTS[self.experiment]
+            for model in models
+            for num_keys in self.sizes or sizes
+            for seed in range(1, self.seeds + 1)
+        ]
+
+
+def main(config: Config):
+    start = time.perf_counter()
+    path = config.out / f"{config.experiment}.csv"
+    rows = sweep(config.runs, path, workers=config.workers, max_steps=config.max_steps)
+    rows = [rows[run.id] for run in config.runs]
+    print(plot_retrieval.table(rows))
+    for figure in plot_retrieval.draw(rows, config.out, config.experiment):
+        print(f"wrote {figure}")
+    print(f"{len(rows)} runs in {path}, {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

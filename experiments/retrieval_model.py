@@ -1,0 +1,347 @@
+"""The task, the models and one training run of the paper's synthetic retrieval (Schlag et al. 2021, section 6.1).
+
+A sequence of L (key, value) pairs is written to a memory, then one key is asked for: which value came with it last? There are
+S keys and S values. Setting 1 (capacity): L = S, every key and every value once. Setting 2 (update rules): L = 2S, both drawn
+with replacement, so that keys are assigned anew. Keys are learned embeddings of size ⌊2.2·S⌋, values are one-hot vectors;
+
+    k = W_K [v; e(key)] + b_K,   q = W_Q e(key) + b_Q   of size 64,   loss = ½ ‖v* − v̂‖².
+
+What is computed here only once: W_K e, W_Q e and W_β e for each of the S vocabulary entries (then gathered), W_K v as a row of
+W_K (v is one-hot), and the query's weight of each position (``fwt_jax.read_weights``: O(L·F), where a memory costs O(L·F·S)).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fwt_jax import feature_maps, fast_weight_attention, init_memory, read_weights
+from fwt_jax.memory import Memory
+
+HEAD_SIZE = 64
+EVAL_EVERY = 100
+EVAL_SEQUENCES = 20
+EVAL_QUERIES = 200
+STOP_LOSS = 1e-3
+MAX_STRIKES = 10
+MAX_STEPS = 100_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """One line of the figures: a feature map (with ν of DPFP or M of FAVOR+) and an update rule.
+
+    Attributes:
+      feature_map: "softmax" (with rule "softmax"), "linear" (ELU+1), "tanh", "dpfp" or "favor".
+      rule: "softmax", "sum", "delta" or "fwm".
+      size: ν for "dpfp", M (half the number of features) for "favor".
+    """
+
+    feature_map: str
+    rule: str
+    size: int = 0
+
+    def __post_init__(self):
+        maps, rules = ("softmax", "linear", "tanh", "dpfp", "favor"), ("softmax", "sum", "delta", "fwm")
+        if self.feature_map not in maps or self.rule not in rules:
+            raise ValueError(f"feature_map must be one of {maps} and rule one of {rules}, got {self}")
+        if (self.feature_map == "softmax") != (self.rule == "softmax"):
+            raise ValueError(f'feature_map "softmax" goes with rule "softmax", and no other, got {self}')
+        if (self.size > 0) != (self.feature_map in ("dpfp", "favor")):
+            raise ValueError(f'size is ν of "dpfp" or M of "favor", at least 1, and 0 for the others, got {self}')
+
+    @property
+    def name(self) -> str:
+        return self.feature_map + (str(self.size) if self.size else "")
+
+    @property
+    def recipe(self) -> tuple[float, int]:
+        """Learning rate and batch size. The fast weight memory with tanh needs its own (authors' program)."""
+        return (1e-4, 128) if (self.feature_map, self.rule) == ("tanh", "fwm") else (1e-3, 32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """``num_keys`` is S, ``replace`` picks setting 2."""
+
+    num_keys: int
+    replace: bool
+
+    def __post_init__(self):
+        if self.num_keys < 1:
+            raise ValueError(f"num_keys, S, must be at least 1, got {self.num_keys}")
+
+    @property
+    def embedding_size(self) -> int:
+        return int((self.num_keys + self.num_keys) * 1.1)
+
+    @property
+    def train_length(self) -> int:
+        return self.num_keys * (2 if self.replace else 1)
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+def sample_pairs(key, task: Task, shape: tuple[int, ...], length: int):
+    """Keys and values of sequences, ids in 0 … S−1, each ``[*shape, length]``; keys None where it is position = key.
+
+    Without replacement both are permutations. A sum does not ask for the order of its terms, so the keys can stand in their
+    own order and one permutation, of the values, is the same distribution: nothing needs to be sorted or gathered by key.
+    """
+    if task.replace:
+        pairs = jax.random.randint(key, (2, *shape, length), 0, task.num_keys)
+        return pairs[0], pairs[1]
+    # Sorting random bits that carry their position in the low bits: one array, four times as fast as an argsort.
+    low = max(1, (task.num_keys - 1).bit_length())
+    bits = jax.random.bits(key, (*shape, task.num_keys), jnp.uint32) >> low << low
+    order = jnp.sort(bits | jnp.arange(task.num_keys, dtype=jnp.uint32), axis=-1)
+    return None, (order & ((1 << low) - 1)).astype(jnp.int32)
+
+
+def sample_batch(key, task: Task, batch_size: int):
+    """A training batch: keys, values ``[B, L]``, the query's key and its value, ``[B]``, at its last occurrence."""
+    pairs_key, query_key = jax.random.split(key)
+    keys, values = sample_pairs(pairs_key, task, (batch_size,), task.train_length)
+    position = jax.random.randint(query_key, (batch_size, 1), 0, task.train_length)
+    if keys is None:
+        return keys, values, position[:, 0], jnp.take_along_axis(values, position, axis=1)[:, 0]
+    query = jnp.take_along_axis(keys, position, axis=1)
+    last = jnp.max(jnp.where(keys == query, jnp.arange(task.train_length), -1), axis=1, keepdims=True)
+    return keys, values, query[:, 0], jnp.take_along_axis(values, last, axis=1)[:, 0]
+
+
+# --- model -----------------------------------------------------------------------------------------------------------
+
+
+def init_params(seed: int, model: Model, task: Task) -> dict:
+    """The authors' initial values. Only the S used rows of their 2S key embeddings exist; kernels are [in, out]."""
+    rng = np.random.default_rng(seed)
+    size, inputs = task.embedding_size, task.num_keys + task.embedding_size
+
+    def linear(fan_in, fan_out, bound):
+        kernel = rng.uniform(-bound, bound, (fan_in, fan_out)).astype(np.float32)
+        return {"kernel": kernel, "bias": rng.uniform(-(fan_in**-0.5), fan_in**-0.5, fan_out).astype(np.float32)}
+
+    def bound(fan_in):  # Xavier for softmax
+        return math.sqrt(6 / (fan_in + HEAD_SIZE)) if model.rule == "softmax" else HEAD_SIZE**-0.5
+
+    params = {
+        "embedding": rng.standard_normal((task.num_keys, size), np.float32),
+        "key": linear(inputs, HEAD_SIZE, bound(inputs)),
+        "query": linear(size, HEAD_SIZE, bound(size)),
+    }
+    return params | ({"beta": linear(inputs, 1, inputs**-0.5)} if model.rule in ("delta", "fwm") else {})
+
+
+def params_from_torch(state: dict) -> dict:
+    """The authors' ``state_dict`` (numpy arrays by name; Linear weights are [out, in]) as ours, for any map, rule and size.
+
+    W_v and W_f, which their program makes and never uses, and the embedding rows of ids that never occur are left out.
+    """
+    missing = {"embeddingK.weight", "W_k.weight", "W_k.bias", "W_q.weight", "W_q.bias"} - set(state)
+    if missing:
+        raise ValueError(f"not a state_dict of the retrieval program: {sorted(missing)} missing from {sorted(state)}")
+
+    def linear(name):
+        return {"kernel": jnp.asarray(state[f"{name}.weight"]).T, "bias": jnp.asarray(state[f"{name}.bias"])}
+
+    embedding = jnp.asarray(state["embeddingK.weight"])
+    params = {"embedding": embedding[: len(embedding) // 2], "key": linear("W_k"), "query": linear("W_q")}
+    return params | ({"beta": linear("W_b")} if "W_b.weight" in state else {})
+
+
+def draw_projection(key, model: Model, shape: tuple[int, ...] = (), size: int = HEAD_SIZE):
+    """FAVOR+'s random matrices ``[*shape, M, size]``, drawn anew at every call, in evaluation too; None for other maps."""
+    if model.feature_map != "favor":
+        return None
+    draw = functools.partial(feature_maps.orthogonal_projection, num_features=model.size, dim=size)
+    keys = jax.random.split(key, math.prod(shape))
+    return jax.lax.map(draw, keys, batch_size=64).reshape(*shape, model.size, size)
+
+
+def _features(model: Model, x, projection):
+    if model.feature_map == "dpfp":
+        return feature_maps.dpfp(x, model.size)
+    if model.feature_map == "favor":
+        return feature_maps.favor_plus(x, projection)
+    return {"linear": feature_maps.elu_plus_one, "tanh": feature_maps.tanh}[model.feature_map](x)
+
+
+def project(params, keys, values, queries):
+    """Keys ``[..., L, 64]``, β before the sigmoid ``[..., L]`` (or None) and queries ``[..., Q, 64]`` of sequences of ids."""
+    num_keys = params["embedding"].shape[0]
+    kernels = [params["key"]["kernel"][num_keys:], params["query"]["kernel"]]
+    if "beta" in params:
+        kernels.append(params["beta"]["kernel"][num_keys:])
+    table = params["embedding"] @ jnp.concatenate(kernels, axis=1)
+    head_size = kernels[0].shape[1]
+    by_key = lambda columns: columns if keys is None else columns[keys]  # noqa: E731
+    key = by_key(table[:, :head_size]) + params["key"]["kernel"][:num_keys][values] + params["key"]["bias"]
+    query = table[:, head_size : 2 * head_size][queries] + params["query"]["bias"]
+    if "beta" not in params:
+        return key, None, query
+    beta = by_key(table[:, -1]) + params["beta"]["kernel"][:num_keys, 0][values] + params["beta"]["bias"]
+    return key, beta, query
+
+
+def predict(model: Model, num_values: int, key, beta, values, query, projection):
+    """v̂ ``[Q, S]`` for the queries ``[Q, D]`` to one sequence: keys ``[L, D]``, β ``[L]`` before the sigmoid, value ids ``[L]``."""
+
+    def by_value(weights):  # [Q, L] -> [Q, S]: Σ_l w_l onehot(v_l)
+        return jax.ops.segment_sum(weights.T, values, num_values).T
+
+    if model.rule == "softmax":
+        return by_value(jax.nn.softmax(query @ key.T * key.shape[-1] ** -0.5, axis=-1))
+    key, query = _features(model, key, projection), _features(model, query, projection)
+    ones = jnp.ones(len(key))
+    if model.rule == "sum":
+        weights, _ = jax.vmap(lambda q: read_weights(q, key, ones, rule="sum"))(query)
+        return by_value(weights) / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-6)
+    beta = jax.nn.sigmoid(beta)
+    if model.rule == "fwm":
+        out = query @ _write(model.rule, num_values, key, beta, values)
+        mean, var = jnp.mean(out, axis=-1, keepdims=True), jnp.var(out, axis=-1, keepdims=True)
+        return (out - mean) * jax.lax.rsqrt(var + 1e-5)
+    key = feature_maps.sum_normalize(key, eps=0.0)
+    query = feature_maps.sum_normalize(query, eps=1e-6)
+    if len(query) == 1:
+        weights, _ = read_weights(query[0], key, beta, rule="delta")
+        return by_value(weights[None])
+    return query @ _write(model.rule, num_values, key, beta, values)
+
+
+def _write(rule, num_values, key, beta, values):
+    """W ``[F, S]`` after all pairs of one sequence. The first write of fwm is not clipped in the authors' program."""
+    value = jax.nn.one_hot(values, num_values)
+    memory = init_memory(1, 1, key.shape[-1], num_values)
+    if rule == "fwm":
+        memory = Memory((beta[0] * jnp.outer(key[0], value[0]))[None, None], memory.key_sum)
+        key, beta, value = key[1:], beta[1:], value[1:]
+        if not len(key):
+            return memory.fast_weights[0, 0]
+    batched = [x[None, :, None] for x in (key, key, value, beta)]
+    _, memory = fast_weight_attention(*batched, rule=rule, memory=memory)
+    return memory.fast_weights[0, 0]
+
+
+def batch_loss(params, batch, projection, model: Model):
+    """The training loss: mean over sequences of ½ ‖v* − v̂‖²; and v̂ ``[B, S]``."""
+    keys, values, query, target = batch
+    num_values = params["embedding"].shape[0]
+    key, beta, query = project(params, keys, values, query[:, None])
+    one = lambda inputs: predict(model, num_values, *inputs, projection)[0]  # noqa: E731
+    if model.rule in ("softmax", "sum"):
+        # One sequence after another: its L·F features stay in the cache, and are computed anew for the gradient.
+        predicted = jax.lax.map(jax.checkpoint(one, prevent_cse=False), (key, beta, values, query))
+    else:
+        predicted = jax.vmap(one)((key, beta, values, query))
+    error = predicted - jax.nn.one_hot(target, num_values)
+    return 0.5 * jnp.mean(jnp.sum(jnp.square(error), axis=-1)), predicted
+
+
+def eval_loss(params, key, model: Model, task: Task, batch_size: int):
+    """Mean over 20 sequences of length S × chunks of their queries, as the authors weigh them.
+
+    Each distinct key of a sequence is asked for, in sorted order, at most 200; they go through the model in chunks of the batch
+    size, and a short last chunk weighs as much as a full one. FAVOR+ draws a projection for each chunk.
+    """
+    num_keys, num_queries = task.num_keys, min(task.num_keys, EVAL_QUERIES)
+    num_chunks = -(-num_queries // batch_size)
+    pairs_key, projection_key = jax.random.split(key)
+    keys, values = sample_pairs(pairs_key, task, (EVAL_SEQUENCES,), num_keys)
+    projections = draw_projection(projection_key, model, (EVAL_SEQUENCES, num_chunks), params["key"]["bias"].size)
+
+    def one_sequence(inputs):
+        keys, values, projections = inputs
+        if keys is None:
+            queries, targets, asked = jnp.arange(num_queries), values[:num_queries], jnp.ones(num_queries, bool)
+        else:
+            ids = jnp.arange(num_keys)
+            last = jnp.max(jnp.where(keys[None] == ids[:, None], jnp.arange(num_keys), -1), axis=1)
+            queries = jnp.sort(jnp.where(last >= 0, ids, num_keys))[:num_queries]
+            asked = queries < num_keys
+            queries = jnp.minimum(queries, num_keys - 1)
+            targets = values[last[queries]]
+        key, beta, query = project(params, keys, values, queries)
+        if projections is None:
+            predicted = predict(model, num_keys, key, beta, values, query, None)
+        else:
+            chunks = jnp.pad(query, ((0, num_chunks * batch_size - num_queries), (0, 0)))
+            chunks = chunks.reshape(num_chunks, batch_size, -1)
+            answer = lambda chunk: predict(model, num_keys, key, beta, values, *chunk)  # noqa: E731
+            predicted = jax.lax.map(answer, (chunks, projections)).reshape(-1, num_keys)[:num_queries]
+        errors = 0.5 * jnp.sum(jnp.square(predicted - jax.nn.one_hot(targets, num_keys)), axis=-1)
+        chunk_ids = jnp.arange(num_queries) // batch_size
+        totals = jax.ops.segment_sum(jnp.where(asked, errors, 0), chunk_ids, num_chunks)
+        counts = jax.ops.segment_sum(asked.astype(jnp.float32), chunk_ids, num_chunks)
+        return jnp.sum(totals / jnp.maximum(counts, 1)), jnp.sum(counts > 0)
+
+    sums, counts = jax.lax.map(one_sequence, (keys, values, projections))
+    return jnp.sum(sums) / jnp.sum(counts)
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def make_trainer(model: Model, task: Task):
+    """``init(seed) -> state`` and ``advance(state) -> state, eval loss``: 100 steps of Adam and an evaluation in one jit."""
+    learning_rate, batch_size = model.recipe
+    optimizer = optax.adam(learning_rate)
+
+    def init(seed):
+        params = jax.tree.map(jnp.asarray, init_params(seed, model, task))
+        return params, optimizer.init(params), jax.random.key(seed)
+
+    def step(carry, key):
+        params, moments = carry
+        batch_key, projection_key = jax.random.split(key)
+        batch, projection = sample_batch(batch_key, task, batch_size), draw_projection(projection_key, model)
+        grads, _ = jax.grad(batch_loss, has_aux=True)(params, batch, projection, model)
+        updates, moments = optimizer.update(grads, moments)
+        return (optax.apply_updates(params, updates), moments), None
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def advance(state):
+        params, moments, key = state
+        key, eval_key, *step_keys = jax.random.split(key, EVAL_EVERY + 2)
+        (params, moments), _ = jax.lax.scan(step, (params, moments), jnp.stack(step_keys))
+        return (params, moments, key), eval_loss(params, eval_key, model, task, batch_size)
+
+    return init, advance
+
+
+def train(model: Model, task: Task, seed: int = 1, max_steps: int = MAX_STEPS, report=lambda step, loss: None) -> list[float]:
+    """One run to the paper's stopping rule; the evaluation loss after every 100 steps.
+
+    It stops when the loss is at most 0.001, or has not been lower than the best so far 11 times in a row, or after ``max_steps``.
+
+    Args:
+      model: feature map and rule.
+      task: S and the setting.
+      seed: of the initial weights and the data.
+      max_steps: at least 100.
+      report: called with the step and the loss after each evaluation.
+
+    Returns:
+      The losses; their minimum is the "best", the last one is what the paper's figures show.
+    """
+    if max_steps < EVAL_EVERY:
+        raise ValueError(f"max_steps must be at least {EVAL_EVERY}, the steps between evaluations, got {max_steps}")
+    init, advance = make_trainer(model, task)
+    state, losses, best, strikes = init(seed), [], np.inf, 0
+    for step in range(EVAL_EVERY, max_steps + 1, EVAL_EVERY):
+        state, loss = advance(state)
+        losses.append(float(loss))
+        report(step, losses[-1])
+        strikes = 0 if losses[-1] < best else strikes + 1
+        best = min(best, losses[-1]) if losses[-1] == losses[-1] else best
+        if losses[-1] <= STOP_LOSS or strikes > MAX_STRIKES:
+            break
+    return losses

@@ -1,0 +1,19 @@
+"""Strict JAX for every test: eight CPU devices, no silent rank promotion; warnings are errors (pyproject.toml)."""
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Reproducible, and without a time limit per example: the first one compiles.
+hypothesis.settings.register_profile("fwt_jax", deadline=None, derandomize=True, database=None, max_examples=25)
+hypothesis.settings.load_profile("fwt_jax")
+
+
+@pytest.fixture
+def x64():
+    """float64 for the length of a test."""
+    with jax.enable_x64(True):
+        yield

@@ -1,0 +1,254 @@
+"""Every form of every rule against the equations and against the numbers of other programs."""
+
+import functools
+import json
+import pathlib
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from cases import (
+    QUICK,
+    Case,
+    attend,
+    covering_cases,
+    every_case,
+    outputs_and_gradients,
+    random_cotangents,
+    random_inputs,
+    random_segments,
+)
+
+import fwt_jax
+
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "fla"
+OUTPUTS = ("y", "fast_weights", "key_sum")
+
+
+# --- the forms, the rules and the reference --------------------------------------------------------------------------
+
+
+@functools.cache
+def expected(case):
+    """Outputs of the reference and, by name, its derivatives along a random direction, one per batch row and head."""
+    arrays, cotangents = random_inputs(case), random_cotangents(case)
+    segment_ids = random_segments(case.length) if case.packed else None
+
+    def outputs(arrays):
+        options = {"rule": case.rule, "normalize": case.normalize, "segment_ids": segment_ids}
+        return reference.batched(reference.attention, arrays, **options)
+
+    def losses(arrays):
+        return sum(_per_head(name, x * c) for name, x, c in zip(OUTPUTS, outputs(arrays), cotangents, strict=True))
+
+    directions = _directions(arrays)
+    derivatives = {
+        name: reference.derivative_along(losses, arrays, name, direction) for name, direction in directions.items()
+    }
+    return outputs(arrays), derivatives
+
+
+def _directions(arrays):
+    rng = np.random.default_rng(2)
+    return {name: rng.normal(size=x.shape) for name, x in arrays.items() if x is not None}
+
+
+def _per_head(name, x):
+    """[B, T, H, ·], or for a memory [B, H, ·], -> [B, H]."""
+    heads = 1 if name in ("fast_weights", "key_sum") else 2
+    return np.sum(x, axis=tuple(axis for axis in range(1, x.ndim) if axis != heads))
+
+
+def check_against_reference(case, dtype, rtol, gradient_rtol, output_rtol=None, compiler_options=None):
+    arrays = random_inputs(case)
+    rounded = {name: None if x is None else jnp.asarray(x, dtype) for name, x in arrays.items()}
+    for name in ("fast_weights", "key_sum"):  # the memory is never kept in less than float32
+        rounded[name] = None if arrays[name] is None else jnp.asarray(arrays[name], jnp.promote_types(dtype, "float32"))
+    segment_ids = jnp.asarray(random_segments(case.length)) if case.packed else None
+    outputs, gradients = outputs_and_gradients(
+        rounded, random_cotangents(case), compiler_options, segment_ids, **case.options
+    )
+    assert outputs[0].dtype == dtype and outputs[1].dtype == outputs[2].dtype == jnp.promote_types(dtype, "float32")
+    expected_outputs, expected_derivatives = expected(case)
+    for name, got, want in zip(OUTPUTS, outputs, expected_outputs, strict=True):
+        assert_relative(name, got, want, (output_rtol or rtol) if name == "y" else rtol)
+    directions = _directions(arrays)
+    assert set(gradients) == set(expected_derivatives)
+    for name, gradient in gradients.items():
+        derivative = _per_head(name, np.asarray(gradient, np.float64) * directions[name])
+        assert_relative(f"gradient of {name}", derivative, expected_derivatives[name], gradient_rtol)
+
+
+def assert_relative(name, got, want, rtol):
+    """Relative to the largest entry: sums of many terms are no more exact than their largest term."""
+    got, scale = np.asarray(got, np.float64), np.max(np.abs(want))
+    chex.assert_trees_all_close({name: got}, {name: want}, rtol=0, atol=rtol * (scale + 1e-3))
+
+
+@pytest.mark.parametrize("case", list(covering_cases()), ids=str)
+def test_every_form_of_every_rule_is_the_reference(case, x64):
+    check_against_reference(case, jnp.float64, rtol=1e-9, gradient_rtol=1e-9, compiler_options=QUICK)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("case", list(every_case()), ids=str)
+def test_the_full_product_of_forms_rules_and_contexts_is_the_reference(case, x64):
+    check_against_reference(case, jnp.float64, rtol=1e-9, gradient_rtol=1e-9, compiler_options=QUICK)
+
+
+ROUNDED = [
+    Case(*kind, length=100, packed=True, start=True)
+    for kind in [
+        ("sum", False, None, "chunkwise", 16),
+        ("sum", "read", "channel", "recurrent", None),
+        ("delta", False, "head", "chunkwise", None),
+        ("delta", False, None, "parallel", None),
+        ("delta", "retrieval", None, "chunkwise", 16),
+        ("fwm", False, "head", "chunkwise", 5),
+        ("fwm", False, None, "recurrent", None),
+    ]
+]
+
+
+@pytest.mark.parametrize("case", ROUNDED, ids=str)
+def test_float32_is_the_float64_reference_to_its_own_rounding(case):
+    """Tolerances: 2⁻²⁴ per operation, a hundred steps of them, and sums over tokens in the gradients."""
+    check_against_reference(case, jnp.float32, rtol=5e-6, gradient_rtol=2e-5)
+
+
+@pytest.mark.parametrize("case", ROUNDED, ids=str)
+def test_bfloat16_loses_no_more_than_the_rounding_of_inputs_and_outputs(case):
+    """Tolerances: inputs, outputs and gradients carry 2⁻⁹ = 0.2 % each; what lies between is float32."""
+    check_against_reference(case, jnp.bfloat16, rtol=3e-2, gradient_rtol=6e-2, compiler_options=QUICK)
+
+
+def test_bfloat16_inputs_are_computed_in_float32():
+    """Without the rounding of the inputs themselves what remains is float32, and one rounding of y."""
+    case = ROUNDED[2]
+    arrays = {name: jnp.asarray(x, jnp.bfloat16) for name, x in random_inputs(case).items() if x is not None}
+    exact = {name: x.astype(jnp.float32) for name, x in arrays.items()}
+    out, *memory = attend(arrays, **case.options)
+    exact_out, *exact_memory = attend(exact, **case.options)
+    chex.assert_trees_all_close(memory, exact_memory, rtol=1e-6, atol=1e-6)
+    chex.assert_trees_all_equal(out, exact_out.astype(jnp.bfloat16))
+
+
+def test_dtypes_of_the_arguments_may_differ():
+    """float32 decay and beta beside bfloat16 features are common; y has the dtype of value, the memory float32."""
+    arrays = random_inputs(Case(length=4, decay="head"))
+    dtypes = {"query": "bfloat16", "key": "bfloat16", "value": "float16", "beta": "float32", "log_decay": "float32"}
+    out, fast_weights, _ = attend({name: jnp.asarray(arrays[name], dtype) for name, dtype in dtypes.items()})
+    assert (out.dtype, fast_weights.dtype) == (jnp.float16, jnp.float32)
+
+
+# --- other people's programs -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["recurrent", "chunkwise", "parallel"])
+@pytest.mark.parametrize(
+    ("golden", "rule"), [("linear_attn_sum", "sum"), ("delta_rule_base", "delta"), ("gated_delta_rule_base", "delta")]
+)
+def test_numbers_of_flash_linear_attention(golden, rule, form):
+    """Outputs, final states and all gradients of flash-linear-attention; it multiplies q by K^-½, we do not."""
+    golden = np.load(GOLDEN / f"op_{golden}.npz")
+    assert json.loads(str(golden["meta"]))["scale"] == "K**-0.5"
+    theirs = {"query": "q", "key": "k", "value": "v", "beta": "beta", "log_decay": "g", "fast_weights": "initial_state"}
+    theirs = {ours: name for ours, name in theirs.items() if f"in_{name}" in golden}
+    arrays = {ours: golden[f"in_{name}"] for ours, name in theirs.items()}
+    scale = arrays["key"].shape[-1] ** -0.5
+    arrays["query"] = arrays["query"] * scale
+    arrays["key_sum"] = np.zeros(arrays["fast_weights"].shape[:-1], np.float32)
+    cotangents = (golden["cot_o"], golden["cot_ht"], np.zeros_like(arrays["key_sum"]))
+    (out, fast_weights, _), gradients = outputs_and_gradients(arrays, cotangents, rule=rule, form=form)
+    gradients["query"] = gradients["query"] * scale
+    assert_relative("y", out, golden["naive_o"], 1e-5)
+    assert_relative("fast_weights", fast_weights, golden["naive_ht"], 1e-5)
+    for ours, name in theirs.items():
+        assert_relative(f"gradient of {ours}", gradients[ours], golden[f"naive_d{name}"], 1e-5)
+
+
+def test_the_authors_removal_and_replacement_is_the_delta_rule(x64):
+    """Eq. 20-23, as the paper derives the rule, against eq. 24 as it is computed."""
+    arrays = random_inputs(Case(length=37))
+    kept = {name: arrays[name] for name in ("query", "key", "value", "beta")}
+    out, fast_weights, _ = attend(kept, form="recurrent")
+    want = reference.batched(reference.delta_by_replacement, kept)
+    chex.assert_trees_all_close((out, fast_weights), want, rtol=1e-11, atol=1e-11)
+
+
+# --- without causality -----------------------------------------------------------------------------------------------
+
+
+def cross_inputs(normalize, start, dtype=np.float64):
+    """T = 3 queries, S = 11 keys."""
+    arrays = random_inputs(Case(normalize=normalize, length=11, start=start))
+    arrays = {name: x if x is None else x.astype(dtype) for name, x in arrays.items()}
+    memory = fwt_jax.Memory(jnp.asarray(arrays["fast_weights"]), jnp.asarray(arrays["key_sum"])) if start else None
+    return arrays["query"][:, :3], arrays["key"], arrays["value"], memory
+
+
+@pytest.mark.parametrize("normalize", [False, "read"])
+@pytest.mark.parametrize("start", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_cross_attention_writes_all_keys_then_reads(normalize, start, masked, x64):
+    query, key, value, memory = cross_inputs(normalize, start)
+    mask = np.arange(11)[None] < np.array([[11], [4]]) if masked else None
+    out, memory = fwt_jax.fast_weight_cross_attention(
+        *map(jnp.asarray, (query, key, value)), key_mask=mask, memory=memory, normalize=normalize
+    )
+    arrays = random_inputs(Case(normalize=normalize, length=11, start=start))
+    for b in range(query.shape[0]):
+        for h in range(query.shape[2]):
+            want = reference.cross_attention(
+                query[b, :, h],
+                key[b, :, h],
+                value[b, :, h],
+                None if mask is None else mask[b],
+                arrays["fast_weights"][b, h] if start else None,
+                arrays["key_sum"][b, h] if start else None,
+                normalize=normalize,
+            )
+            got = (out[b, :, h], memory.fast_weights[b, h], memory.key_sum[b, h])
+            chex.assert_trees_all_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, 1e30])
+def test_masked_keys_and_values_leak_neither_into_outputs_nor_into_gradients(garbage):
+    query, key, value, _ = cross_inputs("read", start=False, dtype=np.float32)
+    mask = np.arange(11)[None] < np.array([[9], [4]])
+
+    def loss(key, value):
+        out, memory = fwt_jax.fast_weight_cross_attention(
+            jnp.asarray(query), key, value, key_mask=jnp.asarray(mask), normalize="read"
+        )
+        return jnp.sum(out**2) + jnp.sum(memory.fast_weights), (out, memory)
+
+    results = []
+    for filler in (0.0, garbage):
+        filled = [jnp.where(mask[:, :, None, None], x, filler) for x in (key, value)]
+        results.append(jax.grad(loss, (0, 1), has_aux=True)(*filled))
+    chex.assert_tree_all_finite(results[1])
+    chex.assert_trees_all_equal(*results)
+
+
+def test_cross_attention_continues_a_memory(x64):
+    """Writing in two calls is writing in one, and read gives what the call gave."""
+    query, key, value, _ = (x if x is None else jnp.asarray(x) for x in cross_inputs("read", start=False))
+    whole = fwt_jax.fast_weight_cross_attention(query, key, value, normalize="read")
+    _, memory = fwt_jax.fast_weight_cross_attention(query, key[:, :4], value[:, :4])
+    parts = fwt_jax.fast_weight_cross_attention(query, key[:, 4:], value[:, 4:], memory=memory, normalize="read")
+    chex.assert_trees_all_close(parts, whole, rtol=1e-12, atol=1e-12)
+    chex.assert_trees_all_close(fwt_jax.read(query, whole[1], normalize="read"), whole[0], rtol=1e-12)
+
+
+@pytest.mark.parametrize("normalize", [False, "read"])
+def test_read_is_the_last_read_of_a_causal_call(normalize, x64):
+    case = Case(normalize=normalize, length=37, decay="head", start=True)
+    arrays = random_inputs(case)
+    out, fast_weights, key_sum = attend(arrays, **case.options)
+    memory = fwt_jax.Memory(fast_weights, key_sum)
+    again = fwt_jax.read(jnp.asarray(arrays["query"][:, -1:]), memory, normalize=normalize)
+    chex.assert_trees_all_close(again, out[:, -1:], rtol=1e-12, atol=1e-13)

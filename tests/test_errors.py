@@ -1,0 +1,111 @@
+"""What a user passes wrongly gets a ValueError that says what came, what was expected and the way out."""
+
+import jax.numpy as jnp
+import pytest
+
+import fwt_jax
+
+B, T, H, K, V = 2, 3, 2, 4, 5
+QUERY, KEY = jnp.ones((B, T, H, K)), jnp.ones((B, T, H, K))
+VALUE, BETA = jnp.ones((B, T, H, V)), jnp.ones((B, T, H))
+INTEGERS = jnp.ones((B, T, H, K), jnp.int32)
+MEMORY = fwt_jax.init_memory(B, H, K, V)
+
+# Name of the case: what is changed in a valid call, and words that the message must hold.
+ATTENTION = {
+    "query of three axes": ({"query": QUERY[0]}, ["query", "[B, T, H, size]", "[3, 2, 4]", "axes of length 1"]),
+    "key of three axes": ({"key": KEY[0]}, ["key", "[B, T, H, size]", "[3, 2, 4]"]),
+    "value of three axes": ({"value": VALUE[0]}, ["value", "[B, T, H, size]", "[3, 2, 5]"]),
+    "integer query": ({"query": INTEGERS}, ["query", "floating point", "int32", "astype"]),
+    "integer key": ({"key": INTEGERS}, ["key", "floating point", "int32", "astype"]),
+    "integer value": ({"value": INTEGERS}, ["value", "floating point", "int32", "astype"]),
+    "no tokens": (
+        {"query": QUERY[:, :0], "key": KEY[:, :0], "value": VALUE[:, :0], "beta": BETA[:, :0]},
+        ["query", "empty", "[2, 0, 2, 4]", "at least one token"],
+    ),
+    "no value channels": ({"value": VALUE[..., :0]}, ["value", "empty", "[2, 3, 2, 0]"]),
+    "other batch": ({"query": QUERY[:1]}, ["query", "key", "agree in B, H and K", "[1, 3, 2, 4]", "[2, 3, 2, 4]"]),
+    "fewer key heads": ({"key": KEY[:, :, :1]}, ["agree in B, H and K", "[2, 3, 1, 4]", "repeat"]),
+    "other key size": ({"key": KEY[..., :3]}, ["agree in B, H and K", "[2, 3, 2, 4]", "[2, 3, 2, 3]"]),
+    "other query length": ({"query": QUERY[:, :2]}, ["query", "key", "one shape", "[2, 2, 2, 4]", "[2, 3, 2, 4]"]),
+    "other value length": ({"value": VALUE[:, :2]}, ["value", "length 3", "[2, 2, 2, 5]"]),
+    "other value heads": ({"value": VALUE[:, :, :1]}, ["value", "key", "B and H", "[2, 3, 1, 5]", "[2, 3, 2, 4]"]),
+    "unknown rule": ({"rule": "hebb"}, ["rule", "'sum'", "'delta'", "'fwm'", "'hebb'"]),
+    "unknown form": ({"form": "scan"}, ["form", "'chunkwise'", "'recurrent'", "'parallel'", "'scan'"]),
+    "unknown normalisation": ({"normalize": "sum"}, ["normalize", "False", "'read'", "'retrieval'", "'sum'"]),
+    "normalize=True": ({"normalize": True}, ["normalize", "'read'", "'retrieval'", "True"]),
+    "normalize=0": ({"normalize": 0}, ["normalize", "False", "'read'", "got 0"]),
+    "unknown implementation": ({"implementation": "cuda"}, ["implementation", "None", "'xla'", "'cuda'"]),
+    "delta without beta": ({"beta": None}, ["delta", "beta", "[B, T, H]", "None", 'rule="sum"']),
+    "fwm without beta": ({"beta": None, "rule": "fwm"}, ["fwm", "beta", "[B, T, H]", "None"]),
+    "beta with a last axis": ({"beta": BETA[..., None]}, ["beta", "[2, 3, 2]", "[2, 3, 2, 1]"]),
+    "integer beta": ({"beta": BETA.astype(jnp.int32)}, ["beta", "floating point", "int32", "astype"]),
+    "decay per value channel": ({"log_decay": VALUE}, ["log_decay", "[2, 3, 2] or [2, 3, 2, 4]", "[2, 3, 2, 5]"]),
+    "integer decay": ({"log_decay": INTEGERS}, ["log_decay", "floating point", "int32", "astype"]),
+    "fwm in parallel form": ({"rule": "fwm", "form": "parallel"}, ["fwm", "parallel", '"recurrent" or "chunkwise"']),
+    "fwm chunks with a decay per channel": (
+        {"rule": "fwm", "log_decay": -KEY},
+        ["fwm", "chunkwise", "decay per key channel", 'form="recurrent"'],
+    ),
+    "fwm normalised": ({"rule": "fwm", "normalize": "read"}, ["fwm", "normalisation", "'read'"]),
+    "sum with retrieval": ({"rule": "sum", "normalize": "retrieval"}, ["retrieval", "delta", "sum", '"read"']),
+    "chunk size in recurrent form": ({"form": "recurrent", "chunk_size": 16}, ["chunk_size", "chunkwise", "16"]),
+    "chunk size 0": ({"chunk_size": 0}, ["chunk_size", "at least 1", "got 0"]),
+    "memory of another value size": (
+        {"memory": fwt_jax.init_memory(B, H, K, V + 1)},
+        ["memory", "[2, 2, 4, 5]", "[2, 2, 4, 6]", "init_memory(2, 2, 4, 5)"],
+    ),
+    "memory of another batch": ({"memory": fwt_jax.init_memory(1, H, K, V)}, ["memory", "[2, 2, 4]", "[1, 2, 4]"]),
+    "key_sum of another size": (
+        {"memory": MEMORY._replace(key_sum=MEMORY.key_sum[..., :3])},
+        ["key_sum", "[2, 2, 4]", "[2, 2, 3]"],
+    ),
+    "segment_ids per head": ({"segment_ids": jnp.zeros((B, T, H), int)}, ["segment_ids", "[2, 3]", "[2, 3, 2]"]),
+    "segment_ids of one row": ({"segment_ids": jnp.zeros((T,), int)}, ["segment_ids", "integers", "[2, 3]", "[3]"]),
+    "floating segment_ids": ({"segment_ids": jnp.zeros((B, T))}, ["segment_ids", "integers", "float32"]),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), ATTENTION.values(), ids=ATTENTION)
+def test_fast_weight_attention_says_what_is_wrong(change, words):
+    call = {"query": QUERY, "key": KEY, "value": VALUE, "beta": BETA} | change
+    assert_message(words, fwt_jax.fast_weight_attention, **call)
+
+
+CROSS = {
+    "no keys": ({"key": KEY[:, :0], "value": VALUE[:, :0]}, ["key", "empty", "[2, 0, 2, 4]"]),
+    "no queries": ({"query": QUERY[:, :0]}, ["query", "empty", "[2, 0, 2, 4]"]),
+    "integer query": ({"query": INTEGERS}, ["query", "floating point", "int32", "astype"]),
+    "key and value of two lengths": ({"value": VALUE[:, :2]}, ["length", "[2, 3, 2, 4]", "[2, 2, 2, 5]"]),
+    "other key size": ({"key": KEY[..., :3]}, ["agree in B, H and K", "[2, 3, 2, 4]", "[2, 3, 2, 3]"]),
+    "mask of the queries": ({"key_mask": jnp.ones((B, T + 1), bool)}, ["key_mask", "bool", "[2, 3]", "[2, 4]"]),
+    "mask of zeros and ones": ({"key_mask": jnp.ones((B, T))}, ["key_mask", "bool", "float32"]),
+    "retrieval": ({"normalize": "retrieval"}, ["normalize", "False", '"read"', "'retrieval'"]),
+    "memory of another size": ({"memory": fwt_jax.init_memory(B, H, K, 6)}, ["memory", "[2, 2, 4, 5]", "init_memory"]),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), CROSS.values(), ids=CROSS)
+def test_cross_attention_says_what_is_wrong(change, words):
+    call = {"query": QUERY, "key": KEY, "value": VALUE} | change
+    assert_message(words, fwt_jax.fast_weight_cross_attention, **call)
+
+
+READ = {
+    "query of three axes": ({"query": QUERY[0]}, ["query", "[2, T, 2, 4]", "[3, 2, 4]"]),
+    "other query size": ({"query": QUERY[..., :3]}, ["query", "[2, T, 2, 4]", "[2, 2, 4, 5]", "[2, 3, 2, 3]"]),
+    "other batch": ({"query": QUERY[:1]}, ["query", "[2, T, 2, 4]", "[1, 3, 2, 4]"]),
+    "normalize=True": ({"normalize": True}, ["normalize", "False", '"read"', "True"]),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), READ.values(), ids=READ)
+def test_read_says_what_is_wrong(change, words):
+    assert_message(words, fwt_jax.read, **({"query": QUERY, "memory": MEMORY} | change))
+
+
+def assert_message(words, function, *args, **kwargs):
+    with pytest.raises(ValueError) as error:
+        function(*args, **kwargs)
+    missing = [word for word in words if word not in str(error.value)]
+    assert not missing, f"{missing} not in: {error.value}"

@@ -1,0 +1,477 @@
+"""The layers against loops over tokens in NumPy, fed in every way that a user may feed them."""
+
+import functools
+from collections.abc import Callable
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+from cases import QUICK
+from flax import linen, nnx
+from jax import lax
+
+from fwt_jax import layers
+from fwt_jax.attention import fast_weight_attention
+from fwt_jax.feature_maps import dpfp, elu_plus_one, hedgehog, l2_normalize, sum_normalize, t2r, tanh
+from fwt_jax.layers import FastWeightAttention, FavorPlus, SoftmaxAttention, TrainedFeatureMap
+
+BATCH, LENGTH, D_MODEL, HEADS, HEAD_SIZE, VALUE_SIZE = 2, 8, 6, 2, 4, 3
+SEGMENT_IDS = np.array([[0, 0, 1, 1, 1, 2, 2, 2], [5, 5, 5, 5, 5, 5, 3, 3]])  # none begins with the second half
+
+dpfp2 = functools.partial(dpfp, nu=2)
+sum_normalize_exactly = functools.partial(sum_normalize, eps=0.0)
+
+
+def favor(rngs):
+    return FavorPlus(HEAD_SIZE, 5, orthogonal="columns", eps=1e-4, rngs=rngs)
+
+
+def trained(function):
+    return lambda rngs: TrainedFeatureMap(function, HEADS, HEAD_SIZE, 4, rngs=rngs)
+
+
+# What the paper's language models need, and the other rules, normalisers, feature maps and forms: the class, its
+# options, and what makes its feature map where that is a module.
+CASES = {
+    "sum, elu, read": dict(rule="sum", feature_normalization=None, normalize="read", eps=1e-5, output_scale=0.5),
+    "sum, favor, read": dict(rule="sum", make_map=favor, feature_normalization=None, normalize="read"),
+    "sum, dpfp-2": dict(rule="sum", feature_map=dpfp2, form="parallel"),
+    "delta, elu": dict(feature_normalization=sum_normalize_exactly, output_scale=0.5, chunk_size=4),
+    "delta, elu, read": dict(normalize="read", eps=1e-5, use_bias=True, chunk_size=4),
+    "delta, dpfp-2, retrieval": dict(feature_map=dpfp2, normalize="retrieval", form="recurrent"),
+    "delta, favor": dict(make_map=favor, feature_normalization=sum_normalize_exactly, chunk_size=2),
+    "delta, silu, l2": dict(feature_map=jax.nn.silu, feature_normalization=l2_normalize, use_bias=True),
+    "delta, t2r": dict(make_map=trained(t2r)),
+    "sum, hedgehog": dict(rule="sum", make_map=trained(hedgehog), feature_normalization=None, use_bias=True),
+    "fwm, tanh": dict(rule="fwm", feature_map=tanh, feature_normalization=None),
+    "softmax": dict(kind=SoftmaxAttention),
+    "softmax, bias": dict(kind=SoftmaxAttention, use_bias=True),
+}
+each_case = pytest.mark.parametrize("name", CASES)
+
+
+def make(name, seed=0, **more):
+    """The layer of a case, with biases that are not the zeros they start from."""
+    options, rngs = CASES[name] | more, nnx.Rngs(seed)
+    kind, make_map = options.pop("kind", FastWeightAttention), options.pop("make_map", None)
+    if make_map:
+        options["feature_map"] = make_map(rngs)
+    layer = kind(D_MODEL, HEADS, HEAD_SIZE, value_size=VALUE_SIZE, **options, rngs=rngs)
+    for path, parameter in nnx.to_flat_state(nnx.state(layer, nnx.Param)):
+        if path[-1] == "bias":
+            parameter[...] = jax.random.normal(rngs.params(), parameter.shape, parameter.dtype)
+    return layer
+
+
+def inputs(batch=BATCH, length=LENGTH, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=(batch, length, D_MODEL)))
+
+
+def compiled(function):
+    return jax.jit(function, compiler_options=QUICK)
+
+
+def empty(layer, batch=BATCH, max_length=LENGTH):
+    return layer.init_memory(batch, max_length) if isinstance(layer, SoftmaxAttention) else layer.init_memory(batch)
+
+
+def stream(layer, x):
+    step = lambda memory, x: layer(x[:, None], memory)[::-1]  # noqa: E731
+    memory, y = compiled(lambda x: lax.scan(step, empty(layer), jnp.swapaxes(x, 0, 1)))(x)
+    return jnp.swapaxes(y[:, :, 0], 0, 1), memory
+
+
+# --- the numbers, against loops over tokens in NumPy -----------------------------------------------------------------
+
+
+def numpy_features(layer, u):
+    """φ(u) and its normalisation, ``[B, T, H, D]`` -> ``[B, T, H, K]``."""
+    if isinstance(layer.feature_map, TrainedFeatureMap):
+        u = np.einsum("bthd,hdk->bthk", u, layer.feature_map.kernel[...]) + np.array(layer.feature_map.bias[...])
+        if layer.feature_map.function is t2r:
+            u = np.maximum(u, 0)
+        else:
+            u = np.exp(np.concatenate([u, -u], axis=-1))
+            u = u / np.sum(u, axis=-1, keepdims=True)
+    elif isinstance(layer.feature_map, FavorPlus):
+        projected = u @ np.array(layer.feature_map.projection[...]).T
+        norm = np.sum(u**2, axis=-1, keepdims=True) / 2
+        u = (np.exp(np.concatenate([projected - norm, -projected - norm], axis=-1)) + 1e-4) / np.sqrt(10)
+    elif layer.feature_map is dpfp2:
+        r = np.concatenate([np.maximum(u, 0), np.maximum(-u, 0)], axis=-1)
+        u = np.concatenate([r * np.roll(r, j, axis=-1) for j in (1, 2)], axis=-1)
+    else:
+        functions = {elu_plus_one: lambda u: np.where(u > 0, u + 1, np.exp(np.minimum(u, 0))), tanh: np.tanh}
+        functions[jax.nn.silu] = lambda u: u / (1 + np.exp(-u))
+        u = functions[layer.feature_map](u)
+    if layer.feature_normalization in (sum_normalize, sum_normalize_exactly):
+        u = u / (np.sum(u, axis=-1, keepdims=True) + (1e-6 if layer.feature_normalization is sum_normalize else 0))
+    elif layer.feature_normalization is l2_normalize:
+        u = u / np.sqrt(np.sum(u**2, axis=-1, keepdims=True) + 1e-6)
+    return u
+
+
+def numpy_softmax(query, key, value, segment_ids):
+    """One head of one sequence, ``[T, D]``, ``[T, D]``, ``[T, V]``, ``[T]``."""
+    reads, start = [], 0
+    for t in range(len(query)):
+        start = t if t > 0 and segment_ids[t] != segment_ids[t - 1] else start
+        weights = np.exp(key[start : t + 1] @ query[t] / np.sqrt(key.shape[1]))
+        reads.append(weights @ value[start : t + 1] / np.sum(weights))
+    return (np.stack(reads),)
+
+
+def numpy_layer(layer, x, segment_ids):
+    """y ``[B, T, d_model]`` and, for fast weights, W ``[B, H, K, V]`` and z ``[B, H, K]``, from the parameters."""
+
+    def project(linear, x, letters):
+        y = np.einsum(letters, x, np.array(linear.kernel[...]))
+        return y if linear.bias is None else y + np.array(linear.bias[...])
+
+    x, segment_ids = np.array(x), np.array(segment_ids)
+    query, key, value = (project(p, x, "btm,mhd->bthd") for p in (layer.query, layer.key, layer.value))
+    if isinstance(layer, SoftmaxAttention):
+        arrays = {"query": query, "key": key, "value": value}
+        reads, *memory = reference.batched(numpy_softmax, arrays, segment_ids)
+    else:
+        query, key, beta = numpy_features(layer, query), numpy_features(layer, key), np.ones(key.shape[:3])
+        if layer.rule != "sum":
+            beta = 1 / (1 + np.exp(-project(layer.beta, x, "btm,mh->bth")))
+        arrays = {"query": query, "key": key, "value": value, "beta": beta}
+        options = {"rule": layer.rule, "normalize": layer.normalize, "eps": layer.eps}
+        reads, *memory = reference.batched(reference.attention, arrays, segment_ids, **options)
+        reads = layer.output_scale * reads
+    return project(layer.out, reads, "bthv,hvm->btm"), memory
+
+
+def assert_equals_numpy(layer, x, y, memory, segment_ids=np.zeros((BATCH, LENGTH))):  # noqa: B008
+    expected, expected_memory = numpy_layer(layer, x, segment_ids)
+    np.testing.assert_allclose(y, expected, atol=1e-10)
+    if isinstance(layer, FastWeightAttention):
+        chex.assert_trees_all_close(tuple(memory), tuple(expected_memory), atol=1e-10)
+    else:
+        assert memory.key.shape[1] == LENGTH and list(memory.length) == [LENGTH] * BATCH
+
+
+@each_case
+def test_training(x64, name):
+    layer, x = make(name, param_dtype=jnp.float64), inputs()
+    y, memory = compiled(lambda x: layer(x))(x)
+    assert_equals_numpy(layer, x, y, memory)
+
+
+@each_case
+def test_streaming(x64, name):
+    """Token after token, with the memory as the carry of a scan."""
+    layer, x = make(name, param_dtype=jnp.float64), inputs()
+    assert_equals_numpy(layer, x, *stream(layer, x))
+
+
+@each_case
+def test_packed_prefix_and_suffix(x64, name):
+    """Two calls and three segments. The id of a call's first token says nothing: it continues the memory."""
+    layer, x = make(name, param_dtype=jnp.float64), inputs()
+    call = compiled(lambda x, memory, segment_ids: layer(x, memory, segment_ids=segment_ids))
+    half = LENGTH // 2
+    prefix, memory = call(x[:, :half], empty(layer), SEGMENT_IDS[:, :half])
+    suffix, memory = call(x[:, half:], memory, SEGMENT_IDS[:, half:] + 10)
+    y = jnp.concatenate([prefix, suffix], axis=1)
+    assert_equals_numpy(layer, x, y, memory, SEGMENT_IDS)
+
+
+@pytest.mark.parametrize("name", ["delta, elu, read", "softmax"])
+def test_packed_sequences_do_not_see_each_other(name):
+    layer = make(name)
+    last = lambda x: jnp.sum(layer(x, segment_ids=SEGMENT_IDS)[0][:, -1])  # noqa: E731
+    seen = np.any(compiled(jax.grad(last))(inputs()), axis=-1)
+    np.testing.assert_array_equal(seen, SEGMENT_IDS == SEGMENT_IDS[:, -1:])
+
+
+@pytest.mark.parametrize("form", ["chunkwise", "recurrent", "parallel"])
+@pytest.mark.parametrize("length", [1, LENGTH])
+def test_the_options_reach_the_operation_unchanged(monkeypatch, form, length):
+    seen = {}
+    spy = lambda *args, **options: seen.update(options) or fast_weight_attention(*args, **options)  # noqa: E731
+    monkeypatch.setattr(layers, "fast_weight_attention", spy)
+    options = dict(rule="delta", normalize="read", eps=0.25, form=form, implementation="xla", precision="highest")
+    options["chunk_size"] = 3 if form == "chunkwise" else None
+    jax.eval_shape(make("delta, elu", **options), inputs(length=length))
+    assert {name: seen[name] for name in options} == options
+
+
+# --- shapes and dtypes -----------------------------------------------------------------------------------------------
+
+
+@each_case
+def test_shapes(name):
+    layer = make(name)
+    y, memory = jax.eval_shape(layer, jax.ShapeDtypeStruct((BATCH, LENGTH, D_MODEL), jnp.float32))
+    assert y.shape == (BATCH, LENGTH, D_MODEL)
+    chex.assert_trees_all_equal_shapes_and_dtypes(memory, jax.eval_shape(lambda: empty(layer)))
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(memory)} == {BATCH}
+    if isinstance(layer, FastWeightAttention):
+        assert memory.fast_weights.shape == (BATCH, HEADS, layer.num_features, VALUE_SIZE)
+        assert layer.num_features == {"dpfp": 16, "favor": 10, "t2r": 4, "hedgehog": 8}.get(
+            next((m for m in ("dpfp", "favor", "t2r", "hedgehog") if m in name), None), HEAD_SIZE
+        )
+    assert layer.query.kernel.shape == layer.key.kernel.shape == (D_MODEL, HEADS, HEAD_SIZE)
+    assert layer.value.kernel.shape == (D_MODEL, HEADS, VALUE_SIZE)
+    assert layer.out.kernel.shape == (HEADS, VALUE_SIZE, D_MODEL)
+
+
+def test_value_size_is_head_size_by_default():
+    assert FastWeightAttention(D_MODEL, HEADS, HEAD_SIZE, rngs=nnx.Rngs(0)).value.kernel.shape[-1] == HEAD_SIZE
+    assert SoftmaxAttention(D_MODEL, HEADS, HEAD_SIZE, rngs=nnx.Rngs(0)).value.kernel.shape[-1] == HEAD_SIZE
+
+
+@pytest.mark.parametrize("name", ["sum, favor, read", "delta, elu, read", "softmax"])
+def test_bfloat16_computation(name):
+    layer, x = make(name, dtype=jnp.bfloat16), inputs().astype(jnp.bfloat16)
+    y, memory = compiled(lambda x: layer(x))(x)
+    assert y.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(layer, nnx.Param))} == {jnp.dtype("float32")}
+    cache = dict(key=jnp.bfloat16, value=jnp.bfloat16, start=jnp.int32, length=jnp.int32)
+    expected = cache if "softmax" in name else dict(fast_weights=jnp.float32, key_sum=jnp.float32)
+    assert {field: leaf.dtype for field, leaf in memory._asdict().items()} == expected
+    chex.assert_trees_all_equal_dtypes(memory, empty(layer))
+    streamed, streamed_memory = stream(layer, x)
+    chex.assert_trees_all_equal_dtypes(streamed_memory, memory)
+    assert streamed.dtype == jnp.bfloat16
+    np.testing.assert_allclose(streamed.astype(float), y.astype(float), atol=0.05)
+    precise = make(name)
+    np.testing.assert_allclose(y.astype(float), compiled(lambda x: precise(x)[0])(inputs()), atol=0.1)
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+@each_case
+def test_gradients_reach_every_parameter(name):
+    graphdef, params, rest = nnx.split(make(name), nnx.Param, ...)
+    loss = lambda params, x: jnp.sum(jnp.square(nnx.merge(graphdef, params, rest)(x)[0]))  # noqa: E731
+    grads = compiled(jax.grad(loss))(params, inputs())
+    chex.assert_trees_all_equal_shapes(grads, params)
+    for path, grad in nnx.to_flat_state(grads):
+        assert np.all(np.isfinite(grad[...])), path
+        # The key bias shifts all scores of a query alike, and softmax does not see it.
+        assert np.any(grad[...]) or (path == ("key", "bias") and "softmax" in name), path
+
+
+@pytest.mark.parametrize(("name", "graph"), [("delta, favor", True), ("delta, favor", False), ("softmax", True)])
+def test_a_step_of_training_lowers_the_loss(name, graph):
+    layer, x, target = make(name), inputs(), inputs(seed=1)
+    optimizer = nnx.Optimizer(layer, optax.adam(1e-2), wrt=nnx.Param, graph=graph)
+
+    @functools.partial(nnx.jit, graph=graph)
+    def step(layer, optimizer, rngs):
+        loss = lambda layer, rngs: jnp.mean(jnp.square(layer(x, rngs=rngs)[0] - target))  # noqa: E731
+        value, grads = nnx.value_and_grad(loss, graph=graph)(layer, rngs)
+        optimizer.update(layer, grads)
+        return value
+
+    rngs = nnx.Rngs(0)
+    before = jax.tree.map(np.array, nnx.state(layer, nnx.Not(nnx.Param)))
+    losses = [step(layer, optimizer, rngs) for _ in range(20)]
+    assert losses[-1] < 0.95 * losses[0]
+    chex.assert_trees_all_equal(before, nnx.state(layer, nnx.Not(nnx.Param)))
+
+
+@pytest.mark.parametrize("name", ["delta, favor", "softmax"])
+def test_one_sequence_under_vmap(name):
+    layer, x = make(name), inputs()
+    y, _ = compiled(jax.vmap(lambda x: layer(x[None])))(x)
+    chex.assert_trees_all_close(y[:, 0], compiled(lambda x: layer(x)[0])(x), atol=1e-5)
+
+
+# --- feature maps with something to keep -----------------------------------------------------------------------------
+
+
+def test_favor_plus_is_redrawn_with_rngs_and_fixed_without():
+    layer, x, rngs = make("delta, favor"), inputs(), nnx.Rngs(1)
+    kept = np.array(layer.feature_map.projection[...])
+    call = nnx.jit(lambda layer, rngs=None: layer(x, rngs=rngs)[0])
+    fixed, first, second = call(layer), call(layer, rngs), call(layer, rngs)
+    assert np.max(np.abs(first - fixed)) > 1e-4 and np.max(np.abs(second - first)) > 1e-4
+    np.testing.assert_array_equal(call(layer, nnx.Rngs(1)), first)
+    np.testing.assert_array_equal(layer.feature_map.projection[...], kept)
+    np.testing.assert_array_equal(call(layer), fixed)
+    assert np.max(np.abs(make("delta, favor", seed=1).feature_map.projection[...] - kept)) > 1e-2
+
+
+def test_keys_and_queries_share_the_projection_that_is_drawn():
+    """One draw a call, and the memory and the reads are those of a layer that keeps what was drawn."""
+    layer, x = make("sum, favor, read"), inputs()
+    drawn = layer.feature_map.draw(nnx.Rngs(projection=3)).keywords["projection"]
+    y, memory = compiled(lambda key: layer(x, rngs=nnx.Rngs(projection=key)))(jax.random.key(3))
+    layer.feature_map.projection[...] = drawn
+    chex.assert_trees_all_close((y, memory), compiled(lambda x: layer(x))(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("orthogonal", "gram"), [("rows", lambda r: r @ r.T), ("columns", lambda r: r.T @ r)])
+def test_favor_plus_options_reach_the_projection(orthogonal, gram):
+    feature_map = FavorPlus(4, 4, orthogonal=orthogonal, eps=0.5, rngs=nnx.Rngs(0))
+    for projection in (feature_map.projection[...], feature_map.draw(nnx.Rngs(0)).keywords["projection"]):
+        products = gram(projection)
+        np.testing.assert_allclose(products, jnp.diag(jnp.diag(products)), atol=1e-5)
+    assert feature_map(jnp.full(4, 30.0)).min() == feature_map.draw(nnx.Rngs(0))(jnp.full(4, 30.0)).min()
+    np.testing.assert_allclose(feature_map(jnp.full(4, 30.0)).min(), 0.5 * 8**-0.5, rtol=1e-6)
+
+
+def test_a_trained_feature_map_has_a_kernel_for_each_head():
+    feature_map = TrainedFeatureMap(t2r, HEADS, HEAD_SIZE, 7, rngs=nnx.Rngs(0))
+    feature_map.bias[...] = jax.random.normal(jax.random.key(0), (HEADS, 7))
+    x = jax.random.normal(jax.random.key(1), (BATCH, LENGTH, HEADS, HEAD_SIZE))
+    y = compiled(lambda x: feature_map(x))(x)
+    for head in range(HEADS):
+        expected = np.maximum(
+            np.array(x[:, :, head]) @ feature_map.kernel[head] + feature_map.bias[head][None, None], 0
+        )
+        np.testing.assert_allclose(y[:, :, head], expected, atol=1e-5)
+
+
+# --- the key-value cache ---------------------------------------------------------------------------------------------
+
+
+def test_a_full_cache_is_refused_or_reads_nan():
+    layer, x = make("softmax"), inputs()
+    full = empty(layer)._replace(length=jnp.full(BATCH, LENGTH))
+    with pytest.raises(ValueError, match=r"holds 8 of at most 8 tokens and has no room for 1 more; start with"):
+        layer(x[:, :1], full)
+    with pytest.raises(ValueError, match=r"holds 0 of at most 4 tokens and has no room for 8 more"):
+        layer(x, layer.init_memory(BATCH, 4))
+    with pytest.raises(ValueError, match=r"has no room for 8 more"):
+        jax.jit(layer)(x, layer.init_memory(BATCH, 4))  # shapes alone say so
+    one_full = full._replace(length=jnp.array([LENGTH - 1, LENGTH]))
+    y, after = jax.jit(lambda x, memory: layer(x, memory))(x[:, :1], one_full)
+    assert np.all(np.isfinite(y[0])) and np.all(np.isnan(y[1]))
+    assert np.all(np.isnan(jax.jit(lambda x, memory: layer(x, memory))(x[:, :1], after)[0]))
+
+
+def test_a_cache_in_a_jitted_function_may_be_a_constant():
+    layer, x = make("softmax"), inputs()
+    _, memory = compiled(lambda x, memory: layer(x, memory))(x[:, :5], empty(layer))
+    y, _ = compiled(lambda x: layer(x, memory))(x[:, 5:])
+    np.testing.assert_allclose(y, compiled(lambda x: layer(x)[0])(x)[:, 5:], atol=1e-5)
+
+
+def test_rows_of_a_cache_may_have_different_lengths():
+    """Prompts of 3 and 5 tokens, padded to 5 on the right: the lengths are set back, and the padding is overwritten."""
+    layer, x = make("softmax"), inputs()
+    call, whole = compiled(lambda x, memory: layer(x, memory)), compiled(lambda x: layer(x)[0])
+    _, memory = call(x[:, :5], empty(layer))
+    y, memory = call(x[:, 5:], memory._replace(length=jnp.array([3, 5])))
+    np.testing.assert_allclose(y[1], whole(x)[1, 5:], atol=1e-5)
+    np.testing.assert_allclose(y[0], whole(jnp.concatenate([x[:, :3], x[:, 5:]], axis=1))[0, 3:], atol=1e-5)
+    assert list(memory.length) == [6, 8]
+
+
+@pytest.mark.parametrize("name", ["delta, elu, read", "softmax"])
+def test_rows_of_a_memory_can_be_selected(name):
+    layer, x, rows = make(name), inputs(), np.array([1, 1, 0])
+    call = compiled(lambda x, memory: layer(x, memory))
+    _, memory = call(x[:, :4], empty(layer))
+    y, _ = call(x[rows, 4:], jax.tree.map(lambda leaf: leaf[rows], memory))
+    np.testing.assert_allclose(y, call(x[:, 4:], memory)[0][rows], atol=1e-5)
+
+
+# --- inside a Linen model --------------------------------------------------------------------------------------------
+
+
+class LinenBlock(linen.Module):
+    """A layer inside a model in Linen; ``make_layer(rngs=...)`` is a class with its options, or a function."""
+
+    make_layer: Callable
+
+    @linen.compact
+    def __call__(self, x, memory=None):
+        attention = nnx.bridge.ToLinen(self.make_layer)
+        rngs = nnx.Rngs(self.make_rng("dropout")) if self.has_rng("dropout") else None
+        y, memory = attention(linen.LayerNorm()(x), memory, rngs=rngs)
+        return x + y, memory
+
+
+def favor_attention(rngs):
+    feature_map = FavorPlus(HEAD_SIZE, 5, rngs=rngs)
+    return FastWeightAttention(D_MODEL, HEADS, HEAD_SIZE, feature_map=feature_map, rngs=rngs)
+
+
+@pytest.mark.parametrize("make_layer", [functools.partial(FastWeightAttention, 6, 2, 4), favor_attention])
+def test_a_layer_in_a_linen_model(make_layer):
+    model, x = LinenBlock(make_layer), inputs()
+    variables = compiled(model.init)(jax.random.key(0), x)
+    assert set(variables) == ({"params"} if make_layer is not favor_attention else {"params", "RandomProjection"})
+    assert variables["params"]["ToLinen_0"]["query"]["kernel"].shape == (6, 2, 4)
+    y, memory = compiled(model.apply)(variables, x)
+    step, carried, steps = compiled(model.apply), None, []
+    for t in range(LENGTH):
+        y_t, carried = step(variables, x[:, t : t + 1], carried)
+        steps.append(y_t)
+    chex.assert_trees_all_close((jnp.concatenate(steps, axis=1), carried), (y, memory), atol=1e-5)
+
+    loss = lambda variables: jnp.sum(jnp.square(model.apply(variables, x)[0]))  # noqa: E731
+    grads = compiled(jax.grad(loss))(variables)
+    assert all(np.all(np.isfinite(grad)) and np.any(grad) for grad in jax.tree.leaves(grads["params"]))
+    chex.assert_trees_all_equal_shapes(grads, variables)
+    drawn, _ = compiled(lambda key: model.apply(variables, x, rngs={"dropout": key}))(jax.random.key(1))
+    assert (np.max(np.abs(drawn - y)) > 1e-4) == (make_layer is favor_attention)
+
+
+def test_a_softmax_layer_in_a_linen_model():
+    model, x = nnx.bridge.to_linen(SoftmaxAttention, D_MODEL, HEADS, HEAD_SIZE), inputs()
+    (y, _), variables = compiled(model.init_with_output)(jax.random.key(0), x)
+    memory = model.apply(variables, BATCH, LENGTH, nnx_method="init_memory")
+    prefix, memory = compiled(model.apply)(variables, x[:, :4], memory)
+    suffix, memory = compiled(model.apply)(variables, x[:, 4:], memory)
+    np.testing.assert_allclose(jnp.concatenate([prefix, suffix], axis=1), y, atol=1e-5)
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(rule="hebb"), "rule must be one of 'sum', 'delta', 'fwm', got 'hebb'"),
+        (dict(form="fast"), "form must be one of 'chunkwise', 'recurrent', 'parallel', got 'fast'"),
+        (dict(normalize=True), "normalize must be one of False, 'read', 'retrieval', got True"),
+        (dict(implementation="cuda"), "implementation must be one of None, 'xla', got 'cuda'"),
+        (dict(rule="sum", normalize="retrieval"), 'normalize="retrieval" is for rule "delta"'),
+        (dict(rule="fwm", form="parallel"), 'rule "fwm" has no parallel form'),
+        (dict(form="recurrent", chunk_size=8), 'chunk_size must be at least 1 and goes with form="chunkwise"'),
+        (dict(feature_map="dpfp"), r"feature_map must be a callable.* got 'dpfp' and <.*; take them from fwt_jax"),
+        (dict(feature_normalization="sum"), r"feature_normalization one or None, got <.* and 'sum'; take them from"),
+        (dict(feature_map=lambda x: x[0]), r"must change the last axis only.* got \[1, 1, 2, 4\] -> \[1, 2, 4\]"),
+        (dict(feature_map=functools.partial(dpfp, nu=8)), "dpfp of vectors of size 4 takes nu from 1 to 7, got nu=8"),
+        (dict(value_size=0), "sizes must be at least 1, got .*'value_size': 0"),
+        (dict(num_heads=-1), "sizes must be at least 1, got .*'num_heads': -1"),
+    ],
+)
+def test_configuration_mistakes(options, message):
+    with pytest.raises(ValueError, match=message):
+        FastWeightAttention(
+            **{"in_features": D_MODEL, "num_heads": HEADS, "head_size": HEAD_SIZE, **options}, rngs=nnx.Rngs(0)
+        )
+
+
+@pytest.mark.parametrize("name", ["delta, elu", "softmax"])
+def test_call_mistakes(name):
+    layer, x = make(name), inputs()
+    with pytest.raises(ValueError, match=r"x must be \[B, T, in_features\] .*= 6, got \[2, 6\]; for one token"):
+        layer(x[:, 0])
+    with pytest.raises(ValueError, match=r"in_features = 6, got \[2, 8, 5\]"):
+        layer(x[..., :5])
+    with pytest.raises(ValueError, match=r"with T ≥ 1 .* got \[2, 0, 6\]"):
+        layer(x[:, :0])
+    with pytest.raises(ValueError, match=r"segment_ids must be integers \[B, T\] = \[2, 8\], got int64\[2, 7\]"):
+        layer(x, segment_ids=SEGMENT_IDS[:, 1:])
+    with pytest.raises(ValueError, match=r"memory must hold .*; init_memory\("):
+        layer(x, empty(layer, batch=3))
+
+
+def test_a_random_map_needs_a_stream_to_draw_from():
+    with pytest.raises(AttributeError, match="No RngStream named 'projection'"):
+        make("delta, favor")(inputs(), rngs=nnx.Rngs(dropout=0))

@@ -1,0 +1,212 @@
+"""The memory of one head: steps, nasty numbers, and what its gradient keeps."""
+
+import functools
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from cases import QUICK, Case, attend, compiled_attend, random_inputs
+
+import fwt_jax
+from fwt_jax import memory
+
+RNG = np.random.default_rng(0)
+
+
+def one_head(**kwargs):
+    """Arrays by name of the first sequence and head of ``random_inputs``; no memory, unless it has a start."""
+    arrays = random_inputs(Case(**kwargs))
+    take = lambda name, x: x[0, 0] if name in ("fast_weights", "key_sum") else x[0, :, 0]  # noqa: E731
+    return {name: take(name, x) for name, x in arrays.items() if x is not None}
+
+
+# --- steps, weights of a read, key sums ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decay", [None, "head", "channel"])
+@pytest.mark.parametrize("rule", ["sum", "delta", "fwm"])
+def test_a_step_is_the_equation(rule, decay, x64):
+    arrays = one_head(rule=rule, decay=decay, length=1, start=True)
+    step = {"sum": memory.sum_step, "delta": memory.delta_step, "fwm": memory.fwm_step}[rule]
+    key, value, beta = (jnp.asarray(arrays[name][0]) for name in ("key", "value", "beta"))
+    alpha = None if decay is None else jnp.exp(jnp.asarray(arrays["log_decay"][0]))
+    got = step(jnp.asarray(arrays["fast_weights"]), key, value, beta, alpha)
+    chex.assert_trees_all_close(got, reference.attention(**arrays, rule=rule)[1], rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("decay", [None, "head", "channel"])
+@pytest.mark.parametrize("rule", ["sum", "delta"])
+def test_read_weights_are_the_last_read(rule, decay, packed, x64):
+    """W_Tᵀq = Σ w_t v_t + W_0ᵀr."""
+    arrays = one_head(rule=rule, decay=decay, length=12, start=True)
+    ids = (np.arange(12) >= 7).astype(int) if packed else None
+    out, _, _ = reference.attention(**arrays, segment_ids=ids, rule=rule)
+    reset = None if ids is None else jnp.arange(12) == 7
+    inputs = [None if name not in arrays else jnp.asarray(arrays[name]) for name in ("key", "beta", "log_decay")]
+    weights, rest = fwt_jax.read_weights(jnp.asarray(arrays["query"][-1]), *inputs, reset, rule=rule)
+    got = weights @ arrays["value"] + rest @ arrays["fast_weights"]
+    chex.assert_trees_all_close(got, out[-1], rtol=1e-11, atol=1e-12)
+    if packed:
+        chex.assert_trees_all_equal((weights[:7], rest), (jnp.zeros(7), jnp.zeros(8)))
+
+
+@pytest.mark.parametrize("decay", [None, "head", "channel"])
+def test_key_sums_before_and_after_each_token(decay, x64):
+    arrays = one_head(normalize="read", decay=decay, length=12, start=True)
+    reset = np.arange(12) == 5
+    log_decay = jnp.asarray(arrays["log_decay"]) if decay else None
+    before, after = memory.key_sums(
+        jnp.asarray(arrays["key_sum"]), jnp.asarray(arrays["key"]), log_decay, jnp.asarray(reset)
+    )
+    z = arrays["key_sum"]
+    for t in range(12):
+        z = 0 * z if reset[t] else z
+        z = z * (np.exp(arrays["log_decay"][t]) if decay else 1)
+        chex.assert_trees_all_close(before[t], z, rtol=1e-12)
+        z = z + arrays["key"][t]
+        chex.assert_trees_all_close(after[t], z, rtol=1e-12)
+
+
+# --- nasty numbers ---------------------------------------------------------------------------------------------------
+
+
+def unit_keys(kind, length, size=8):
+    keys = {
+        "equal": np.ones((length, size)),
+        "random": RNG.normal(size=(length, size)),
+        "correlated, non-negative": 1 + 0.1 * RNG.random((length, size)),
+        "opposite": np.ones((length, size)) * np.where(np.arange(length) % 2, 1, -1)[:, None],
+    }[kind]
+    return keys / np.linalg.norm(keys, axis=-1, keepdims=True)
+
+
+KINDS = ["equal", "random", "correlated, non-negative", "opposite"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("beta", [0.5, 1.0, 1.9, 2.0])
+@pytest.mark.parametrize("length", [1, 7, 64, 100])
+def test_the_triangular_inverse_is_as_good_as_a_solve(length, beta, kind):
+    """In float32, against NumPy in float64, for the systems of the delta rule. Powers of L alone lose everything."""
+    keys = unit_keys(kind, length)
+    lower = np.float64(np.float32(beta * np.tril(keys @ keys.T, -1)))
+    exact = np.linalg.inv(np.eye(length) + lower)
+    # What lies on or above the diagonal must not matter.
+    inverse = memory.unit_lower_inverse(jnp.asarray(lower + np.triu(RNG.normal(size=lower.shape)), jnp.float32))
+    assert inverse.dtype == jnp.float32
+    chex.assert_trees_all_equal(jnp.triu(inverse), jnp.eye(length))
+    # The entries are at most 2 for β ≤ 2 and unit keys. Up to β = 1 the error is that of 64 float32 additions; above, the
+    # powers of the 8×8 blocks grow like 3⁸ before they cancel, and that many units are lost.
+    tolerance = 64 * 2**-23 if beta <= 1 else 3**8 * 2**-23
+    chex.assert_trees_all_close(np.float64(inverse), exact, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("beta", [1.0, 2.0])
+def test_chunks_of_the_delta_rule_bear_correlated_keys_and_strong_writes(kind, beta):
+    """Float32 chunks of 64 against the float64 loop of the reference, of the same rounded inputs."""
+    keys = np.float32(unit_keys(kind, 128))
+    arrays = {"query": keys, "key": keys, "value": np.float32(RNG.normal(size=(128, 5)))}
+    arrays["beta"] = np.full(128, beta, np.float32)
+    want = reference.attention(**{name: np.float64(x) for name, x in arrays.items()}, rule="delta")
+    batched = {name: jnp.asarray(x)[None, :, None] for name, x in arrays.items()}
+    out, fast_weights, _ = compiled_attend(rule="delta", form="chunkwise", chunk_size=64)(batched)
+    scale = max(np.max(np.abs(want[0])), np.max(np.abs(want[1])))
+    tolerance = 1e-5 if beta <= 1 else 1e-3  # as for the inverse
+    chex.assert_trees_all_close((out[0, :, 0], fast_weights[0, 0]), want[:2], rtol=0, atol=tolerance * scale)
+
+
+EXTREMES = [("sum", "recurrent"), ("sum", "chunkwise"), ("delta", "recurrent"), ("delta", "chunkwise")]
+EXTREMES += [("delta", "parallel"), ("fwm", "recurrent"), ("fwm", "chunkwise")]
+
+
+@functools.cache
+def loss_and_gradients(rule, form):
+    def loss(arrays):
+        out, fast_weights, _ = attend(arrays, rule=rule, form=form)
+        return jnp.sum(out**2) + jnp.sum(fast_weights**2), out
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)
+
+
+def float32_inputs(**kwargs):
+    return {name: jnp.asarray(x, jnp.float32) for name, x in random_inputs(Case(**kwargs)).items() if x is not None}
+
+
+@pytest.mark.parametrize(("rule", "form"), EXTREMES)
+def test_strong_decays_neither_overflow_nor_leak(rule, form):
+    """exp(50·t) is not a float32; each token must read what itself wrote, to exp(−50)."""
+    arrays = float32_inputs(rule=rule, length=20)
+    arrays["log_decay"] = jnp.full(arrays["beta"].shape, -50.0)
+    (loss, out), gradients = loss_and_gradients(rule, form)(arrays)
+    chex.assert_tree_all_finite((loss, out, gradients))
+    if rule != "fwm":
+        own = jnp.sum(arrays["query"] * arrays["key"], -1) * arrays["beta"]
+        chex.assert_trees_all_close(out, own[..., None] * arrays["value"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("rule", "form"), EXTREMES)
+@pytest.mark.parametrize("what", ["key", "value", "query", "beta"])
+def test_zeros_have_finite_gradients(what, rule, form):
+    """Zero keys and values and an empty memory, which is where norms and square roots have none."""
+    arrays = float32_inputs(rule=rule, length=20)
+    arrays[what] = jnp.zeros_like(arrays[what])
+    arrays["log_decay"] = jnp.full(arrays["beta"].shape, -0.1)
+    chex.assert_tree_all_finite(loss_and_gradients(rule, form)(arrays))
+
+
+@pytest.mark.parametrize("form", ["recurrent", "chunkwise", "parallel"])
+def test_nothing_is_retrieved_before_the_first_key_nor_by_a_zero_key(form):
+    """Eq. 27 with v̄_1 = 0: without a mass to divide by, the write is that of the plain rule. Gradients are finite."""
+    arrays = float32_inputs(normalize="retrieval", length=6)
+    arrays["key"] = arrays["key"].at[:, 3].set(0)
+
+    def loss(arrays):
+        out, _, _ = attend(arrays, rule="delta", normalize="retrieval", form=form)
+        return jnp.sum(out**2), out
+
+    (_, out), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)(arrays)
+    chex.assert_tree_all_finite((out, gradients))
+    mass = jnp.sum(arrays["key"][:, 0] * arrays["query"][:, 0], -1, keepdims=True)
+    first = arrays["beta"][:, 0, :, None] * arrays["value"][:, 0] * mass / (mass + 1e-6)
+    chex.assert_trees_all_close(out[:, 0], first, rtol=1e-5)
+
+
+# --- what a gradient keeps -------------------------------------------------------------------------------------------
+
+LENGTH, SIZE = 1024, 32
+
+
+def gradient_at_length(rule, form):
+    shape = (1, LENGTH, 1)
+    arrays = {name: jnp.zeros((*shape, SIZE)) for name in ("query", "key", "value")} | {"beta": jnp.zeros(shape)}
+
+    def loss(arrays):
+        out, memory = fwt_jax.fast_weight_attention(**arrays, rule=rule, form=form)
+        return jnp.sum(out**2) + jnp.sum(memory.fast_weights**2)
+
+    return jax.jit(jax.grad(loss)), arrays
+
+
+@pytest.mark.parametrize("form", ["recurrent", "chunkwise"])
+@pytest.mark.parametrize("rule", ["sum", "delta", "fwm"])
+def test_no_array_of_a_gradient_holds_a_memory_per_token(rule, form):
+    gradient, arrays = gradient_at_length(rule, form)
+    shapes = re.findall(r"\bf32\[([\d,]+)\]", str(gradient.trace(arrays).jaxpr))
+    sizes = [np.prod([int(size) for size in shape.split(",")]) for shape in set(shapes)]
+    assert max(sizes) >= LENGTH * SIZE  # the inputs themselves: the pattern still finds shapes
+    assert max(sizes) <= LENGTH * SIZE * SIZE / 8
+
+
+@pytest.mark.parametrize("rule", ["sum", "delta", "fwm"])
+def test_the_recurrent_gradient_needs_far_less_than_a_memory_per_token(rule):
+    """About 2√T = 64 of them, and some copies of the inputs, each of which is worth 32 memories."""
+    gradient, arrays = gradient_at_length(rule, "recurrent")
+    temporary = gradient.lower(arrays).compile().memory_analysis().temp_size_in_bytes
+    per_memory = SIZE * SIZE * 4
+    assert 0 < temporary < LENGTH * per_memory / 3
