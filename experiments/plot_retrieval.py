@@ -1,2 +1,256 @@
-def table(rows): return f"{len(rows)} rows"
-def draw(rows,out,name): return []
+"""Figures 2 to 5 of the paper, drawn from the results files of the retrieval experiment over the authors' own runs.
+
+    python -m experiments.plot_retrieval                      redraws every figure from experiments/results/*.csv
+    python -m experiments.plot_retrieval --results FOLDER     from the csv files in FOLDER
+
+As in the paper a point is the last evaluation loss of a run, not its best. The runs themselves: retrieval.py.
+The authors' numbers: results/authors.csv and results/authors_curves.csv; where they come from: results/README.md.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import pathlib
+
+import numpy as np
+import tyro
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+SETTINGS = {"0": "1", "1": "2"}  # column "replace" -> setting
+
+# (model, rule): label, colour, marker; in the order of the legend. Colours for the colour-blind, after Okabe and Ito.
+CAPACITY = {
+    ("softmax", "softmax"): ("softmax", "#000000", "p"),
+    ("linear", "sum"): ("Linear (ELU+1)", "#009E73", "s"),
+    ("favor64", "sum"): ("FAVOR+, 64", "#56B4E9", "o"),
+    ("favor128", "sum"): ("FAVOR+, 128", "#0072B2", "v"),
+    ("favor512", "sum"): ("FAVOR+, 512", "#1F3A68", "^"),
+    ("dpfp1", "sum"): ("DPFP-1", "#E69F00", "X"),
+    ("dpfp2", "sum"): ("DPFP-2", "#D55E00", "P"),
+    ("dpfp3", "sum"): ("DPFP-3", "#B5559B", "D"),
+}
+UPDATE_RULES = {
+    ("tanh", "fwm"): ("Schlag (2021)", "#000000", "s"),
+    ("dpfp1", "fwm"): ("Schlag (2021) with DPFP-1", "#B5559B", "D"),
+    ("dpfp1", "sum"): ("DPFP-1, sum rule", "#E69F00", "X"),
+    ("linear", "delta"): ("Linear (ELU+1), delta rule", "#009E73", "v"),
+    ("dpfp1", "delta"): ("DPFP-1, delta rule", "#56B4E9", "o"),
+    ("dpfp2", "delta"): ("DPFP-2, delta rule", "#0072B2", "^"),
+}
+FOUR_RULES = {line: look for line, look in UPDATE_RULES.items() if line[0] in ("tanh", "dpfp1")}
+NUM_FEATURES = {64: "Linear", 128: "DPFP-1", 256: "DPFP-2", 384: "DPFP-3"}  # as many keys can be orthogonal
+EVAL_EVERY = 100  # steps
+
+FIGURES = {
+    # experiment: {file: (setting, lines, S of learning curves or None for the last loss over S)}
+    "quick": {"figure3.png": ("2", FOUR_RULES, 20), "figure2_coarse.png": ("1", CAPACITY, None)},
+    "capacity": {"figure2.png": ("1", CAPACITY, None), "figure4.png": ("1", CAPACITY, 600)},
+    "update_rules": {"figure5.png": ("2", UPDATE_RULES, None), "figure3.png": ("2", FOUR_RULES, 20)},
+}
+
+
+def read(path: pathlib.Path) -> list[dict[str, str]]:
+    """The rows of a csv file."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _by_point(rows):
+    """{(setting, model, rule, S): rows}, a row for each seed; in the order of the legends and of S."""
+    points = {}
+    for row in rows:
+        points.setdefault((SETTINGS[row["replace"]], row["model"], row["rule"], int(row["S"])), []).append(row)
+    order = [("1", *line) for line in CAPACITY] + [("2", *line) for line in UPDATE_RULES]
+    order += [("2", "favor64", "delta"), ("2", "favor128", "delta")]  # in no figure
+    rank = {line: i for i, line in enumerate(order)}
+    return dict(sorted(points.items(), key=lambda item: (rank.get(item[0][:3], len(rank)), item[0])))
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def _mean_and_range(rows, column) -> str:
+    """A NaN counts as the worst value of its range, and makes the mean NaN."""
+    values = sorted((float(row[column] or "nan") for row in rows), key=lambda value: (math.isnan(value), value))
+    form = ".0f" if column == "steps" else ".4g"
+    mean, low, high = (format(float(value), form) for value in (np.mean(values), values[0], values[-1]))
+    return mean if low == high else f"{mean} ({low}–{high})"
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """Our runs beside the authors', one line for each point; several seeds as mean (min–max).
+
+    Args:
+      rows: of a results file.
+
+    Returns:
+      A text table of fixed width; "-" where the authors have no run.
+    """
+    authors, columns = _by_point(read(RESULTS / "authors.csv")), ("best_loss", "last_loss", "steps")
+    lines = [["", "", "", "", "ours", "", "", "authors", "", "", ""]]
+    lines += [["setting", "model", "rule", "S", "best", "last", "steps", "best", "last", "steps", "seconds"]]
+    for point, runs in _by_point(rows).items():
+        ours = [_mean_and_range(runs, column) for column in columns]
+        theirs = [_mean_and_range(authors[point], column) if point in authors else "-" for column in columns]
+        lines.append([*map(str, point), *ours, *theirs, f"{np.mean([float(run['seconds']) for run in runs]):.1f}"])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(2, ["-" * width for width in widths])
+    pads = [str.ljust] * 3 + [str.rjust] * 8
+    return "\n".join("  ".join(map(lambda pad, *cell: pad(*cell), pads, line, widths)).rstrip() for line in lines)
+
+
+# --- the figures -----------------------------------------------------------------------------------------------------
+
+
+def draw(rows: list[dict[str, str]], folder: pathlib.Path, experiment: str) -> list[pathlib.Path]:
+    """Draws the figures of an experiment over the authors' runs, from as many rows as there are.
+
+    Args:
+      rows: of a results file, in any order; an interrupted sweep will do.
+      folder: where to write; made if there is none.
+      experiment: "quick" (figure3.png, figure2_coarse.png), "capacity" (figure2.png, figure4.png) or "update_rules"
+        (figure5.png, figure3.png).
+
+    Returns:
+      The files written. A figure that none of the rows belongs to is not touched.
+    """
+    if experiment not in FIGURES:
+        raise ValueError(f"experiment must be one of {tuple(FIGURES)}, got {experiment!r}")
+    from matplotlib import style  # here: every worker process of a sweep imports this file, and none of them draws
+
+    written = []
+    for name, (setting, lines, size) in FIGURES[experiment].items():
+        points = {point: runs for point, runs in _by_point(rows).items() if point[0] == setting and point[1:3] in lines}
+        points = {point: runs for point, runs in points.items() if size in (None, point[3])}
+        if points:
+            path = pathlib.Path(folder) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with style.context("default"):
+                figure = _draw_curves(points, setting, lines, size) if size else _draw_losses(points, setting, lines)
+                figure.savefig(path.with_suffix(".tmp"), format="png", metadata={"Software": None})
+            os.replace(path.with_suffix(".tmp"), path)
+            written.append(path)
+    return written
+
+
+def _new_figure(title, xlabel, ylabel, log):
+    from matplotlib.figure import Figure  # without pyplot: no window, and nothing to close
+
+    figure = Figure(figsize=(8, 5.4), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title, loc="left", fontsize=12, pad=8)
+    axes.set_xlabel(xlabel, fontsize=11)
+    axes.set_ylabel(ylabel, fontsize=11)
+    axes.set_yscale("log" if log else "linear")
+    axes.grid(color="#E4E4E4", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _finish(figure, lines, looks, paper_limits):
+    """The paper's y axis, wider where something lies outside; the legend below the axes, where it covers nothing."""
+    from matplotlib.lines import Line2D
+
+    (axes,) = figure.axes
+    values = np.concatenate([line.get_ydata(orig=False) for line in axes.lines])
+    values = values[np.isfinite(values) & ((values > 0) | (axes.get_yscale() == "linear"))]
+    axes.set_ylim(np.min(0.8 * values, initial=paper_limits[0]), np.max(1.1 * values, initial=paper_limits[1]))
+    solid = looks["this library"] | {"alpha": 1}
+    styles = {label: solid | {"color": color, "marker": marker} for label, color, marker in lines.values()} | looks
+    handles = [Line2D([], [], label=label, **{"color": "#777777"} | style) for label, style in styles.items()]
+    layout = {"ncols": 5 if len(lines) > 6 else 3, "columnspacing": 1.4, "handlelength": 1.8}
+    figure.legend(handles=handles, loc="outside lower center", frameon=False, fontsize=10, **layout)
+    return figure
+
+
+def _last_losses(points, line):
+    return {
+        point[3]: np.array([float(run["last_loss"]) for run in runs])
+        for point, runs in points.items()
+        if point[:3] == line
+    }
+
+
+def _draw_losses(points, setting, lines):
+    """Figures 2 and 5: the last loss over S; of several seeds the mean and range of those that did not end in NaN."""
+    what = {"1": "Setting 1: every key once (dotted: capacity)", "2": "Setting 2: keys are assigned anew"}[setting]
+    figure, axes = _new_figure(what, "number of keys S", "last evaluation loss", log=setting == "2")
+    looks = {
+        "this library": {"linewidth": 1.6, "marker": "o", "markersize": 4.5},
+        "the authors' runs (hollow)": {"linestyle": "", "marker": "o", "markersize": 8.5, "markerfacecolor": "none"},
+    }
+    solid, hollow = looks.values()
+    authors, failed = _by_point(read(RESULTS / "authors.csv")), []
+    for line, (_, color, marker) in lines.items():
+        look = {"color": color, "marker": marker}
+        theirs, ours = (_last_losses(runs, (setting, *line)) for runs in (authors, points))
+        axes.plot(list(theirs), [losses[0] for losses in theirs.values()], **hollow | look, alpha=0.85)
+        failed += [(size, color) for size, losses in ours.items() if not np.all(np.isfinite(losses))]
+        ours = {size: losses[np.isfinite(losses)] for size, losses in ours.items() if np.any(np.isfinite(losses))}
+        mean, low, high = (np.array([pick(losses) for losses in ours.values()]) for pick in (np.mean, np.min, np.max))
+        bars = {"yerr": np.maximum(0, (mean - low, high - mean)), "capsize": 2.5} if np.any(high > low) else {}
+        axes.errorbar(list(ours), mean, **solid | look | bars)
+    if failed:
+        looks["a run that ends in NaN"] = {"linestyle": "", "marker": "x"}
+    _finish(figure, lines, looks, (1e-4, 1e3) if setting == "2" else (-0.015, 0.53))
+    above = {"xycoords": axes.get_xaxis_transform(), "ha": "center"}
+    for size, color in failed:
+        axes.annotate("×", (size, 0.965), color=color, fontsize=13, va="center", **above)
+    if setting == "1":
+        axes.set_title(what, loc="left", fontsize=12, pad=32)
+        for size, name in NUM_FEATURES.items():
+            axes.axvline(size, color="#888888", linewidth=0.9, linestyle=":", zorder=1)
+            axes.annotate(f"{name}\n{size}", (size, 1.01), fontsize=8.5, color="#555555", **above)
+    else:
+        axes.set_xticks(range(20, 201, 20))
+        note = "FAVOR+ is left out, as in the paper:\n18 of the authors' 20 runs end in NaN"
+        axes.set_title(note, loc="right", fontsize=9, color="#555555", pad=8)
+    return figure
+
+
+def _draw_curves(points, setting, lines, size):
+    """Figures 3 and 4: learning curves at one S, for several seeds one each."""
+    log = setting == "2"
+    figure, axes = _new_figure(f"Setting {setting}: S = {size}", "step", "evaluation loss", log)
+    looks = {
+        "this library": {"linewidth": 2.6, "alpha": 0.55},
+        "the authors' runs": {"linewidth": 1.3, "linestyle": (0, (4, 1.5))},
+    }
+    ours, dashed = looks.values()
+    authors = _by_point(read(RESULTS / "authors_curves.csv"))
+    for line, (_, color, _) in lines.items():
+        point = (setting, *line, size)
+        for run in points.get(point, []):
+            losses = [float(loss) for loss in run["losses"].split()]
+            axes.plot(EVAL_EVERY * np.arange(1, len(losses) + 1), losses, color=color, **ours)
+        steps, losses = zip(*((int(row["step"]), float(row["loss"])) for row in authors[point]), strict=True)
+        axes.plot(steps, losses, color=color, zorder=3, **dashed)
+    if log:
+        axes.set_xscale("log")
+    lines = {line: (label, color, "") for line, (label, color, _) in lines.items()}
+    return _finish(figure, lines, looks, (5e-4, 100) if log else (-0.015, 0.53))
+
+
+# --- command line ----------------------------------------------------------------------------------------------------
+
+
+def main(results: pathlib.Path = RESULTS):
+    """Redraws every figure from the csv files in a folder.
+
+    Args:
+      results: where quick.csv, capacity.csv and update_rules.csv are, or some of them; the figures are written there.
+    """
+    for experiment in FIGURES:
+        path = results / f"{experiment}.csv"
+        if path.exists():
+            rows = read(path)
+            print(f"{path}\n{table(rows)}")
+            for figure in draw(rows, results, experiment):
+                print(f"wrote {figure}")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,11 +1,12 @@
-"""The paper's synthetic retrieval: how much a fast weight memory holds, and which update rule corrects it (figures 2 to 5).
+"""The paper's synthetic retrieval (figures 2 to 5): how much a memory holds, and which update rule corrects it.
 
     python -m experiments.retrieval                 figure 3 and a coarse figure 2, drawn over the authors' points
     python -m experiments.retrieval capacity        figures 2 and 4: 8 models, S = 20 … 600
     python -m experiments.retrieval update_rules    figures 3 and 5: 8 models, S = 20 … 200
 
-Every finished run is saved at once, and a sweep that was interrupted goes on where it stopped. Times and numbers, measured on
-two cores: experiments/README.md. The task and the models are in retrieval_model.py, the figures in plot_retrieval.py.
+Every finished run is saved at once, and a sweep that was interrupted goes on where it stopped. Times and numbers,
+measured on two cores: experiments/README.md. The task and the models are in retrieval_model.py, the figures in
+plot_retrieval.py.
 """
 
 from __future__ import annotations

@@ -1,13 +1,15 @@
 """The task, the models and one training run of the paper's synthetic retrieval (Schlag et al. 2021, section 6.1).
 
-A sequence of L (key, value) pairs is written to a memory, then one key is asked for: which value came with it last? There are
-S keys and S values. Setting 1 (capacity): L = S, every key and every value once. Setting 2 (update rules): L = 2S, both drawn
-with replacement, so that keys are assigned anew. Keys are learned embeddings of size ⌊2.2·S⌋, values are one-hot vectors;
+A sequence of L (key, value) pairs is written to a memory, then one key is asked for: which value came with it last?
+There are S keys and S values. Setting 1 (capacity): L = S, every key and every value once. Setting 2 (update rules):
+L = 2S, both drawn with replacement, so that keys are assigned anew. Keys are learned embeddings of size ⌊2.2·S⌋, values
+are one-hot vectors;
 
     k = W_K [v; e(key)] + b_K,   q = W_Q e(key) + b_Q   of size 64,   loss = ½ ‖v* − v̂‖².
 
-What is computed here only once: W_K e, W_Q e and W_β e for each of the S vocabulary entries (then gathered), W_K v as a row of
-W_K (v is one-hot), and the query's weight of each position (``fwt_jax.read_weights``: O(L·F), where a memory costs O(L·F·S)).
+What makes it fast: W_K e, W_Q e and W_β e are computed once for each of the S vocabulary entries and then gathered;
+W_K v is a row of W_K, for v is one-hot; and the one query is read by its weight for each position
+(``fwt_jax.read_weights``, O(L·F)) instead of from a memory (O(L·F·S)).
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fwt_jax import feature_maps, fast_weight_attention, init_memory, read_weights
-from fwt_jax.memory import Memory
+from fwt_jax import feature_maps, read_weights
+from fwt_jax.chunkwise import chunkwise
 
 HEAD_SIZE = 64
 EVAL_EVERY = 100
@@ -92,8 +94,8 @@ class Task:
 def sample_pairs(key, task: Task, shape: tuple[int, ...], length: int):
     """Keys and values of sequences, ids in 0 … S−1, each ``[*shape, length]``; keys None where it is position = key.
 
-    Without replacement both are permutations. A sum does not ask for the order of its terms, so the keys can stand in their
-    own order and one permutation, of the values, is the same distribution: nothing needs to be sorted or gathered by key.
+    Without replacement both are permutations. A sum does not ask for the order of its terms, so the keys can stand in
+    their own order and one permutation, of the values, is the same distribution: nothing is gathered by key.
     """
     if task.replace:
         pairs = jax.random.randint(key, (2, *shape, length), 0, task.num_keys)
@@ -137,28 +139,29 @@ def init_params(seed: int, model: Model, task: Task) -> dict:
         "key": linear(inputs, HEAD_SIZE, bound(inputs)),
         "query": linear(size, HEAD_SIZE, bound(size)),
     }
-    return params | ({"beta": linear(inputs, 1, inputs**-0.5)} if model.rule in ("delta", "fwm") else {})
+    params |= {"beta": linear(inputs, 1, inputs**-0.5)} if model.rule in ("delta", "fwm") else {}
+    return jax.tree.map(jnp.asarray, params)
 
 
-def params_from_torch(state: dict) -> dict:
-    """The authors' ``state_dict`` (numpy arrays by name; Linear weights are [out, in]) as ours, for any map, rule and size.
+def params_from_torch(state: dict, model: Model) -> dict:
+    """The authors' ``state_dict`` (arrays by name; Linear weights are [out, in]) as ours, for any map, rule and size.
 
     W_v and W_f, which their program makes and never uses, and the embedding rows of ids that never occur are left out.
     """
-    missing = {"embeddingK.weight", "W_k.weight", "W_k.bias", "W_q.weight", "W_q.bias"} - set(state)
-    if missing:
-        raise ValueError(f"not a state_dict of the retrieval program: {sorted(missing)} missing from {sorted(state)}")
+    names = {"key": "W_k", "query": "W_q"} | ({"beta": "W_b"} if model.rule in ("delta", "fwm") else {})
+    needed = {"embeddingK.weight", *(f"{name}.{part}" for name in names.values() for part in ("weight", "bias"))}
+    if needed - set(state):
+        raise ValueError(f"not a state_dict of {model}: {sorted(needed - set(state))} missing from {sorted(state)}")
 
     def linear(name):
         return {"kernel": jnp.asarray(state[f"{name}.weight"]).T, "bias": jnp.asarray(state[f"{name}.bias"])}
 
     embedding = jnp.asarray(state["embeddingK.weight"])
-    params = {"embedding": embedding[: len(embedding) // 2], "key": linear("W_k"), "query": linear("W_q")}
-    return params | ({"beta": linear("W_b")} if "W_b.weight" in state else {})
+    return {"embedding": embedding[: len(embedding) // 2]} | {ours: linear(theirs) for ours, theirs in names.items()}
 
 
 def draw_projection(key, model: Model, shape: tuple[int, ...] = (), size: int = HEAD_SIZE):
-    """FAVOR+'s random matrices ``[*shape, M, size]``, drawn anew at every call, in evaluation too; None for other maps."""
+    """FAVOR+'s random matrices ``[*shape, M, size]``, drawn anew for every forward call; None for other maps."""
     if model.feature_map != "favor":
         return None
     draw = functools.partial(feature_maps.orthogonal_projection, num_features=model.size, dim=size)
@@ -175,7 +178,7 @@ def _features(model: Model, x, projection):
 
 
 def project(params, keys, values, queries):
-    """Keys ``[..., L, 64]``, β before the sigmoid ``[..., L]`` (or None) and queries ``[..., Q, 64]`` of sequences of ids."""
+    """Of ids: keys ``[..., L, 64]``, β before its sigmoid ``[..., L]`` (or None) and queries ``[..., Q, 64]``."""
     num_keys = params["embedding"].shape[0]
     kernels = [params["key"]["kernel"][num_keys:], params["query"]["kernel"]]
     if "beta" in params:
@@ -192,7 +195,7 @@ def project(params, keys, values, queries):
 
 
 def predict(model: Model, num_values: int, key, beta, values, query, projection):
-    """v̂ ``[Q, S]`` for the queries ``[Q, D]`` to one sequence: keys ``[L, D]``, β ``[L]`` before the sigmoid, value ids ``[L]``."""
+    """v̂ ``[Q, S]`` for queries ``[Q, D]`` to one sequence: keys ``[L, D]``, β ``[L]`` before its sigmoid, value ids."""
 
     def by_value(weights):  # [Q, L] -> [Q, S]: Σ_l w_l onehot(v_l)
         return jax.ops.segment_sum(weights.T, values, num_values).T
@@ -219,16 +222,14 @@ def predict(model: Model, num_values: int, key, beta, values, query, projection)
 
 def _write(rule, num_values, key, beta, values):
     """W ``[F, S]`` after all pairs of one sequence. The first write of fwm is not clipped in the authors' program."""
-    value = jax.nn.one_hot(values, num_values)
-    memory = init_memory(1, 1, key.shape[-1], num_values)
+    value, fast_weights = jax.nn.one_hot(values, num_values), jnp.zeros((key.shape[-1], num_values))
     if rule == "fwm":
-        memory = Memory((beta[0] * jnp.outer(key[0], value[0]))[None, None], memory.key_sum)
+        fast_weights = beta[0] * jnp.outer(key[0], value[0])
         key, beta, value = key[1:], beta[1:], value[1:]
-        if not len(key):
-            return memory.fast_weights[0, 0]
-    batched = [x[None, :, None] for x in (key, key, value, beta)]
-    _, memory = fast_weight_attention(*batched, rule=rule, memory=memory)
-    return memory.fast_weights[0, 0]
+    if not len(key):
+        return fast_weights
+    pairs = (x[None, :, None] for x in (key, value, beta))
+    return chunkwise(fast_weights[None, None], None, *pairs, rule=rule)[1][0, 0]
 
 
 def batch_loss(params, batch, projection, model: Model):
@@ -249,8 +250,8 @@ def batch_loss(params, batch, projection, model: Model):
 def eval_loss(params, key, model: Model, task: Task, batch_size: int):
     """Mean over 20 sequences of length S × chunks of their queries, as the authors weigh them.
 
-    Each distinct key of a sequence is asked for, in sorted order, at most 200; they go through the model in chunks of the batch
-    size, and a short last chunk weighs as much as a full one. FAVOR+ draws a projection for each chunk.
+    Each distinct key of a sequence is asked for, in sorted order, at most 200; they go through the model in chunks of
+    the batch size, and a short last chunk weighs as much as a full one. FAVOR+ draws a projection for each chunk.
     """
     num_keys, num_queries = task.num_keys, min(task.num_keys, EVAL_QUERIES)
     num_chunks = -(-num_queries // batch_size)
@@ -291,12 +292,12 @@ def eval_loss(params, key, model: Model, task: Task, batch_size: int):
 
 
 def make_trainer(model: Model, task: Task):
-    """``init(seed) -> state`` and ``advance(state) -> state, eval loss``: 100 steps of Adam and an evaluation in one jit."""
+    """``init(seed) -> state`` and ``advance(state) -> state, eval loss``: 100 steps of Adam and an evaluation."""
     learning_rate, batch_size = model.recipe
     optimizer = optax.adam(learning_rate)
 
     def init(seed):
-        params = jax.tree.map(jnp.asarray, init_params(seed, model, task))
+        params = init_params(seed, model, task)
         return params, optimizer.init(params), jax.random.key(seed)
 
     def step(carry, key):
@@ -317,17 +318,18 @@ def make_trainer(model: Model, task: Task):
     return init, advance
 
 
-def train(model: Model, task: Task, seed: int = 1, max_steps: int = MAX_STEPS, report=lambda step, loss: None) -> list[float]:
+def train(model: Model, task: Task, seed: int = 1, max_steps: int = MAX_STEPS, report=None) -> list[float]:
     """One run to the paper's stopping rule; the evaluation loss after every 100 steps.
 
-    It stops when the loss is at most 0.001, or has not been lower than the best so far 11 times in a row, or after ``max_steps``.
+    It stops when the loss is at most 0.001, or has not been lower than the best so far 11 times in a row, or after
+    ``max_steps``.
 
     Args:
       model: feature map and rule.
       task: S and the setting.
       seed: of the initial weights and the data.
       max_steps: at least 100.
-      report: called with the step and the loss after each evaluation.
+      report: if given, called with the step and the loss after each evaluation.
 
     Returns:
       The losses; their minimum is the "best", the last one is what the paper's figures show.
@@ -339,9 +341,10 @@ def train(model: Model, task: Task, seed: int = 1, max_steps: int = MAX_STEPS, r
     for step in range(EVAL_EVERY, max_steps + 1, EVAL_EVERY):
         state, loss = advance(state)
         losses.append(float(loss))
-        report(step, losses[-1])
+        if report:
+            report(step, losses[-1])
         strikes = 0 if losses[-1] < best else strikes + 1
-        best = min(best, losses[-1]) if losses[-1] == losses[-1] else best
+        best = np.fmin(best, losses[-1])
         if losses[-1] <= STOP_LOSS or strikes > MAX_STRIKES:
             break
     return losses

@@ -116,7 +116,7 @@ def fast_weight_attention(
     _check_like(beta, "beta", [(batch, length, heads)])
     _check_like(log_decay, "log_decay", [(batch, length, heads), (batch, length, heads, key_size)])
     dtype = functools.reduce(jnp.promote_types, (query.dtype, key.dtype, value.dtype), jnp.float32)
-    memory = _start(memory, (batch, heads, key_size, value.shape[-1]), dtype)
+    memory = _start(memory, key, value, dtype)
     reset = _resets(segment_ids, batch, length)
 
     out_dtype = value.dtype
@@ -182,13 +182,13 @@ def fast_weight_cross_attention(
       Katharopoulos et al. 2020; Schlag, Irie & Schmidhuber 2021 (eq. 17-19).
     """
     _check_qkv(query, key, value)
-    batch, length, heads, key_size = key.shape
+    batch, length = key.shape[:2]
     if value.shape[1] != length:
         raise ValueError(
             f"key and value must have one length S, got key {list(key.shape)} and value {list(value.shape)}"
         )
     dtype = functools.reduce(jnp.promote_types, (query.dtype, key.dtype, value.dtype), jnp.float32)
-    memory = _start(memory, (batch, heads, key_size, value.shape[-1]), dtype)
+    memory = _start(memory, key, value, dtype)
     written = key.astype(dtype)
     if key_mask is not None:
         if key_mask.shape != (batch, length) or key_mask.dtype != bool:
@@ -304,10 +304,13 @@ def _check_like(x, name, shapes):
         raise ValueError(f"{name} must be floating point, got {x.dtype}; cast it, e.g. {name}.astype(jnp.float32)")
 
 
-def _start(memory, shape, dtype):
+def _start(memory, key, value, dtype):
     """The memory to start from, in the dtype of the computation."""
+    shape = (key.shape[0], *key.shape[2:], value.shape[-1])
     if memory is None:
-        return init_memory(*shape, dtype)
+        # Zeros of the arguments: in shard_map they vary over the mesh as what will be written does.
+        key_sum, zeros = jnp.zeros_like(key, dtype, shape[:-1]), jnp.zeros_like(value, dtype, shape)
+        return Memory(key_sum[..., None] + zeros, key_sum)
     got = (memory.fast_weights.shape, memory.key_sum.shape)
     if got != (shape, shape[:-1]):
         raise ValueError(

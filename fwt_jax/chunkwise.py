@@ -35,7 +35,7 @@ def chunkwise(
 
     Args:
       fast_weights: W_0, ``[B, H, K, V]``, float32 or float64; all else is computed in its dtype.
-      query, key: ``[B, T, H, K]``.
+      query, key: ``[B, T, H, K]``; without a query nothing is read.
       value: ``[B, T, H, V]``.
       beta: ``[B, T, H]``.
       log_decay: None, ``[B, T, H]`` or ``[B, T, H, K]``.
@@ -45,7 +45,7 @@ def chunkwise(
       precision: of the matrix products, as in ``jax.lax``.
 
     Returns:
-      The reads ``[B, T, H, V]`` and W_T ``[B, H, K, V]``.
+      The reads ``[B, T, H, V]``, or None, and W_T ``[B, H, K, V]``.
     """
     length = key.shape[1]
     chunk_size = min(chunk_size or (8 if rule == "fwm" else CHUNK_SIZE), length)
@@ -62,7 +62,7 @@ def chunkwise(
             return fast_weights, reads
 
         fast_weights, reads = lax.scan(body, fast_weights, chunks)
-        return reads.reshape(num_chunks * chunk_size, -1)[:length], fast_weights
+        return None if reads is None else reads.reshape(num_chunks * chunk_size, -1)[:length], fast_weights
 
     return over_heads(one_head)(fast_weights, query, key, value, beta, log_decay, reset)
 

@@ -168,8 +168,8 @@ def dpfp(x: jax.Array, nu: int = 1) -> jax.Array:
     if not 1 <= nu <= 2 * size - 1:
         raise ValueError(f"dpfp of vectors of size {size} takes nu from 1 to {2 * size - 1}, got nu={nu}")
     pair = jnp.concatenate([x, -x], axis=-1)
-    # Each roll is a slice of u with its end put before its start. The barrier has this copy made once: fused into the nu
-    # products, XLA's CPU compiler would branch on every element instead of using vectors, at three times the time.
+    # Each roll is a slice of u with its end put before its start. The barrier has this copy made once: fused into the
+    # nu products, XLA's CPU compiler would branch on every element instead of using vectors, at three times the time.
     extended = lax.optimization_barrier(jnp.concatenate([pair[..., 2 * size - nu :], pair], axis=-1))
     extended = jnp.maximum(extended, 0)
     rolls = [extended[..., nu - j : nu - j + 2 * size] for j in range(nu + 1)]

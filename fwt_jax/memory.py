@@ -134,12 +134,12 @@ def chunk(fast_weights, query, key, value, beta, log_decay=None, reset=None, *, 
 
     Args:
       fast_weights: W_0, ``[K, V]``.
-      query, key, value, beta, log_decay, reset: see the head of this file.
+      query, key, value, beta, log_decay, reset: see the head of this file; without a query nothing is read.
       rule: "sum", "delta" or "fwm"; a decay per channel is not defined for "fwm" here, use ``recurrent``.
       precision: of the matrix products, as in ``jax.lax``.
 
     Returns:
-      The reads y ``[T, V]`` and W_T ``[K, V]``.
+      The reads y ``[T, V]``, or None, and W_T ``[K, V]``.
     """
     _check_shapes(fast_weights, query, key, value, beta, log_decay, reset)
     length = key.shape[0]
@@ -162,15 +162,16 @@ def chunk(fast_weights, query, key, value, beta, log_decay=None, reset=None, *, 
         else:
             decay = jnp.ones(length, key.dtype) if log_decay is None else jnp.exp(log_decay)
             decay = decay if reset is None else jnp.where(reset, 0, decay)
-            writes, scale = _fwm_writes(fast_weights, value, beta, key, recalled, overlaps, decay)
+            writes, scale = _fwm_writes(fast_weights, value, beta, key, recalled, overlaps, decay, reset)
 
-    scores = _decayed_products(query, key, log_alpha, causal, precision)
-    reads = matmul(query * from_start, fast_weights) + matmul(scores, writes)
+    reads = None
+    if query is not None:
+        scores = _decayed_products(query, key, log_alpha, causal, precision)
+        reads = matmul(query * from_start, fast_weights) + matmul(scores, writes)
+        reads = reads * (1 / scale)[:, None] if rule == "fwm" else reads
     to_end = jnp.where(reaches_end[:, None], jnp.exp(log_alpha[-1:] - log_alpha), 0)
     fast_weights = from_start[-1][:, None] * fast_weights + matmul((key * to_end).T, writes)
-    if rule == "fwm":
-        return reads / scale[:, None], fast_weights / scale[-1]
-    return reads, fast_weights
+    return reads, fast_weights * (1 / scale[-1]) if rule == "fwm" else fast_weights
 
 
 def parallel(fast_weights, query, key, value, beta, log_decay=None, reset=None, *, rule: Rule, precision=HIGHEST):
@@ -190,22 +191,30 @@ def _decayed_products(left, key, log_alpha, mask, precision):
     return jnp.sum(left[:, None] * key[None] * jnp.exp(exponents), axis=-1)
 
 
-def _fwm_writes(fast_weights, value, beta, key, recalled, overlaps, decay):
+def _fwm_writes(fast_weights, value, beta, key, recalled, overlaps, decay, reset):
     """Writes ``[T, V]`` of the fwm rule and its scale r ``[T]`` after each token, touching no [K, V] matrix.
 
-    With M_t the same memory never clipped, the clips make W_t = M_t / r_t with r_t = max(r_{t−1}, ‖M_t‖_F), r_0 = 1, if M is
-    the delta memory of the values r_{t−1} v_t. The norm is followed by scalars, as for a write u to the recalled m
+    With M_t the same memory never clipped, the clips make W_t = M_t / r_t with r_t = max(r_{t−1}, ‖M_t‖_F), if M is the
+    delta memory of the values r_{t−1} v_t; r = 1 at the start and at a reset. The norm is followed by scalars, as for a
+    write u to the recalled m
 
         ‖αM + k uᵀ‖² = α²‖M‖² + 2 uᵀm + ‖k‖²‖u‖².
     """
+    # The compiler would fuse each of these into all that follow, and compute it again there: twice the time on CPU.
+    once = lax.optimization_barrier
+    rows = lambda x: [jnp.squeeze(row, 0) for row in jnp.split(x, len(x))]  # noqa: E731  (transposes to one concatenation)
+    norms, key_norms = [jnp.sum(jnp.square(fast_weights))], rows(jnp.sum(jnp.square(key), axis=-1))
     writes, scales = [], [jnp.ones((), key.dtype)]
-    norm = jnp.sum(jnp.square(fast_weights))
-    for t in range(len(key)):
-        found = sum((overlaps[t, i] * writes[i] for i in range(t)), recalled[t])
-        writes.append(beta[t] * (scales[-1] * value[t] - found))
-        gain = 2 * found + jnp.sum(jnp.square(key[t])) * writes[-1]
-        norm = jnp.square(decay[t]) * norm + jnp.sum(writes[-1] * gain)
-        scales.append(jnp.sqrt(jnp.maximum(jnp.square(scales[-1]), norm)))
+    for t, (overlap, found, value_t, beta_t, decay_t) in enumerate(
+        zip(map(rows, rows(overlaps)), rows(once(recalled)), rows(value), rows(beta), rows(decay), strict=True)
+    ):
+        found = once(sum((overlap[i] * writes[i] for i in range(t)), found))
+        scale = scales[-1] if reset is None else jnp.where(reset[t], 1, scales[-1])
+        write = once(beta_t * (scale * value_t - found))
+        gain = jnp.sum(write * (2 * found + key_norms[t] * write))
+        norms.append(jnp.square(decay_t) * norms[-1] + gain)
+        scales.append(jnp.sqrt(jnp.maximum(jnp.square(scale), norms[-1])))
+        writes.append(write)
     return jnp.stack(writes), jnp.stack(scales[1:])
 
 
@@ -313,7 +322,7 @@ def key_sums(key_sum, key, log_decay=None, reset=None):
 def _check_shapes(fast_weights, query, key, value, beta, log_decay, reset):
     length, key_size, value_size = *key.shape, value.shape[-1]
     chex.assert_shape(fast_weights, (key_size, value_size))
-    chex.assert_shape([query, key], (length, key_size))
+    chex.assert_shape(key if query is None else [query, key], (length, key_size))
     chex.assert_shape(value, (length, value_size))
     chex.assert_shape(beta, (length,))
     if log_decay is not None and log_decay.shape != (length,):

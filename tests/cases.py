@@ -10,8 +10,8 @@ import numpy as np
 
 import fwt_jax
 
-# Compilation is most of the time of the tests. Without optimisation it takes a fifth of it, and rounds the same way
-# for float64 and its tolerance; the float32 tests and the goldens compile as users do.
+# Compilation is most of the time of the tests. Without optimisation it takes a fifth of it, and rounds the same
+# way. The goldens, and what is said of the memory that a gradient needs, compile as users do.
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
 BATCH, HEADS, KEY_SIZE, VALUE_SIZE = 2, 2, 8, 5

@@ -14,6 +14,7 @@ from cases import (
     QUICK,
     Case,
     attend,
+    compiled_attend,
     covering_cases,
     every_case,
     outputs_and_gradients,
@@ -116,7 +117,7 @@ ROUNDED = [
 @pytest.mark.parametrize("case", ROUNDED, ids=str)
 def test_float32_is_the_float64_reference_to_its_own_rounding(case):
     """Tolerances: 2⁻²⁴ per operation, a hundred steps of them, and sums over tokens in the gradients."""
-    check_against_reference(case, jnp.float32, rtol=5e-6, gradient_rtol=2e-5)
+    check_against_reference(case, jnp.float32, rtol=5e-6, gradient_rtol=2e-5, compiler_options=QUICK)
 
 
 @pytest.mark.parametrize("case", ROUNDED, ids=str)
@@ -130,8 +131,8 @@ def test_bfloat16_inputs_are_computed_in_float32():
     case = ROUNDED[2]
     arrays = {name: jnp.asarray(x, jnp.bfloat16) for name, x in random_inputs(case).items() if x is not None}
     exact = {name: x.astype(jnp.float32) for name, x in arrays.items()}
-    out, *memory = attend(arrays, **case.options)
-    exact_out, *exact_memory = attend(exact, **case.options)
+    out, *memory = compiled_attend(**case.options)(arrays)
+    exact_out, *exact_memory = compiled_attend(**case.options)(exact)
     chex.assert_trees_all_close(memory, exact_memory, rtol=1e-6, atol=1e-6)
     chex.assert_trees_all_equal(out, exact_out.astype(jnp.bfloat16))
 
@@ -174,7 +175,7 @@ def test_the_authors_removal_and_replacement_is_the_delta_rule(x64):
     """Eq. 20-23, as the paper derives the rule, against eq. 24 as it is computed."""
     arrays = random_inputs(Case(length=37))
     kept = {name: arrays[name] for name in ("query", "key", "value", "beta")}
-    out, fast_weights, _ = attend(kept, form="recurrent")
+    out, fast_weights, _ = compiled_attend(form="recurrent")(kept)
     want = reference.batched(reference.delta_by_replacement, kept)
     chex.assert_trees_all_close((out, fast_weights), want, rtol=1e-11, atol=1e-11)
 
@@ -248,7 +249,7 @@ def test_cross_attention_continues_a_memory(x64):
 def test_read_is_the_last_read_of_a_causal_call(normalize, x64):
     case = Case(normalize=normalize, length=37, decay="head", start=True)
     arrays = random_inputs(case)
-    out, fast_weights, key_sum = attend(arrays, **case.options)
+    out, fast_weights, key_sum = compiled_attend(**case.options)(arrays)
     memory = fwt_jax.Memory(fast_weights, key_sum)
     again = fwt_jax.read(jnp.asarray(arrays["query"][:, -1:]), memory, normalize=normalize)
     chex.assert_trees_all_close(again, out[:, -1:], rtol=1e-12, atol=1e-13)

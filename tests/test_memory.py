@@ -14,8 +14,6 @@ from cases import QUICK, Case, attend, compiled_attend, random_inputs
 import fwt_jax
 from fwt_jax import memory
 
-RNG = np.random.default_rng(0)
-
 
 def one_head(**kwargs):
     """Arrays by name of the first sequence and head of ``random_inputs``; no memory, unless it has a start."""
@@ -76,10 +74,11 @@ def test_key_sums_before_and_after_each_token(decay, x64):
 
 
 def unit_keys(kind, length, size=8):
+    rng = np.random.default_rng(0)
     keys = {
         "equal": np.ones((length, size)),
-        "random": RNG.normal(size=(length, size)),
-        "correlated, non-negative": 1 + 0.1 * RNG.random((length, size)),
+        "random": rng.normal(size=(length, size)),
+        "correlated, non-negative": 1 + 0.1 * rng.random((length, size)),
         "opposite": np.ones((length, size)) * np.where(np.arange(length) % 2, 1, -1)[:, None],
     }[kind]
     return keys / np.linalg.norm(keys, axis=-1, keepdims=True)
@@ -97,11 +96,11 @@ def test_the_triangular_inverse_is_as_good_as_a_solve(length, beta, kind):
     lower = np.float64(np.float32(beta * np.tril(keys @ keys.T, -1)))
     exact = np.linalg.inv(np.eye(length) + lower)
     # What lies on or above the diagonal must not matter.
-    inverse = memory.unit_lower_inverse(jnp.asarray(lower + np.triu(RNG.normal(size=lower.shape)), jnp.float32))
+    inverse = memory.unit_lower_inverse(jnp.asarray(lower + np.triu(np.ones_like(lower)), jnp.float32))
     assert inverse.dtype == jnp.float32
     chex.assert_trees_all_equal(jnp.triu(inverse), jnp.eye(length))
-    # The entries are at most 2 for β ≤ 2 and unit keys. Up to β = 1 the error is that of 64 float32 additions; above, the
-    # powers of the 8×8 blocks grow like 3⁸ before they cancel, and that many units are lost.
+    # The entries are at most 2 for β ≤ 2 and unit keys. Up to β = 1 the error is that of 64 float32 additions; above,
+    # the powers of the 8×8 blocks grow like 3⁸ before they cancel, and that many units are lost.
     tolerance = 64 * 2**-23 if beta <= 1 else 3**8 * 2**-23
     chex.assert_trees_all_close(np.float64(inverse), exact, rtol=0, atol=tolerance)
 
@@ -111,7 +110,7 @@ def test_the_triangular_inverse_is_as_good_as_a_solve(length, beta, kind):
 def test_chunks_of_the_delta_rule_bear_correlated_keys_and_strong_writes(kind, beta):
     """Float32 chunks of 64 against the float64 loop of the reference, of the same rounded inputs."""
     keys = np.float32(unit_keys(kind, 128))
-    arrays = {"query": keys, "key": keys, "value": np.float32(RNG.normal(size=(128, 5)))}
+    arrays = {"query": keys, "key": keys, "value": np.float32(np.random.default_rng(1).normal(size=(128, 5)))}
     arrays["beta"] = np.full(128, beta, np.float32)
     want = reference.attention(**{name: np.float64(x) for name, x in arrays.items()}, rule="delta")
     batched = {name: jnp.asarray(x)[None, :, None] for name, x in arrays.items()}
@@ -182,23 +181,36 @@ def test_nothing_is_retrieved_before_the_first_key_nor_by_a_zero_key(form):
 LENGTH, SIZE = 1024, 32
 
 
-def gradient_at_length(rule, form):
+def long_inputs():
     shape = (1, LENGTH, 1)
-    arrays = {name: jnp.zeros((*shape, SIZE)) for name in ("query", "key", "value")} | {"beta": jnp.zeros(shape)}
+    return {name: jnp.zeros((*shape, SIZE)) for name in ("query", "key", "value")} | {"beta": jnp.zeros(shape)}
 
+
+def gradient_at_length(rule, form):
     def loss(arrays):
         out, memory = fwt_jax.fast_weight_attention(**arrays, rule=rule, form=form)
         return jnp.sum(out**2) + jnp.sum(memory.fast_weights**2)
 
-    return jax.jit(jax.grad(loss)), arrays
+    return jax.jit(jax.grad(loss))
+
+
+@pytest.mark.parametrize(("form", "kept"), [("recurrent", 32), ("chunkwise", 16)])
+@pytest.mark.parametrize("rule", ["sum", "delta", "fwm"])
+def test_a_gradient_keeps_the_inputs_and_the_memory_at_the_start_of_each_chunk(rule, form, kept):
+    """√T memories, or T/64 (T/8 for fwm, whose chunks are smaller), and nothing else between the two passes."""
+    kept = 128 if (rule, form) == ("fwm", "chunkwise") else kept
+    attention = functools.partial(fwt_jax.fast_weight_attention, rule=rule, form=form)
+    residuals = jax.eval_shape(lambda arrays: jax.vjp(lambda arrays: attention(**arrays), arrays)[1], long_inputs())
+    inputs = sum(x.size for x in long_inputs().values())
+    assert sum(x.size for x in jax.tree.leaves(residuals)) <= 1.02 * (inputs + kept * SIZE * SIZE)
 
 
 @pytest.mark.parametrize("form", ["recurrent", "chunkwise"])
 @pytest.mark.parametrize("rule", ["sum", "delta", "fwm"])
 def test_no_array_of_a_gradient_holds_a_memory_per_token(rule, form):
-    gradient, arrays = gradient_at_length(rule, form)
-    shapes = re.findall(r"\bf32\[([\d,]+)\]", str(gradient.trace(arrays).jaxpr))
-    sizes = [np.prod([int(size) for size in shape.split(",")]) for shape in set(shapes)]
+    jaxpr = str(gradient_at_length(rule, form).trace(long_inputs()).jaxpr)
+    shapes = set(re.findall(r"\bf32\[([\d,]+)\]", jaxpr))
+    sizes = [np.prod([int(size) for size in shape.split(",")]) for shape in shapes]
     assert max(sizes) >= LENGTH * SIZE  # the inputs themselves: the pattern still finds shapes
     assert max(sizes) <= LENGTH * SIZE * SIZE / 8
 
@@ -206,7 +218,8 @@ def test_no_array_of_a_gradient_holds_a_memory_per_token(rule, form):
 @pytest.mark.parametrize("rule", ["sum", "delta", "fwm"])
 def test_the_recurrent_gradient_needs_far_less_than_a_memory_per_token(rule):
     """About 2√T = 64 of them, and some copies of the inputs, each of which is worth 32 memories."""
-    gradient, arrays = gradient_at_length(rule, "recurrent")
-    temporary = gradient.lower(arrays).compile().memory_analysis().temp_size_in_bytes
+    temporary = (
+        gradient_at_length(rule, "recurrent").lower(long_inputs()).compile().memory_analysis().temp_size_in_bytes
+    )
     per_memory = SIZE * SIZE * 4
     assert 0 < temporary < LENGTH * per_memory / 3

@@ -1,0 +1,246 @@
+"""The paper's retrieval experiment: the authors' numbers, the data's law, evaluation, the stopping rule."""
+
+import json
+import pathlib
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import retrieval, retrieval_model
+from experiments.retrieval import Config, Run, load, save, sweep
+from experiments.retrieval_model import Model, Task, batch_loss, params_from_torch
+from fwt_jax import memory
+
+GOLDEN = sorted((pathlib.Path(__file__).parent / "golden" / "retrieval").glob("*.npz"))
+RULES = {"ours": "delta", "cat": "softmax"}
+ALL_MODELS = sorted({*retrieval.CAPACITY_MODELS, *retrieval.UPDATE_RULE_MODELS}, key=lambda m: (m.name, m.rule))
+
+
+@pytest.fixture(autouse=True)
+def broadcasting():
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def small_params(model, num_keys, replace=True, seed=0):
+    return retrieval_model.init_params(seed, model, Task(num_keys, replace))
+
+
+# --- the authors' program --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_weights_of_the_authors_program_give_its_outputs_loss_and_gradients(path):
+    data = np.load(path)
+    config = json.loads(str(data["config"]))
+    rule = RULES.get(config["update_rule"], config["update_rule"])
+    model = Model(config["attention"], rule, config["arg"])
+    params = params_from_torch({name[6:]: data[name] for name in data.files if name.startswith("state/")}, model)
+    num_keys = config["n_values"]
+    batch = (data["x"][:, 0], data["x"][:, 1] - num_keys, data["q"][:, 0], data["y"][:, 0] - num_keys)
+    projection = data["omega"].T if "omega" in data.files else None
+    (loss, predicted), grads = jax.value_and_grad(batch_loss, has_aux=True)(params, batch, projection, model)
+
+    def close(got, want):
+        # A gradient that is zero but for rounding (the bias of softmax keys) is held against the size of the others.
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * max(np.abs(want).max(), 1e-3))
+
+    close(predicted, data["y_hat"])
+    np.testing.assert_allclose(loss, data["loss"], rtol=1e-5)
+    close(grads["embedding"], data["grad/embeddingK.weight"][:num_keys])
+    assert not data["grad/embeddingK.weight"][num_keys:].any()
+    for ours, theirs in {"key": "W_k", "query": "W_q", "beta": "W_b"}.items():
+        assert (ours in grads) == (f"grad/{theirs}.weight" in data.files)
+        if ours in grads:
+            close(grads[ours]["kernel"].T, data[f"grad/{theirs}.weight"])
+            close(grads[ours]["bias"], data[f"grad/{theirs}.bias"])
+
+
+def test_a_state_dict_that_lacks_weights_is_refused():
+    with pytest.raises(ValueError, match=r"W_q\.weight.*missing"):
+        params_from_torch(
+            {"embeddingK.weight": np.zeros((4, 2)), "W_k.weight": np.zeros((2, 4))}, Model("linear", "sum")
+        )
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+def test_setting_1_draws_uniform_permutations():
+    _, values = retrieval_model.sample_pairs(jax.random.key(0), Task(5, False), (6000,), 5)
+    np.testing.assert_array_equal(np.sort(values, axis=1), np.tile(np.arange(5), (6000, 1)))
+    _, counts = np.unique(values, axis=0, return_counts=True)
+    assert len(counts) == 120
+    assert np.sum((counts - 50) ** 2 / 50) < 180  # χ² with 119 degrees of freedom: 3 in 10,000 above
+
+
+def test_setting_2_asks_for_the_value_at_the_last_occurrence():
+    keys, values, query, target = retrieval_model.sample_batch(jax.random.key(0), Task(6, True), 200)
+    assert keys.shape == values.shape == (200, 12)
+    for k, v, q, y in zip(*map(np.asarray, (keys, values, query, target)), strict=True):
+        assert y == v[np.flatnonzero(k == q)[-1]]
+    assert len(np.unique(query)) == 6
+
+
+def test_setting_2_asks_for_a_position_so_that_repeated_keys_are_likelier():
+    keys, _, query, _ = retrieval_model.sample_batch(jax.random.key(1), Task(3, True), 20_000)
+    share = np.mean(np.asarray(keys) == np.asarray(query)[:, None])
+    # E[Σ n_k²]/L² with n ~ Multinomial(6, 1/3): 1/3 + (1 − 1/3)/6; a uniform distinct key would give less.
+    np.testing.assert_allclose(share, 1 / 3 + (2 / 3) / 6, atol=0.01)
+
+
+@pytest.mark.parametrize("model", [Model("dpfp", "sum", 1), Model("softmax", "softmax")], ids=str)
+def test_the_order_of_pairs_does_not_matter_where_keys_are_not_listed(model):
+    """Setting 1 leaves the keys in their own order, for a sum does not see it."""
+    params, order = small_params(model, 7, False), np.random.default_rng(0).permutation(7)
+    values = np.random.default_rng(1).permutation(7)[None]
+    listed = (order[None], values[:, order], np.array([3]), values[:, 3])
+    plain = (None, values, np.array([3]), values[:, 3])
+    losses = [batch_loss(params, batch, None, model)[0] for batch in (listed, plain)]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+# --- model and evaluation --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ALL_MODELS, ids=lambda model: f"{model.name}-{model.rule}")
+def test_one_query_is_read_as_many_are(model):
+    """One query takes the cheapest path (the transposed recurrence for delta), several go through the memory."""
+    params = small_params(model, 9)
+    keys, values = np.random.default_rng(0).integers(0, 9, (2, 14))
+    projection = retrieval_model.draw_projection(jax.random.key(0), model)
+    queries = np.arange(9)
+    key, beta, query = retrieval_model.project(params, keys, values, queries)
+    predict = lambda query: retrieval_model.predict(model, 9, key, beta, values, query, projection)  # noqa: E731
+    one_by_one = jnp.concatenate([predict(query[i : i + 1]) for i in range(9)])
+    np.testing.assert_allclose(predict(query), one_by_one, rtol=0, atol=2e-5 * jnp.abs(one_by_one).max())
+
+
+def test_the_fast_weight_memory_starts_without_a_clip():
+    """Figure 3's "Schlag (2021)": W_1 = β_1 k_1 v_1ᵀ whatever its norm, then the fwm step."""
+    rng = np.random.default_rng(0)
+    key, values, beta = (
+        rng.normal(size=(5, 4)).astype(np.float32),
+        np.array([0, 2, 1, 2, 0]),
+        np.full(5, 0.9, np.float32),
+    )
+    fast_weights = beta[0] * jnp.outer(key[0], jax.nn.one_hot(0, 3))
+    for t in range(1, 5):
+        fast_weights = memory.fwm_step(fast_weights, key[t], jax.nn.one_hot(values[t], 3), beta[t])
+    got = retrieval_model._write("fwm", 3, jnp.asarray(key), jnp.asarray(beta), values)
+    np.testing.assert_allclose(got, fast_weights, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_evaluation_weighs_chunks_of_queries_as_the_authors_do(replace, monkeypatch):
+    """Literally: distinct keys in sorted order, at most EVAL_QUERIES, in chunks, the mean of the chunks' means."""
+    monkeypatch.setattr(retrieval_model, "EVAL_SEQUENCES", 3)
+    monkeypatch.setattr(retrieval_model, "EVAL_QUERIES", 7)
+    model, task, batch_size, key = Model("linear", "sum"), Task(10, replace), 4, jax.random.key(3)
+    params = small_params(model, 10, replace)
+    pairs_key, _ = jax.random.split(key)
+    all_keys, all_values = retrieval_model.sample_pairs(pairs_key, task, (3,), 10)
+    chunk_means = []
+    for i in range(3):
+        keys, values = np.arange(10) if all_keys is None else np.asarray(all_keys[i]), np.asarray(all_values[i])
+        errors = []
+        for k in np.unique(keys)[:7]:
+            target = values[np.flatnonzero(keys == k)[-1]]
+            batch = (keys[None], values[None], np.array([k]), np.array([target]))
+            errors.append(batch_loss(params, batch, None, model)[0])
+        chunk_means += [np.mean(errors[start : start + 4]) for start in range(0, len(errors), 4)]
+    got = retrieval_model.eval_loss(params, key, model, task, batch_size)
+    np.testing.assert_allclose(got, np.mean(chunk_means), rtol=1e-5)
+
+
+def test_favor_draws_a_projection_for_each_chunk_of_an_evaluation():
+    model = Model("favor", "sum", 3)
+    projections = retrieval_model.draw_projection(jax.random.key(0), model, (2, 2), 4)
+    chex.assert_shape(projections, (2, 2, 3, 4))
+    assert len(np.unique(np.asarray(projections).round(5))) == 2 * 2 * 3 * 4
+    assert retrieval_model.draw_projection(jax.random.key(0), Model("linear", "sum")) is None
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "losses, steps",
+    [
+        ([0.5, 0.2, 0.0009, 0.0001], 3),  # at most 0.001
+        ([0.5] + [0.4] * 20, 13),  # eleven evaluations in a row without a new best
+        ([0.5, 0.4] + [0.45] * 10 + [0.3] + [0.35] * 20, 24),  # a new best gives ten more
+        ([float("nan")] * 20, 11),
+        ([0.5, 0.4, 0.3, 0.2, 0.1, 0.05], 6),  # max_steps
+    ],
+)
+def test_a_run_stops_by_the_papers_rule(losses, steps, monkeypatch):
+    trainer = (lambda seed: 0, lambda state: (state + 1, losses[state]))
+    monkeypatch.setattr(retrieval_model, "make_trainer", lambda model, task: trainer)
+    got = retrieval_model.train(Model("linear", "sum"), Task(20, False), max_steps=600 if steps == 6 else 100_000)
+    assert len(got) == steps
+
+
+def test_delta_learns_to_reassign_keys_where_sum_cannot():
+    """Figure 3 in small: S = 6, keys assigned anew."""
+    task = Task(6, True)
+    delta = retrieval_model.train(Model("dpfp", "delta", 1), task)
+    assert delta[-1] <= 1e-3
+    assert min(retrieval_model.train(Model("dpfp", "sum", 1), task, max_steps=100 * len(delta))) > 0.03
+
+
+# --- sweeps ----------------------------------------------------------------------------------------------------------
+
+
+def finished(run):
+    return dict(zip(retrieval.COLUMNS, (*run.id, "0.25", "100", "0.5", "200", "1.0", "0.25 0.5"), strict=True))
+
+
+def test_a_sweep_goes_on_where_it_stopped_and_repeats_nothing(tmp_path):
+    runs = [Run(Model("linear", "sum"), Task(4, False)), Run(Model("softmax", "softmax"), Task(4, False))]
+    path = tmp_path / "capacity.csv"
+    save(path, {runs[0].id: finished(runs[0])})
+    rows = sweep(runs, path, workers=1, max_steps=100)
+    assert rows[runs[0].id] == finished(runs[0])
+    assert float(rows[runs[1].id]["last_loss"]) < 0.5
+    assert load(path) == rows
+    modified = path.stat().st_mtime_ns
+    assert sweep(runs, path, workers=1, max_steps=100) == rows
+    assert path.stat().st_mtime_ns == modified
+    assert [file.name for file in tmp_path.iterdir()] == ["capacity.csv"]
+
+
+def test_a_results_file_with_other_columns_is_refused(tmp_path):
+    path = tmp_path / "capacity.csv"
+    path.write_text("model,loss\nlinear,0.1\n")
+    with pytest.raises(ValueError, match=r"expected.*move it away"):
+        load(path)
+
+
+def test_the_experiments_have_the_papers_runs():
+    assert len(Config("capacity").runs) == 240
+    assert len(Config("update_rules").runs) == 80
+    assert len({(run.model.name, run.model.rule) for name in retrieval.EXPERIMENTS for run in Config(name).runs}) == 15
+    assert len(Config("capacity", seeds=3, sizes=(20, 40)).runs) == 8 * 2 * 3
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: Model("elu", "sum"), "feature_map must be one of"),
+        (lambda: Model("linear", "softmax"), 'goes with rule "softmax"'),
+        (lambda: Model("dpfp", "sum"), "at least 1"),
+        (lambda: Model("linear", "sum", 2), "0 for the others"),
+        (lambda: Task(0, False), "at least 1, got 0"),
+        (lambda: Config(seeds=0), "seeds must be at least 1"),
+        (lambda: Config(workers=0), "workers must be at least 1"),
+        (lambda: Config(max_steps=99), "max_steps must be at least 100"),
+        (lambda: retrieval_model.train(Model("linear", "sum"), Task(4, False), max_steps=50), "at least 100"),
+    ],
+)
+def test_bad_settings_are_refused(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()

@@ -1,0 +1,130 @@
+"""What JAX people will do to the attention: jit, vmap, grad, checkpoint, jvp, second derivatives and shards."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import QUICK, Case, attend, random_inputs
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import fwt_jax
+
+FORMS = [
+    {"rule": "delta", "form": "recurrent"},
+    {"rule": "delta", "form": "chunkwise", "chunk_size": 4, "normalize": "retrieval"},
+    {"rule": "sum", "form": "parallel", "normalize": "read"},
+    {"rule": "fwm", "form": "chunkwise", "chunk_size": 3},
+]
+every_form = pytest.mark.parametrize("options", FORMS, ids=lambda options: f"{options['rule']}-{options['form']}")
+
+
+def float64_inputs(options, length=10, **kwargs):
+    case = Case(normalize=options.get("normalize", False), decay="head", length=length, start=True)
+    return {name: jnp.asarray(x) for name, x in random_inputs(case, **kwargs).items()}
+
+
+def loss(arrays, options):
+    return sum(jnp.sum(jnp.sin(x)) for x in attend(arrays, **options))
+
+
+def jit(function):
+    return jax.jit(function, compiler_options=QUICK)
+
+
+@every_form
+def test_jit_checkpoint_and_vmap_change_nothing(options, x64):
+    arrays = float64_inputs(options)
+    gradient = jax.grad(lambda arrays: loss(arrays, options))
+    run = lambda arrays: (attend(arrays, **options), gradient(arrays))  # noqa: E731
+    want = jit(run)(arrays)
+    if options["form"] == "recurrent":
+        chex.assert_trees_all_close(run(arrays), want, rtol=1e-11, atol=1e-12)
+
+    checkpointed = jax.checkpoint(functools.partial(attend, **options))
+    again = jit(jax.grad(lambda arrays: sum(jnp.sum(jnp.sin(x)) for x in checkpointed(arrays))))
+    chex.assert_trees_all_close(again(arrays), want[1], rtol=1e-11, atol=1e-12)
+
+    pair = jax.tree.map(lambda x, y: jnp.stack([y, x]), arrays, float64_inputs(options, seed=3))
+    both = jit(jax.vmap(run))(pair)
+    chex.assert_trees_all_close(jax.tree.map(lambda x: x[1], both), want, rtol=1e-11, atol=1e-12)
+
+
+@every_form
+def test_forward_mode_is_reverse_mode_and_second_derivatives_are_differences_of_first(options, x64):
+    arrays, direction = float64_inputs(options), float64_inputs(options, seed=4)
+    gradient = jit(jax.grad(lambda arrays: loss(arrays, options)))
+
+    _, forward = jit(lambda x, v: jax.jvp(lambda x: loss(x, options), (x,), (v,)))(arrays, direction)
+    reverse = sum(jnp.vdot(gradient(arrays)[name], direction[name]) for name in arrays)
+    chex.assert_trees_all_close(forward, reverse, rtol=1e-10)
+
+    product = jit(lambda x, v: jax.jvp(jax.grad(lambda x: loss(x, options)), (x,), (v,))[1])(arrays, direction)
+    step = 1e-5
+    ahead, behind = (
+        gradient(jax.tree.map(lambda x, v, sign=sign: x + sign * step * v, arrays, direction)) for sign in (1, -1)
+    )
+    differences = jax.tree.map(lambda a, b: (a - b) / (2 * step), ahead, behind)
+    for name in arrays:  # the error of a central difference is of the order step²
+        scale = jnp.max(jnp.abs(differences[name]))
+        chex.assert_trees_all_close(product[name], differences[name], rtol=0, atol=1e-6 * float(scale))
+
+
+@every_form
+def test_shards_of_the_batch_and_of_the_heads_give_the_same_numbers(options, x64):
+    """jit with sharded arguments, and shard_map, on a mesh of four by two devices, with gradients."""
+    packed = options["rule"] != "delta"  # else from an empty memory
+    case = Case(normalize=options.get("normalize", False), decay="head", length=6, start=packed)
+    arrays = {name: jnp.asarray(x) for name, x in random_inputs(case).items() if x is not None}
+    arrays = {name: jnp.concatenate([x, 0.5 * x]) for name, x in arrays.items()}
+    segment_ids = jnp.broadcast_to(jnp.arange(6)[None] // 4, (4, 6)) if packed else None
+
+    def run(arrays, segment_ids):
+        def losses(arrays):
+            outputs = attend(arrays, segment_ids=segment_ids, **options)
+            return sum(jnp.sum(jnp.sin(x)) for x in outputs), outputs
+
+        gradients, outputs = jax.grad(losses, has_aux=True)(arrays)
+        return outputs, gradients
+
+    want = jit(run)(arrays, segment_ids)
+    mesh = jax.make_mesh((4, 2), ("batch", "heads"), axis_types=(AxisType.Auto, AxisType.Auto))
+    tokens, memory = P("batch", None, "heads"), P("batch", "heads")
+    specs = {name: memory if name in ("fast_weights", "key_sum") else tokens for name in arrays}
+    in_specs = (specs, P("batch") if packed else None)
+    placed = jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), (arrays, segment_ids), in_specs)
+    chex.assert_trees_all_close(jit(run)(*placed), want, rtol=1e-10, atol=1e-12)
+    out_specs = ((tokens, memory, memory), specs)
+    mapped = jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
+    chex.assert_trees_all_close(jit(mapped)(arrays, segment_ids), want, rtol=1e-10, atol=1e-12)
+
+
+def test_a_shard_of_the_batch_does_not_gather_the_others():
+    """Sequences and heads are independent: sharded over them, the program has no communication."""
+    mesh = jax.make_mesh((4, 2), ("batch", "heads"), axis_types=(AxisType.Auto, AxisType.Auto))
+    sharding = NamedSharding(mesh, P("batch", None, "heads"))
+    x, beta = (jax.device_put(jnp.ones((4, 10, 2, *size)), sharding) for size in ((8,), ()))
+    compiled = jit(lambda x, beta: fwt_jax.fast_weight_attention(x, x, x, beta)).lower(x, beta).compile()
+    text = compiled.as_text()
+    assert not [word for word in ("all-gather", "all-reduce", "all-to-all", "collective-permute") if word in text]
+    assert compiled(x, beta)[0].sharding.is_equivalent_to(sharding, 4)
+
+
+def test_a_memory_is_a_tree_that_passes_through_scan():
+    """Token by token under lax.scan, the memory being the carry, is the whole sequence at once."""
+    arrays = {name: jnp.asarray(x, jnp.float32) for name, x in random_inputs(Case(length=6)).items() if x is not None}
+    want, *_ = attend(arrays, form="recurrent")
+
+    def step(memory, token):
+        out, memory = fwt_jax.fast_weight_attention(
+            **jax.tree.map(lambda x: x[:, None], token), memory=memory, form="recurrent"
+        )
+        return memory, out[:, 0]
+
+    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), arrays)
+    _, out = jax.lax.scan(step, fwt_jax.init_memory(2, 2, 8, 5), tokens)
+    chex.assert_trees_all_close(jnp.moveaxis(out, 0, 1), want, rtol=1e-5, atol=1e-6)
+    assert np.all(np.isfinite(out))
