@@ -291,14 +291,14 @@ def eval_loss(params, key, model: Model, task: Task, batch_size: int):
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-def make_trainer(model: Model, task: Task):
-    """``init(seed) -> state`` and ``advance(state) -> state, eval loss``: 100 steps of Adam and an evaluation."""
+def make_step(model: Model, task: Task):
+    """``init(seed) -> (params, moments)`` and ``step((params, moments), key)``: a new batch and one step of Adam."""
     learning_rate, batch_size = model.recipe
     optimizer = optax.adam(learning_rate)
 
     def init(seed):
         params = init_params(seed, model, task)
-        return params, optimizer.init(params), jax.random.key(seed)
+        return params, optimizer.init(params)
 
     def step(carry, key):
         params, moments = carry
@@ -308,14 +308,21 @@ def make_trainer(model: Model, task: Task):
         updates, moments = optimizer.update(grads, moments)
         return (optax.apply_updates(params, updates), moments), None
 
+    return init, step
+
+
+def make_trainer(model: Model, task: Task):
+    """``init(seed) -> state`` and ``advance(state) -> state, eval loss``: 100 steps and an evaluation in one jit."""
+    init, step = make_step(model, task)
+
     @functools.partial(jax.jit, donate_argnums=0)
     def advance(state):
-        params, moments, key = state
+        carry, key = state
         key, eval_key, *step_keys = jax.random.split(key, EVAL_EVERY + 2)
-        (params, moments), _ = jax.lax.scan(step, (params, moments), jnp.stack(step_keys))
-        return (params, moments, key), eval_loss(params, eval_key, model, task, batch_size)
+        carry, _ = jax.lax.scan(step, carry, jnp.stack(step_keys))
+        return (carry, key), eval_loss(carry[0], eval_key, model, task, model.recipe[1])
 
-    return init, advance
+    return lambda seed: (init(seed), jax.random.key(seed)), advance
 
 
 def train(model: Model, task: Task, seed: int = 1, max_steps: int = MAX_STEPS, report=None) -> list[float]:

@@ -77,10 +77,12 @@ def fast_weight_attention(
       rule: the update rule.
       memory: where to start, what an earlier call returned; empty if not given.
       segment_ids: integers ``[B, T]``, for packed sequences. The memory is dropped before each token whose id differs
-        from the one before it; the first token of a call always continues ``memory``.
+        from the one before it; the first token of a call always continues ``memory``. (A NaN or infinite value of an
+        earlier segment stays there in the recurrent form; in the others it reaches its chunk.)
       normalize: attention normalisation, with z_t = α_t z_{t−1} + k_t. False; "read" divides the read by z_tᵀq_t + eps
         (eq. 28); "retrieval" (delta only) also divides what the key recalls, (α_t W_{t−1})ᵀk_t, by (α_t z_{t−1})ᵀk_t
-        + eps (eq. 27), and nothing is recalled where that sum is 0, as at the first token.
+        + eps (eq. 27). A sum d of 0, as at the first token, counts as 1; and the write is weakened by d/(d + eps), as
+        in the authors' kernels: where a strong decay makes d tiny, take eps = 0.
       eps: see ``normalize``. 1e-6 in the authors' retrieval program, 1e-5 in their language models.
       form: "chunkwise" trains; "recurrent" is the definition, and right for T = 1; "parallel" (sum, delta) is one
         chunk. All give the same numbers up to rounding.
@@ -112,12 +114,12 @@ def fast_weight_attention(
         )
     if value.shape[1] != length:
         raise ValueError(f"value must have the length {length} of key, got value {list(value.shape)}")
-    _check_options(rule, form, normalize, implementation, beta, log_decay, chunk_size)
+    check_options(rule, form, normalize, implementation, beta, log_decay, chunk_size)
     _check_like(beta, "beta", [(batch, length, heads)])
     _check_like(log_decay, "log_decay", [(batch, length, heads), (batch, length, heads, key_size)])
     dtype = functools.reduce(jnp.promote_types, (query.dtype, key.dtype, value.dtype), jnp.float32)
     memory = _start(memory, key, value, dtype)
-    reset = _resets(segment_ids, batch, length)
+    reset = resets(segment_ids, batch, length)
 
     out_dtype = value.dtype
     query, key, value = (x.astype(dtype) for x in (query, key, value))
@@ -264,7 +266,7 @@ def _check_qkv(query, key, value):
         raise ValueError(f"value must agree with key in B and H, got value {list(value.shape)}, key {list(key.shape)}")
 
 
-def _check_options(rule, form, normalize, implementation, beta, log_decay, chunk_size):
+def check_options(rule, form, normalize, implementation, beta, log_decay, chunk_size):
     def one_of(name, got, options):
         if not any(got is option or (got == option and isinstance(got, str)) for option in options):
             raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {got!r}")
@@ -288,6 +290,10 @@ def _check_options(rule, form, normalize, implementation, beta, log_decay, chunk
         raise ValueError(f'rule "fwm" clips its memory and has no attention normalisation, got normalize={normalize!r}')
     if rule == "sum" and normalize == "retrieval":
         raise ValueError('normalize="retrieval" is for rule "delta"; rule "sum" retrieves nothing by key, use "read"')
+    if rule == "fwm" and chunk_size is not None and chunk_size > 16:
+        raise ValueError(
+            f'the chunks of rule "fwm" are unrolled and take at most chunk_size=16, got {chunk_size}; None takes 8'
+        )
     if chunk_size is not None and (form != "chunkwise" or chunk_size < 1):
         raise ValueError(
             f'chunk_size must be at least 1 and goes with form="chunkwise", got {chunk_size} and form="{form}"'
@@ -320,7 +326,7 @@ def _start(memory, key, value, dtype):
     return Memory(*(x.astype(jnp.promote_types(x.dtype, dtype)) for x in memory))
 
 
-def _resets(segment_ids, batch, length):
+def resets(segment_ids, batch, length):
     """True where a token's segment differs from the one before it; None without segments."""
     if segment_ids is None:
         return None

@@ -21,7 +21,7 @@ from flax import nnx
 from jax import lax
 
 from fwt_jax import feature_maps
-from fwt_jax.attention import Form, Normalize, _check_options, _resets, fast_weight_attention, init_memory
+from fwt_jax.attention import Form, Normalize, check_options, fast_weight_attention, init_memory, resets
 from fwt_jax.memory import Memory, Rule
 
 FeatureMap = Callable[[jax.Array], jax.Array]
@@ -109,7 +109,7 @@ class FastWeightAttention(nnx.Module):
             linear, in_features, num_heads, head_size, value_size, rngs
         )
         self.beta = None if rule == "sum" else linear(in_features, num_heads, rngs=rngs)
-        _check_options(rule, form, normalize, implementation, self.beta, None, chunk_size)
+        check_options(rule, form, normalize, implementation, self.beta, None, chunk_size)
         self.num_features = _count_features(feature_map, feature_normalization, num_heads, head_size)
 
     def __call__(
@@ -324,7 +324,7 @@ class SoftmaxAttention(nnx.Module):
         """
         _check_input(x, self.in_features)
         batch, num_tokens, _ = x.shape
-        reset = _resets(segment_ids, batch, num_tokens)
+        reset = resets(segment_ids, batch, num_tokens)
         query, key, value = self.query(x), self.key(x), self.value(x)
         start = length = jnp.zeros(batch, jnp.int32)
         if memory is not None:

@@ -100,8 +100,8 @@ def test_the_triangular_inverse_is_as_good_as_a_solve(length, beta, kind):
     assert inverse.dtype == jnp.float32
     chex.assert_trees_all_equal(jnp.triu(inverse), jnp.eye(length))
     # The entries are at most 2 for β ≤ 2 and unit keys. Up to β = 1 the error is that of 64 float32 additions; above,
-    # the powers of the 8×8 blocks grow like 3⁸ before they cancel, and that many units are lost.
-    tolerance = 64 * 2**-23 if beta <= 1 else 3**8 * 2**-23
+    # the powers of the 4×4 blocks grow like 3⁴ before they cancel, and about that many units are lost.
+    tolerance = 64 * 2**-23 if beta <= 1 else 4 * 3**4 * 2**-23
     chex.assert_trees_all_close(np.float64(inverse), exact, rtol=0, atol=tolerance)
 
 
@@ -116,7 +116,7 @@ def test_chunks_of_the_delta_rule_bear_correlated_keys_and_strong_writes(kind, b
     batched = {name: jnp.asarray(x)[None, :, None] for name, x in arrays.items()}
     out, fast_weights, _ = compiled_attend(rule="delta", form="chunkwise", chunk_size=64)(batched)
     scale = max(np.max(np.abs(want[0])), np.max(np.abs(want[1])))
-    tolerance = 1e-5 if beta <= 1 else 1e-3  # as for the inverse
+    tolerance = 1e-5 if beta <= 1 else 1e-4  # as for the inverse
     chex.assert_trees_all_close((out[0, :, 0], fast_weights[0, 0]), want[:2], rtol=0, atol=tolerance * scale)
 
 

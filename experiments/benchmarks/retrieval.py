@@ -1,0 +1,123 @@
+"""Milliseconds per training step of the retrieval experiment, data included, beside the authors' program.
+
+    python -m experiments.benchmarks.retrieval              the table (about five minutes on two cores)
+    python -m experiments.benchmarks.retrieval --parts      where the time of a step goes at S = 600
+
+The authors' column is their PyTorch program (Python loops over batch and time, batch 32, on two cores), run separately:
+compare ratios, not digits. Ours is the minimum and the median of ``--repeats`` jitted scans of ``--steps`` steps, on
+all cores that the process may use; ``taskset -c 0`` in front gives one core, which is what a worker of a sweep has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import tyro
+
+from experiments.retrieval_model import Model, Task, draw_projection, make_step, sample_pairs
+from fwt_jax import feature_maps
+
+# (model, S, setting 2?): the authors' milliseconds per step
+AUTHORS = {
+    (Model("softmax", "softmax"), False): {20: 2.9, 200: 24.8, 600: 281},
+    (Model("linear", "sum"), False): {20: 2.6, 200: 35, 600: 342},
+    (Model("dpfp", "sum", 1), False): {20: 3.3, 200: 51, 600: 367},
+    (Model("dpfp", "sum", 3), False): {20: 4.3, 200: 57, 600: 437},
+    (Model("favor", "sum", 512), False): {20: 9.9, 200: 222, 600: 1075},
+    (Model("dpfp", "delta", 1), True): {20: 43, 100: 752, 200: 3826},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What to time."""
+
+    parts: bool = False
+    """Time the parts of a step instead of whole steps."""
+    steps: int = 20
+    """Steps in one jitted scan."""
+    repeats: int = 5
+    """Scans timed, after one that is not."""
+
+
+def milliseconds(function, *args, steps: int, repeats: int) -> tuple[float, float]:
+    """Minimum and median per step of a jitted function that makes ``steps`` steps."""
+    function = jax.jit(function)
+    jax.block_until_ready(function(*args))
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(function(*args))
+        times.append((time.perf_counter() - start) / steps * 1e3)
+    return min(times), statistics.median(times)
+
+
+def time_steps(config: Config):
+    print(f"{'model':10} {'rule':8} {'S':>4} {'ours min':>9} {'median':>8} {'authors':>8} {'ratio':>6}   ms per step")
+    for (model, replace), rows in AUTHORS.items():
+        for num_keys, authors in rows.items():
+            init, step = make_step(model, Task(num_keys, replace))
+            keys = jax.random.split(jax.random.key(0), config.steps)
+            scan = functools.partial(jax.lax.scan, step)
+            best, median = milliseconds(scan, init(0), keys, steps=config.steps, repeats=config.repeats)
+            line = f"{model.name:10} {model.rule:8} {num_keys:4} {best:9.2f} {median:8.2f}"
+            print(f"{line} {authors:8.1f} {authors / median:6.0f}", flush=True)
+
+
+def time_parts(config: Config, num_keys: int = 600, batch: int = 32):
+    """Each part of a step alone, scanned so that nothing is allocated anew: forward and backward where it has both."""
+    task, key = Task(num_keys, False), jax.random.key(0)
+    values = sample_pairs(key, task, (batch,), num_keys)[1]
+    embedding = jax.random.normal(key, (num_keys, task.embedding_size))
+    kernel = jax.random.normal(key, (task.embedding_size, 128)) * 0.01
+    table, hidden = jax.random.normal(key, (num_keys, 64)), jax.random.normal(key, (batch, num_keys, 64))
+
+    def descend(loss):
+        return lambda x, _: (x - 1e-3 * jax.grad(loss)(x), None)
+
+    def adam(carry, _):
+        p, m, v = carry
+        m, v = 0.9 * m + 0.1 * p, 0.999 * v + 0.001 * p * p
+        return (p - 1e-3 * m / (jnp.sqrt(v) + 1e-8), m, v), None
+
+    def features(phi):
+        one = jax.checkpoint(lambda x: jnp.sin(phi(x) @ phi(x[0])), prevent_cse=False)
+        return descend(lambda x: jnp.sum(jax.lax.map(one, x)))
+
+    def draw(model):
+        return lambda key, _: (jax.random.fold_in(key, draw_projection(key, model)[0, 0].astype(int)), None)
+
+    def permute(key, _):
+        return jax.random.fold_in(key, sample_pairs(key, task, (batch,), num_keys)[1][0, 0]), None
+
+    favor = Model("favor", "sum", 512)
+    projection = draw_projection(key, favor)
+    parts = {
+        "permutations": (
+            lambda key, _: (jax.random.fold_in(key, sample_pairs(key, task, (batch,), 0)[1][0, 0]), None),
+            key,
+        ),
+        "gather of values, scatter": (descend(lambda x: jnp.sum(jnp.sin(x[values]))), table),
+        "W_K e, W_Q e of all keys": (descend(lambda x: jnp.sum(jnp.sin(x @ kernel))), embedding),
+        "Adam over the embeddings": (adam, (embedding, embedding, embedding)),
+        "ELU+1 and read": (features(feature_maps.elu_plus_one), hidden),
+        "DPFP-1 and read": (features(lambda x: feature_maps.dpfp(x, 1)), hidden),
+        "DPFP-3 and read": (features(lambda x: feature_maps.dpfp(x, 3)), hidden),
+        "FAVOR+ 512 projection": (draw(favor), key),
+        "FAVOR+ 512 and read": (features(lambda x: feature_maps.favor_plus(x, projection)), hidden),
+    }
+    print(f"{'part, S = 600, batch 32':28} {'min':>8} {'median':>8}   ms per step")
+    for name, (step, start) in parts.items():
+        scan = functools.partial(jax.lax.scan, step, length=config.steps)
+        best, median = milliseconds(scan, start, steps=config.steps, repeats=config.repeats)
+        print(f"{name:28} {best:8.2f} {median:8.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    settings = tyro.cli(Config, description=__doc__)
+    time_parts(settings) if settings.parts else time_steps(settings)
