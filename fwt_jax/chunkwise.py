@@ -57,11 +57,13 @@ def chunkwise(
         chunks = jax.tree.map(lambda x: pad(x).reshape(num_chunks, chunk_size, *x.shape[1:]), inputs)
 
         @functools.partial(jax.checkpoint, prevent_cse=False)
-        def body(fast_weights, chunk):
-            reads, fast_weights = memory.chunk(fast_weights, *chunk, rule=rule, precision=precision)
-            return fast_weights, reads
+        def body(carry, chunk):
+            reads, *carry = memory.advance(*carry, *chunk, rule=rule, precision=precision)
+            return tuple(carry), reads
 
-        fast_weights, reads = lax.scan(body, fast_weights, chunks)
+        clip = memory.start_clip(fast_weights) if rule == "fwm" else None
+        (fast_weights, clip), reads = lax.scan(body, (fast_weights, clip), chunks)
+        fast_weights = fast_weights if clip is None else fast_weights / clip.scale
         return None if reads is None else reads.reshape(num_chunks * chunk_size, -1)[:length], fast_weights
 
     return over_heads(one_head)(fast_weights, query, key, value, beta, log_decay, reset)

@@ -141,6 +141,31 @@ def chunk(fast_weights, query, key, value, beta, log_decay=None, reset=None, *, 
     Returns:
       The reads y ``[T, V]``, or None, and W_T ``[K, V]``.
     """
+    clip = start_clip(fast_weights) if rule == "fwm" else None
+    reads, fast_weights, clip = advance(
+        fast_weights, clip, query, key, value, beta, log_decay, reset, rule=rule, precision=precision
+    )
+    return reads, fast_weights if clip is None else fast_weights / clip.scale
+
+
+class Clip(NamedTuple):
+    """How a memory M of the fwm rule that is not clipped relates to W, which is: W = M / scale; norm is ‖M‖²_F."""
+
+    scale: jax.Array
+    norm: jax.Array
+
+
+def start_clip(fast_weights):
+    """M = W."""
+    return Clip(jnp.ones((), fast_weights.dtype), jnp.sum(jnp.square(fast_weights)))
+
+
+def advance(fast_weights, clip, query, key, value, beta, log_decay, reset, *, rule: Rule, precision):
+    """``chunk`` as a step from chunk to chunk: for "fwm" it takes and returns M and a ``Clip``, else W and None.
+
+    M goes from chunk to chunk with a scale of 1: to divide both by the scale's *value*, which has no gradient, changes
+    neither W nor its gradient, and spares a product with a [K, V] matrix on the way back.
+    """
     _check_shapes(fast_weights, query, key, value, beta, log_decay, reset)
     length = key.shape[0]
     matmul = lambda a, b: jnp.matmul(a, b, precision=precision)  # noqa: E731
@@ -162,16 +187,21 @@ def chunk(fast_weights, query, key, value, beta, log_decay=None, reset=None, *, 
         else:
             decay = jnp.ones(length, key.dtype) if log_decay is None else jnp.exp(log_decay)
             decay = decay if reset is None else jnp.where(reset, 0, decay)
-            writes, scale = _fwm_writes(fast_weights, value, beta, key, recalled, overlaps, decay, reset)
+            writes, scales, norm = _fwm_writes(clip, value, beta, key, recalled, overlaps, decay, reset)
 
     reads = None
     if query is not None:
         scores = _decayed_products(query, key, log_alpha, causal, precision)
         reads = matmul(query * from_start, fast_weights) + matmul(scores, writes)
-        reads = reads * (1 / scale)[:, None] if rule == "fwm" else reads
+        reads = reads / scales[:, None] if rule == "fwm" else reads
+    if log_decay is not None or reset is not None:
+        fast_weights = from_start[-1][:, None] * fast_weights
     to_end = jnp.where(reaches_end[:, None], jnp.exp(log_alpha[-1:] - log_alpha), 0)
-    fast_weights = from_start[-1][:, None] * fast_weights + matmul((key * to_end).T, writes)
-    return reads, fast_weights * (1 / scale[-1]) if rule == "fwm" else fast_weights
+    fast_weights = fast_weights + matmul((key * to_end).T, writes)
+    if rule == "fwm":
+        rescale = lax.stop_gradient(1 / scales[-1])
+        fast_weights, clip = rescale * fast_weights, Clip(rescale * scales[-1], jnp.square(rescale) * norm)
+    return reads, fast_weights, clip
 
 
 def parallel(fast_weights, query, key, value, beta, log_decay=None, reset=None, *, rule: Rule, precision=HIGHEST):
@@ -191,20 +221,20 @@ def _decayed_products(left, key, log_alpha, mask, precision):
     return jnp.sum(left[:, None] * key[None] * jnp.exp(exponents), axis=-1)
 
 
-def _fwm_writes(fast_weights, value, beta, key, recalled, overlaps, decay, reset):
-    """Writes ``[T, V]`` of the fwm rule and its scale r ``[T]`` after each token, touching no [K, V] matrix.
+def _fwm_writes(clip, value, beta, key, recalled, overlaps, decay, reset):
+    """Writes ``[T, V]`` of the fwm rule, its scale r ``[T]`` after each token and ‖M_T‖², touching no [K, V] matrix.
 
     With M_t the same memory never clipped, the clips make W_t = M_t / r_t with r_t = max(r_{t−1}, ‖M_t‖_F), if M is the
-    delta memory of the values r_{t−1} v_t; r = 1 at the start and at a reset. The norm is followed by scalars, as for a
-    write u to the recalled m
+    delta memory of the values r_{t−1} v_t; r = 1 at a reset. The norm is followed by scalars: for a write u to what
+    recalled m
 
         ‖αM + k uᵀ‖² = α²‖M‖² + 2 uᵀm + ‖k‖²‖u‖².
     """
     # The compiler would fuse each of these into all that follow, and compute it again there: twice the time on CPU.
     once = lax.optimization_barrier
     rows = lambda x: [jnp.squeeze(row, 0) for row in jnp.split(x, len(x))]  # noqa: E731  (transposes to one concatenation)
-    norms, key_norms = [jnp.sum(jnp.square(fast_weights))], rows(jnp.sum(jnp.square(key), axis=-1))
-    writes, scales = [], [jnp.ones((), key.dtype)]
+    key_norms = rows(jnp.sum(jnp.square(key), axis=-1))
+    writes, scales, norms = [], [clip.scale], [clip.norm]
     for t, (overlap, found, value_t, beta_t, decay_t) in enumerate(
         zip(map(rows, rows(overlaps)), rows(once(recalled)), rows(value), rows(beta), rows(decay), strict=True)
     ):
@@ -215,7 +245,7 @@ def _fwm_writes(fast_weights, value, beta, key, recalled, overlaps, decay, reset
         norms.append(jnp.square(decay_t) * norms[-1] + gain)
         scales.append(jnp.sqrt(jnp.maximum(jnp.square(scale), norms[-1])))
         writes.append(write)
-    return jnp.stack(writes), jnp.stack(scales[1:])
+    return jnp.stack(writes), jnp.stack(scales[1:]), norms[-1]
 
 
 def unit_lower_inverse(lower: jax.Array) -> jax.Array:
@@ -226,7 +256,7 @@ def unit_lower_inverse(lower: jax.Array) -> jax.Array:
         [[X, 0], [C, Y]]⁻¹ = [[X⁻¹, 0], [−Y⁻¹ C X⁻¹, Y⁻¹]],
 
     doubling the size each time. Powers of larger blocks lose digits for correlated keys: with β = 2, blocks of 8 lose
-    30 times more than blocks of 4, and whole chunks lose everything. A triangular solve is sequential on TPU and slow
+    7 times more than blocks of 4, and whole chunks lose everything. A triangular solve is sequential on TPU and slow
     on CPU.
 
     Args:
