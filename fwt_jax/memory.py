@@ -157,7 +157,8 @@ class Clip(NamedTuple):
 
 def start_clip(fast_weights):
     """M = W."""
-    return Clip(jnp.ones((), fast_weights.dtype), jnp.sum(jnp.square(fast_weights)))
+    norm = jnp.sum(jnp.square(fast_weights))
+    return Clip(jnp.ones_like(norm), norm)
 
 
 def advance(fast_weights, clip, query, key, value, beta, log_decay, reset, *, rule: Rule, precision):
