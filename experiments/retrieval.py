@@ -188,7 +188,7 @@ EXPERIMENTS = {
     # name: [(models, S, setting 2?)]
     "quick": [
         ((UPDATE_RULE_MODELS[0], UPDATE_RULE_MODELS[2], *UPDATE_RULE_MODELS[6:]), (20,), True),
-        (tuple(model for model in CAPACITY_MODELS if model.size not in (128, 512)), (20, 60, 120, 260), False),
+        (tuple(model for model in CAPACITY_MODELS if model.size not in (128, 512)), (20, 60, 120, 200), False),
     ],
     "capacity": [(CAPACITY_MODELS, tuple(range(20, 601, 20)), False)],
     "update_rules": [(UPDATE_RULE_MODELS, tuple(range(20, 201, 20)), True)],
