@@ -4,9 +4,9 @@
     python -m experiments.retrieval capacity        figures 2 and 4: 8 models, S = 20 … 600
     python -m experiments.retrieval update_rules    figures 3 and 5: 8 models, S = 20 … 200
 
-Every finished run is saved at once, and a sweep that was interrupted goes on where it stopped. Times and numbers,
-measured on two cores: experiments/README.md. The task and the models are in retrieval_model.py, the figures in
-plot_retrieval.py.
+Results and figures go to runs/retrieval/ (--out). Every finished run is saved at once, and a sweep that was interrupted
+goes on where it stopped. Times and numbers, measured on two cores: experiments/README.md. The task and the models are in
+retrieval_model.py, the figures in plot_retrieval.py.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from tqdm import tqdm
 from experiments import plot_retrieval
 from experiments.retrieval_model import EVAL_EVERY, MAX_STEPS, Model, Task, train
 
-RESULTS = pathlib.Path(__file__).parent / "results"
 COLUMNS = ("model", "rule", "S", "replace", "seed", "best_loss", "best_step", "last_loss", "steps", "seconds", "losses")
 
 CAPACITY_MODELS = (
@@ -201,7 +200,7 @@ class Config:
 
     experiment: tyro.conf.Positional[Literal["quick", "capacity", "update_rules"]] = "quick"
     """quick: figure 3 and a coarse figure 2, in minutes. capacity: figures 2 and 4. update_rules: figures 3 and 5."""
-    out: pathlib.Path = RESULTS
+    out: pathlib.Path = pathlib.Path("runs/retrieval")
     """Folder for results and figures; the runs that its results file holds are not repeated."""
     seeds: int = 1
     """Runs per point, with seeds 1, 2, ...; more than one draws error bars."""
