@@ -5,8 +5,8 @@
     python -m experiments.retrieval update_rules    figures 3 and 5: 8 models, S = 20 … 200
 
 Results and figures go to runs/retrieval/ (--out). Every finished run is saved at once, and a sweep that was interrupted
-goes on where it stopped. Times and numbers, measured on two cores: experiments/README.md. The task and the models are in
-retrieval_model.py, the figures in plot_retrieval.py.
+goes on where it stopped. Times and numbers, measured on two cores: experiments/README.md. The task and the models are
+in retrieval_model.py, the figures in plot_retrieval.py.
 """
 
 from __future__ import annotations
