@@ -231,7 +231,7 @@ def _fwm_writes(clip, value, beta, key, recalled, overlaps, decay, reset):
 
         ‖αM + k uᵀ‖² = α²‖M‖² + 2 uᵀm + ‖k‖²‖u‖².
     """
-    # The compiler would fuse each of these into all that follow, and compute it again there: twice the time on CPU.
+    # The compiler would fuse each of these into all that follow, and compute it again there.
     once = lax.optimization_barrier
     rows = lambda x: [jnp.squeeze(row, 0) for row in jnp.split(x, len(x))]  # noqa: E731  (transposes to one concatenation)
     key_norms = rows(jnp.sum(jnp.square(key), axis=-1))
@@ -257,7 +257,7 @@ def unit_lower_inverse(lower: jax.Array) -> jax.Array:
         [[X, 0], [C, Y]]⁻¹ = [[X⁻¹, 0], [−Y⁻¹ C X⁻¹, Y⁻¹]],
 
     doubling the size each time. Powers of larger blocks lose digits for correlated keys: with β = 2, blocks of 8 lose
-    7 times more than blocks of 4, and whole chunks lose everything. A triangular solve is sequential on TPU and slow
+    several times more than blocks of 4, and whole chunks lose everything. A triangular solve is sequential on TPU and slow
     on CPU.
 
     Args:
