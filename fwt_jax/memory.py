@@ -257,8 +257,8 @@ def unit_lower_inverse(lower: jax.Array) -> jax.Array:
         [[X, 0], [C, Y]]⁻¹ = [[X⁻¹, 0], [−Y⁻¹ C X⁻¹, Y⁻¹]],
 
     doubling the size each time. Powers of larger blocks lose digits for correlated keys: with β = 2, blocks of 8 lose
-    several times more than blocks of 4, and whole chunks lose everything. A triangular solve is sequential on TPU and slow
-    on CPU.
+    several times more than blocks of 4, and whole chunks lose everything. A triangular solve is sequential on TPU and
+    slow on CPU.
 
     Args:
       lower: ``[T, T]``, float32 or float64; what lies on or above the diagonal is taken as zero.
