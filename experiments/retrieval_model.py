@@ -23,8 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fwt_jax import feature_maps, read_weights
-from fwt_jax.chunkwise import chunkwise
+from fwt_jax import chunkwise, feature_maps, read_weights
 
 HEAD_SIZE = 64
 EVAL_EVERY = 100
@@ -196,18 +195,9 @@ def project(params, keys, values, queries):
 
 def predict(model: Model, num_values: int, key, beta, values, query, projection):
     """v̂ ``[Q, S]`` for queries ``[Q, D]`` to one sequence: keys ``[L, D]``, β ``[L]`` before its sigmoid, value ids."""
-
-    def by_value(weights):  # [Q, L] -> [Q, S]: Σ_l w_l onehot(v_l)
-        return jax.ops.segment_sum(weights.T, values, num_values).T
-
-    if model.rule == "softmax":
-        return by_value(jax.nn.softmax(query @ key.T * key.shape[-1] ** -0.5, axis=-1))
-    key, query = _features(model, key, projection), _features(model, query, projection)
-    ones = jnp.ones(len(key))
-    if model.rule == "sum":
-        weights, _ = jax.vmap(lambda q: read_weights(q, key, ones, rule="sum"))(query)
-        return by_value(weights) / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-6)
-    beta = jax.nn.sigmoid(beta)
+    if model.rule in ("softmax", "sum"):
+        return _by_value(model, num_values, _weights(model, key, query, projection), values)
+    key, query, beta = _features(model, key, projection), _features(model, query, projection), jax.nn.sigmoid(beta)
     if model.rule == "fwm":
         out = query @ _write(model.rule, num_values, key, beta, values)
         mean, var = jnp.mean(out, axis=-1, keepdims=True), jnp.var(out, axis=-1, keepdims=True)
@@ -216,8 +206,27 @@ def predict(model: Model, num_values: int, key, beta, values, query, projection)
     query = feature_maps.sum_normalize(query, eps=1e-6)
     if len(query) == 1:
         weights, _ = read_weights(query[0], key, beta, rule="delta")
-        return by_value(weights[None])
+        return _sum_by_value(weights[None], values, num_values)
     return query @ _write(model.rule, num_values, key, beta, values)
+
+
+def _weights(model: Model, key, query, projection):
+    """What each query ``[Q, D]`` takes of each position of a sequence, ``[Q, L]``, before it is normalised."""
+    if model.rule == "softmax":
+        return jax.nn.softmax(query @ key.T * key.shape[-1] ** -0.5, axis=-1)
+    key, query = _features(model, key, projection), _features(model, query, projection)
+    return jax.vmap(lambda q: read_weights(q, key, jnp.ones(len(key)), rule="sum")[0])(query)
+
+
+def _by_value(model: Model, num_values: int, weights, values):
+    """The read ``[Q, S]`` of weights ``[Q, L]``."""
+    read = _sum_by_value(weights, values, num_values)
+    return read / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-6) if model.rule == "sum" else read
+
+
+def _sum_by_value(weights, values, num_values):
+    """Σ_l w_l onehot(v_l), ``[Q, S]``."""
+    return jax.ops.segment_sum(weights.T, values, num_values, mode="promise_in_bounds").T
 
 
 def _write(rule, num_values, key, beta, values):
@@ -228,8 +237,7 @@ def _write(rule, num_values, key, beta, values):
         key, beta, value = key[1:], beta[1:], value[1:]
     if not len(key):
         return fast_weights
-    pairs = (x[None, :, None] for x in (key, value, beta))
-    return chunkwise(fast_weights[None, None], None, *pairs, rule=rule)[1][0, 0]
+    return chunkwise.one_head(fast_weights, None, key, value, beta, rule=rule)[1]
 
 
 def batch_loss(params, batch, projection, model: Model):
@@ -237,12 +245,13 @@ def batch_loss(params, batch, projection, model: Model):
     keys, values, query, target = batch
     num_values = params["embedding"].shape[0]
     key, beta, query = project(params, keys, values, query[:, None])
-    one = lambda inputs: predict(model, num_values, *inputs, projection)[0]  # noqa: E731
     if model.rule in ("softmax", "sum"):
         # One sequence after another: its L·F features stay in the cache, and are computed anew for the gradient.
-        predicted = jax.lax.map(jax.checkpoint(one, prevent_cse=False), (key, beta, values, query))
+        weigh = jax.checkpoint(lambda inputs: _weights(model, *inputs, projection), prevent_cse=False)
+        weights = jax.lax.map(weigh, (key, query))
+        predicted = jax.vmap(lambda w, v: _by_value(model, num_values, w, v)[0])(weights, values)
     else:
-        predicted = jax.vmap(one)((key, beta, values, query))
+        predicted = jax.vmap(lambda *one: predict(model, num_values, *one, projection)[0])(key, beta, values, query)
     error = predicted - jax.nn.one_hot(target, num_values)
     return 0.5 * jnp.mean(jnp.sum(jnp.square(error), axis=-1)), predicted
 

@@ -15,7 +15,26 @@ from fwt_jax import memory
 CHUNK_SIZE = 64
 
 
-def chunkwise(
+def chunkwise(fast_weights, query, key, value, beta, log_decay=None, reset=None, **options):
+    """Advances the memories of a batch of heads over T tokens, chunk by chunk.
+
+    Args:
+      fast_weights: W_0, ``[B, H, K, V]``, float32 or float64; all else is computed in its dtype.
+      query, key: ``[B, T, H, K]``; without a query nothing is read.
+      value: ``[B, T, H, V]``.
+      beta: ``[B, T, H]``.
+      log_decay: None, ``[B, T, H]`` or ``[B, T, H, K]``.
+      reset: None or bool ``[B, T]``.
+      options: rule, chunk_size and precision, see ``one_head``.
+
+    Returns:
+      The reads ``[B, T, H, V]``, or None, and W_T ``[B, H, K, V]``.
+    """
+    mapped = over_heads(functools.partial(one_head, **options))
+    return mapped(fast_weights, query, key, value, beta, log_decay, reset)
+
+
+def one_head(
     fast_weights,
     query,
     key,
@@ -28,45 +47,37 @@ def chunkwise(
     chunk_size: int | None = None,
     precision=lax.Precision.HIGHEST,
 ):
-    """Advances the memories of a batch of heads over T tokens, chunk by chunk.
+    """``chunkwise`` of one head of one sequence: the shapes are those of ``memory.chunk``.
 
     The last chunk is filled up with tokens that write nothing. The gradient keeps the memory at the start of each
     chunk, T/C in all, and computes the chunk anew.
 
     Args:
-      fast_weights: W_0, ``[B, H, K, V]``, float32 or float64; all else is computed in its dtype.
-      query, key: ``[B, T, H, K]``; without a query nothing is read.
-      value: ``[B, T, H, V]``.
-      beta: ``[B, T, H]``.
-      log_decay: None, ``[B, T, H]`` or ``[B, T, H, K]``.
-      reset: None or bool ``[B, T]``.
+      fast_weights, query, key, value, beta, log_decay, reset: see ``chunkwise``, without B and H.
       rule: "sum", "delta" or "fwm".
       chunk_size: C; None is 64 (8 for "fwm", whose chunks are sequential inside), never more than T.
       precision: of the matrix products, as in ``jax.lax``.
 
     Returns:
-      The reads ``[B, T, H, V]``, or None, and W_T ``[B, H, K, V]``.
+      The reads ``[T, V]``, or None, and W_T ``[K, V]``.
     """
-    length = key.shape[1]
+    length = key.shape[0]
     chunk_size = min(chunk_size or (8 if rule == "fwm" else CHUNK_SIZE), length)
     num_chunks = -(-length // chunk_size)
+    padding = num_chunks * chunk_size - length
+    pad = lambda x: jnp.pad(x, ((0, padding), *((0, 0),) * (x.ndim - 1)))  # noqa: E731
+    inputs = (query, key, value, beta, log_decay, reset)
+    chunks = jax.tree.map(lambda x: pad(x).reshape(num_chunks, chunk_size, *x.shape[1:]), inputs)
 
-    def one_head(fast_weights, *inputs):
-        padding = num_chunks * chunk_size - length
-        pad = lambda x: jnp.pad(x, ((0, padding), *((0, 0),) * (x.ndim - 1)))  # noqa: E731
-        chunks = jax.tree.map(lambda x: pad(x).reshape(num_chunks, chunk_size, *x.shape[1:]), inputs)
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def body(carry, chunk):
+        reads, *carry = memory.advance(*carry, *chunk, rule=rule, precision=precision)
+        return tuple(carry), reads
 
-        @functools.partial(jax.checkpoint, prevent_cse=False)
-        def body(carry, chunk):
-            reads, *carry = memory.advance(*carry, *chunk, rule=rule, precision=precision)
-            return tuple(carry), reads
-
-        clip = memory.start_clip(fast_weights) if rule == "fwm" else None
-        (fast_weights, clip), reads = lax.scan(body, (fast_weights, clip), chunks)
-        fast_weights = fast_weights if clip is None else fast_weights / clip.scale
-        return None if reads is None else reads.reshape(num_chunks * chunk_size, -1)[:length], fast_weights
-
-    return over_heads(one_head)(fast_weights, query, key, value, beta, log_decay, reset)
+    clip = memory.start_clip(fast_weights) if rule == "fwm" else None
+    (transposed, clip), reads = lax.scan(body, (fast_weights.T, clip), chunks)
+    fast_weights = transposed.T if clip is None else transposed.T / clip.scale
+    return None if reads is None else reads.reshape(num_chunks * chunk_size, -1)[:length], fast_weights
 
 
 def over_heads(one_head, out_axes=(1, 0)):

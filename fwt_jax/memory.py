@@ -142,10 +142,10 @@ def chunk(fast_weights, query, key, value, beta, log_decay=None, reset=None, *, 
       The reads y ``[T, V]``, or None, and W_T ``[K, V]``.
     """
     clip = start_clip(fast_weights) if rule == "fwm" else None
-    reads, fast_weights, clip = advance(
-        fast_weights, clip, query, key, value, beta, log_decay, reset, rule=rule, precision=precision
+    reads, transposed, clip = advance(
+        fast_weights.T, clip, query, key, value, beta, log_decay, reset, rule=rule, precision=precision
     )
-    return reads, fast_weights if clip is None else fast_weights / clip.scale
+    return reads, transposed.T if clip is None else transposed.T / clip.scale
 
 
 class Clip(NamedTuple):
@@ -161,13 +161,15 @@ def start_clip(fast_weights):
     return Clip(jnp.ones_like(norm), norm)
 
 
-def advance(fast_weights, clip, query, key, value, beta, log_decay, reset, *, rule: Rule, precision):
-    """``chunk`` as a step from chunk to chunk: for "fwm" it takes and returns M and a ``Clip``, else W and None.
+def advance(transposed, clip, query, key, value, beta, log_decay, reset, *, rule: Rule, precision):
+    """``chunk`` as a step from chunk to chunk: for "fwm" it takes and returns Mᵀ and a ``Clip``, else Wᵀ and None.
+
+    Wᵀ, ``[V, K]``, because then the gradient of each product with it comes out in the order it is kept in.
 
     M goes from chunk to chunk with a scale of 1: to divide both by the scale's *value*, which has no gradient, changes
     neither W nor its gradient, and spares a product with a [K, V] matrix on the way back.
     """
-    _check_shapes(fast_weights, query, key, value, beta, log_decay, reset)
+    _check_shapes(transposed.T, query, key, value, beta, log_decay, reset)
     length = key.shape[0]
     matmul = lambda a, b: jnp.matmul(a, b, precision=precision)  # noqa: E731
     resets = jnp.zeros(length, jnp.int32) if reset is None else jnp.cumsum(reset)
@@ -178,13 +180,13 @@ def advance(fast_weights, clip, query, key, value, beta, log_decay, reset, *, ru
 
     from_start = jnp.where(sees_start[:, None], jnp.exp(log_alpha), 0)
     if rule == "sum":
-        writes = beta[:, None] * value
+        writes = beta[None] * value.T
     else:
-        recalled = matmul(key * from_start, fast_weights)
+        recalled = matmul(transposed, (key * from_start).T)
         overlaps = _decayed_products(key, key, log_alpha, causal & ~jnp.eye(length, dtype=bool), precision)
         if rule == "delta":
             inverse = unit_lower_inverse(beta[:, None] * overlaps)
-            writes = matmul(inverse, beta[:, None] * (value - recalled))
+            writes = matmul(beta[None] * (value.T - recalled), inverse.T)
         else:
             decay = jnp.ones(length, key.dtype) if log_decay is None else jnp.exp(log_decay)
             decay = decay if reset is None else jnp.where(reset, 0, decay)
@@ -193,16 +195,16 @@ def advance(fast_weights, clip, query, key, value, beta, log_decay, reset, *, ru
     reads = None
     if query is not None:
         scores = _decayed_products(query, key, log_alpha, causal, precision)
-        reads = matmul(query * from_start, fast_weights) + matmul(scores, writes)
+        reads = (matmul(transposed, (query * from_start).T) + matmul(writes, scores.T)).T
         reads = reads / scales[:, None] if rule == "fwm" else reads
     if log_decay is not None or reset is not None:
-        fast_weights = from_start[-1][:, None] * fast_weights
+        transposed = from_start[-1:] * transposed
     to_end = jnp.where(reaches_end[:, None], jnp.exp(log_alpha[-1:] - log_alpha), 0)
-    fast_weights = fast_weights + matmul((key * to_end).T, writes)
+    transposed = transposed + matmul(writes, key * to_end)
     if rule == "fwm":
         rescale = lax.stop_gradient(1 / scales[-1])
-        fast_weights, clip = rescale * fast_weights, Clip(rescale * scales[-1], jnp.square(rescale) * norm)
-    return reads, fast_weights, clip
+        transposed, clip = rescale * transposed, Clip(rescale * scales[-1], jnp.square(rescale) * norm)
+    return reads, transposed, clip
 
 
 def parallel(fast_weights, query, key, value, beta, log_decay=None, reset=None, *, rule: Rule, precision=HIGHEST):
@@ -223,7 +225,7 @@ def _decayed_products(left, key, log_alpha, mask, precision):
 
 
 def _fwm_writes(clip, value, beta, key, recalled, overlaps, decay, reset):
-    """Writes ``[T, V]`` of the fwm rule, its scale r ``[T]`` after each token and ‖M_T‖², touching no [K, V] matrix.
+    """Writes ``[V, T]`` of the fwm rule, its scale r ``[T]`` after each token and ‖M_T‖², touching no [K, V] matrix.
 
     With M_t the same memory never clipped, the clips make W_t = M_t / r_t with r_t = max(r_{t−1}, ‖M_t‖_F), if M is the
     delta memory of the values r_{t−1} v_t; r = 1 at a reset. The norm is followed by scalars: for a write u to what
@@ -237,7 +239,7 @@ def _fwm_writes(clip, value, beta, key, recalled, overlaps, decay, reset):
     key_norms = rows(jnp.sum(jnp.square(key), axis=-1))
     writes, scales, norms = [], [clip.scale], [clip.norm]
     for t, (overlap, found, value_t, beta_t, decay_t) in enumerate(
-        zip(map(rows, rows(overlaps)), rows(once(recalled)), rows(value), rows(beta), rows(decay), strict=True)
+        zip(map(rows, rows(overlaps)), rows(once(recalled.T)), rows(value), rows(beta), rows(decay), strict=True)
     ):
         found = once(sum((overlap[i] * writes[i] for i in range(t)), found))
         scale = scales[-1] if reset is None else jnp.where(reset[t], 1, scales[-1])
@@ -246,7 +248,7 @@ def _fwm_writes(clip, value, beta, key, recalled, overlaps, decay, reset):
         norms.append(jnp.square(decay_t) * norms[-1] + gain)
         scales.append(jnp.sqrt(jnp.maximum(jnp.square(scale), norms[-1])))
         writes.append(write)
-    return jnp.stack(writes), jnp.stack(scales[1:]), norms[-1]
+    return jnp.stack(writes, axis=1), jnp.stack(scales[1:]), norms[-1]
 
 
 def unit_lower_inverse(lower: jax.Array) -> jax.Array:
