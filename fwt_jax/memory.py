@@ -251,6 +251,7 @@ def _fwm_writes(clip, value, beta, key, recalled, overlaps, decay, reset):
     return jnp.stack(writes, axis=1), jnp.stack(scales[1:]), norms[-1]
 
 
+@jax.custom_jvp
 def unit_lower_inverse(lower: jax.Array) -> jax.Array:
     """(I + L)⁻¹ for the strictly lower triangular part of a matrix, by products alone.
 
@@ -292,6 +293,13 @@ def unit_lower_inverse(lower: jax.Array) -> jax.Array:
         inverse = jnp.concatenate([top, jnp.concatenate([corner, second], axis=-1)], axis=-2)
         size *= 2
     return inverse[0, :length, :length]
+
+
+@unit_lower_inverse.defjvp
+def _unit_lower_inverse_jvp(primals, tangents):
+    inverse = unit_lower_inverse(*primals)
+    tangent = jnp.matmul(inverse, jnp.tril(*tangents, -1), precision=HIGHEST)
+    return inverse, -jnp.matmul(tangent, inverse, precision=HIGHEST)
 
 
 # --- what else one may ask of a memory -------------------------------------------------------------------------------
