@@ -4,9 +4,9 @@
     python -m experiments.retrieval capacity        figures 2 and 4: 8 models, S = 20 … 600
     python -m experiments.retrieval update_rules    figures 3 and 5: 8 models, S = 20 … 200
 
-Results and figures go to runs/retrieval/ (--out). Every finished run is saved at once, and a sweep that was interrupted
-goes on where it stopped. Times and numbers, measured on two cores: experiments/README.md. The task and the models are
-in retrieval_model.py, the figures in plot_retrieval.py.
+Results and figures go to runs/retrieval/ (--out). Every finished run is saved at once, an unfinished one once a minute,
+and a sweep that was interrupted goes on where it stopped. Times and numbers, measured on two cores:
+experiments/README.md. The task and the models are in retrieval_model.py, the figures in plot_retrieval.py.
 """
 
 from __future__ import annotations
@@ -108,9 +108,10 @@ def _start_worker(progress, cores):
         os.sched_setaffinity(0, {cores.get()})
 
 
-def _execute(run: Run, max_steps: int) -> dict[str, str]:
+def _execute(run: Run, max_steps: int, checkpoint: pathlib.Path) -> dict[str, str]:
     start = time.perf_counter()
-    losses = train(run.model, run.task, run.seed, max_steps, lambda step, loss: _progress.put((run.id, step, loss)))
+    report = lambda step, loss: _progress.put((run.id, step, loss))  # noqa: E731
+    losses = train(run.model, run.task, run.seed, max_steps, report, checkpoint)
     best = min(range(len(losses)), key=lambda i: (losses[i] != losses[i], losses[i]))
     numbers = (
         f"{losses[best]:.7g}",
@@ -141,20 +142,24 @@ def sweep(runs: list[Run], path: pathlib.Path, *, workers: int, max_steps: int =
     if not todo:
         bar.close()
         return rows
+    path.parent.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager:
         progress, cores = manager.Queue(), manager.Queue()
         for worker in range(workers):
             cores.put(_cores()[worker % len(_cores())])
         with bar, ProcessPoolExecutor(min(workers, len(todo)), context, _start_worker, (progress, cores)) as pool:
-            pending = {pool.submit(_execute, run, max_steps) for run in todo}
+            checkpoints = {run.id: path.with_name("-".join(run.id) + ".unfinished") for run in todo}
+            pending = {pool.submit(_execute, run, max_steps, checkpoints[run.id]) for run in todo}
             try:
                 while pending:
                     done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
                     for future in done:
                         row = future.result()
-                        rows[tuple(row[column] for column in COLUMNS[:5])] = row
+                        run_id = tuple(row[column] for column in COLUMNS[:5])
+                        rows[run_id] = row
                         save(path, rows)
+                        checkpoints[run_id].unlink(missing_ok=True)
                         bar.update()
                     _show_progress(bar, progress)
             except BaseException:

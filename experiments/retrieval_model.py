@@ -17,11 +17,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
+import pathlib
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import serialization
 
 from fwt_jax import chunkwise, feature_maps, read_weights
 
@@ -32,6 +36,7 @@ EVAL_QUERIES = 200
 STOP_LOSS = 1e-3
 MAX_STRIKES = 10
 MAX_STEPS = 100_000
+CHECKPOINT_SECONDS = 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -334,7 +339,14 @@ def make_trainer(model: Model, task: Task):
     return lambda seed: (init(seed), jax.random.key(seed)), advance
 
 
-def train(model: Model, task: Task, seed: int = 1, max_steps: int = MAX_STEPS, report=None) -> list[float]:
+def train(
+    model: Model,
+    task: Task,
+    seed: int = 1,
+    max_steps: int = MAX_STEPS,
+    report=None,
+    checkpoint: pathlib.Path | None = None,
+) -> list[float]:
     """One run to the paper's stopping rule; the evaluation loss after every 100 steps.
 
     It stops when the loss is at most 0.001, or has not been lower than the best so far 11 times in a row, or after
@@ -346,6 +358,7 @@ def train(model: Model, task: Task, seed: int = 1, max_steps: int = MAX_STEPS, r
       seed: of the initial weights and the data.
       max_steps: at least 100.
       report: if given, called with the step and the loss after each evaluation.
+      checkpoint: if given, a file in which the run is kept once a minute, and from which it goes on if the file exists.
 
     Returns:
       The losses; their minimum is the "best", the last one is what the paper's figures show.
@@ -353,14 +366,41 @@ def train(model: Model, task: Task, seed: int = 1, max_steps: int = MAX_STEPS, r
     if max_steps < EVAL_EVERY:
         raise ValueError(f"max_steps must be at least {EVAL_EVERY}, the steps between evaluations, got {max_steps}")
     init, advance = make_trainer(model, task)
-    state, losses, best, strikes = init(seed), [], np.inf, 0
-    for step in range(EVAL_EVERY, max_steps + 1, EVAL_EVERY):
+    state, losses = init(seed), []
+    if checkpoint and checkpoint.exists():
+        state, losses = _restore(checkpoint, state)
+    saved = time.monotonic()
+    while not _is_finished(losses, max_steps):
         state, loss = advance(state)
         losses.append(float(loss))
         if report:
-            report(step, losses[-1])
-        strikes = 0 if losses[-1] < best else strikes + 1
-        best = np.fmin(best, losses[-1])
-        if losses[-1] <= STOP_LOSS or strikes > MAX_STRIKES:
-            break
+            report(len(losses) * EVAL_EVERY, losses[-1])
+        if checkpoint and time.monotonic() - saved > CHECKPOINT_SECONDS:
+            _keep(checkpoint, state, losses)
+            saved = time.monotonic()
     return losses
+
+
+def _is_finished(losses, max_steps):
+    best, strikes = np.inf, 0
+    for loss in losses:
+        strikes = 0 if loss < best else strikes + 1
+        best = np.fmin(best, loss)
+    reached = bool(losses) and losses[-1] <= STOP_LOSS
+    return reached or strikes > MAX_STRIKES or (len(losses) + 1) * EVAL_EVERY > max_steps
+
+
+def _keep(path, state, losses):
+    carry, key = state
+    data = serialization.to_bytes({"carry": carry, "key": jax.random.key_data(key), "losses": np.array(losses)})
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+def _restore(path, state):
+    carry, key = state
+    target = {"carry": carry, "key": jax.random.key_data(key), "losses": np.zeros(0)}
+    data = serialization.from_bytes(target, path.read_bytes())
+    carry = jax.tree.map(jnp.asarray, data["carry"])
+    return (carry, jax.random.wrap_key_data(jnp.asarray(data["key"]))), data["losses"].tolist()

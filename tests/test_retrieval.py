@@ -192,6 +192,23 @@ def test_delta_learns_to_reassign_keys_where_sum_cannot():
     assert min(retrieval_model.train(Model("dpfp", "sum", 1), task, max_steps=100 * len(delta))) > 0.03
 
 
+def test_an_interrupted_run_goes_on_where_it_was_kept(tmp_path, monkeypatch):
+    run, checkpoint = (Model("dpfp", "delta", 1), Task(20, True)), tmp_path / "run.unfinished"
+    whole = retrieval_model.train(*run, max_steps=400)
+    monkeypatch.setattr(retrieval_model, "CHECKPOINT_SECONDS", 0)
+    steps = []
+
+    def interrupt(step, loss):
+        steps.append(step)
+        if step == 300 and len(steps) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        retrieval_model.train(*run, max_steps=400, report=interrupt, checkpoint=checkpoint)
+    assert retrieval_model.train(*run, max_steps=400, report=interrupt, checkpoint=checkpoint) == whole
+    assert steps == [100, 200, 300, 300, 400]
+
+
 # --- sweeps ----------------------------------------------------------------------------------------------------------
 
 
