@@ -27,6 +27,7 @@ from typing import Literal, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 Rule = Literal["sum", "delta", "fwm"]
@@ -255,13 +256,13 @@ def _fwm_writes(clip, value, beta, key, recalled, overlaps, decay, reset):
 def unit_lower_inverse(lower: jax.Array) -> jax.Array:
     """(I + L)⁻¹ for the strictly lower triangular part of a matrix, by products alone.
 
-    4×4 diagonal blocks are inverted by (I − L)(I + L²), exact because L⁴ = 0; then neighbours are merged,
+    From the inverses X, Y of two neighbouring diagonal blocks comes the inverse of both, of twice the size:
 
-        [[X, 0], [C, Y]]⁻¹ = [[X⁻¹, 0], [−Y⁻¹ C X⁻¹, Y⁻¹]],
+        [[X, 0], [C, Y]]⁻¹ = [[X⁻¹, 0], [−Y⁻¹ C X⁻¹, Y⁻¹]].
 
-    doubling the size each time. Powers of larger blocks lose digits for correlated keys: with β = 2, blocks of 8 lose
-    several times more than blocks of 4, and whole chunks lose everything. A triangular solve is sequential on TPU and
-    slow on CPU.
+    Up to blocks of 16 all pairs C of a size are one masked matrix, in few and large products; from there on block by
+    block. No power of L appears, so nothing is lost for correlated keys (powers of L lose all digits of a whole chunk).
+    A triangular solve is sequential on TPU and slow on CPU.
 
     Args:
       lower: ``[T, T]``, float32 or float64; what lies on or above the diagonal is taken as zero.
@@ -270,11 +271,14 @@ def unit_lower_inverse(lower: jax.Array) -> jax.Array:
       ``[T, T]``, unit lower triangular.
     """
     length = lower.shape[-1]
-    size, padded = 4, 4
+    size = 1
+    while size < min(length, 16):
+        size *= 2
+    padded = size
     while padded < length:
         padded *= 2
     matmul = lambda a, b: jnp.matmul(a, b, precision=HIGHEST)  # noqa: E731
-    lower = jnp.pad(jnp.tril(lower, -1), (0, padded - length))
+    lower = jnp.pad(lower, (0, padded - length))
 
     def blocks(size, row, column):
         """The [row, column] block, of ``size``, of each diagonal pair of blocks."""
@@ -282,10 +286,19 @@ def unit_lower_inverse(lower: jax.Array) -> jax.Array:
         split = lower.reshape(pairs, 2, size, pairs, 2, size)
         return jnp.stack([split[i, row, :, i, column] for i in range(pairs)])
 
+    def invert(diagonal):
+        """One diagonal block, ``[size, size]``."""
+        inverse, half = jnp.eye(size, dtype=lower.dtype), 1
+        while half < size:
+            block = np.arange(size) // half
+            is_corner = (block[:, None] % 2 == 1) & (block[:, None] - 1 == block[None])
+            corners = jnp.where(is_corner, diagonal, 0)
+            inverse = inverse - (corners if half == 1 else matmul(matmul(inverse, corners), inverse))
+            half *= 2
+        return inverse
+
     diagonal = lower.reshape(padded // size, size, padded // size, size)
-    diagonal = jnp.stack([diagonal[i, :, i] for i in range(padded // size)])
-    identity = jnp.eye(size, dtype=lower.dtype)[None]
-    inverse = matmul(identity - diagonal, identity + matmul(diagonal, diagonal))
+    inverse = jnp.stack([invert(diagonal[i, :, i]) for i in range(padded // size)])
     while size < padded:
         first, second = inverse[0::2], inverse[1::2]
         corner = -matmul(matmul(second, blocks(size, 1, 0)), first)
