@@ -25,7 +25,7 @@ import tyro
 from tqdm import tqdm
 
 from experiments import plot_retrieval
-from experiments.retrieval_model import EVAL_EVERY, MAX_STEPS, Model, Task, train
+from experiments.retrieval_model import EVAL_EVERY, MAX_STEPS, Model, Task, is_finished, train
 
 COLUMNS = ("model", "rule", "S", "replace", "seed", "best_loss", "best_step", "last_loss", "steps", "seconds", "losses")
 
@@ -131,12 +131,13 @@ def sweep(runs: list[Run], path: pathlib.Path, *, workers: int, max_steps: int =
       runs: what to execute, in any order.
       path: the results file.
       workers: processes, one core each.
-      max_steps: of a run that does not stop by itself.
+      max_steps: of a run that does not stop by itself. Rows of runs that were cut off earlier are dropped.
 
     Returns:
       The rows of ``path``, by ``Run.id``.
     """
     rows = load(path)
+    rows = {key: row for key, row in rows.items() if is_finished([*map(float, row["losses"].split())], max_steps)}
     todo = sorted((run for run in runs if run.id not in rows), key=lambda run: -run.cost)
     bar = tqdm(total=len(runs), initial=len(runs) - len(todo), unit="run", desc=path.stem, dynamic_ncols=True)
     if not todo:
@@ -154,7 +155,7 @@ def sweep(runs: list[Run], path: pathlib.Path, *, workers: int, max_steps: int =
             try:
                 while pending:
                     done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
-                    for future in done:
+                    for future in sorted(done, key=lambda future: future.exception() is not None):
                         row = future.result()
                         run_id = tuple(row[column] for column in COLUMNS[:5])
                         rows[run_id] = row

@@ -370,7 +370,7 @@ def train(
     if checkpoint and checkpoint.exists():
         state, losses = _restore(checkpoint, state)
     saved = time.monotonic()
-    while not _is_finished(losses, max_steps):
+    while not is_finished(losses, max_steps):
         state, loss = advance(state)
         losses.append(float(loss))
         if report:
@@ -381,7 +381,8 @@ def train(
     return losses
 
 
-def _is_finished(losses, max_steps):
+def is_finished(losses, max_steps: int) -> bool:
+    """Whether a run with these evaluation losses has stopped, by the paper's rule or at ``max_steps``."""
     best, strikes = np.inf, 0
     for loss in losses:
         strikes = 0 if loss < best else strikes + 1

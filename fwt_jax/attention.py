@@ -77,9 +77,10 @@ def fast_weight_attention(
       rule: the update rule.
       memory: where to start, what an earlier call returned; empty if not given.
       segment_ids: integers ``[B, T]``, for packed sequences. The memory is dropped before each token whose id differs
-        from the one before it; the first token of a call always continues ``memory``. (A NaN or infinite value of an
-        earlier segment stays there in the recurrent form; in the others it reaches its chunk.)
-      normalize: attention normalisation, with z_t = α_t z_{t−1} + k_t. False; "read" divides the read by z_tᵀq_t + eps
+        from the one before it; the first token of a call always continues ``memory``. (A NaN or infinite value stays
+        in its segment in the recurrent form alone; in the others it reaches all that follows.)
+      normalize: attention normalisation, with z_t = α_t z_{t−1} + k_t (+ β_t k_t for "sum"), which only calls that
+        normalise advance: do not mix them. False; "read" divides the read by z_tᵀq_t + eps
         (eq. 28); "retrieval" (delta only) also divides what the key recalls, (α_t W_{t−1})ᵀk_t, by (α_t z_{t−1})ᵀk_t
         + eps (eq. 27). A sum d of 0, as at the first token, counts as 1; and the write is weakened by d/(d + eps), as
         in the authors' kernels: where a strong decay makes d tiny, take eps = 0.
@@ -128,7 +129,8 @@ def fast_weight_attention(
 
     write_key, key_sum = key, memory.key_sum
     if normalize:
-        found, left = over_heads(memory_lib.key_sums, out_axes=1)(key_sum, key, log_decay, reset)
+        summed = beta[..., None] * key if rule == "sum" else key
+        found, left = over_heads(memory_lib.key_sums, out_axes=1)(key_sum, summed, log_decay, reset)
         key_sum = left[:, -1]
     if normalize == "retrieval":
         # To divide by d what k recalls, and nothing else, is the plain rule with the key k/d and the strength βd.
@@ -201,7 +203,7 @@ def fast_weight_cross_attention(
         value = jnp.where(key_mask[:, :, None, None], value, 0)
     outer = jnp.einsum("bshk,bshv->bhkv", written, value.astype(dtype), precision=precision)
     memory = Memory(memory.fast_weights + outer, memory.key_sum + jnp.sum(written, axis=1))
-    return read(query, memory, normalize=normalize, eps=eps, precision=precision).astype(value.dtype), memory
+    return _read(query, memory, normalize, eps, precision).astype(value.dtype), memory
 
 
 def read(
@@ -225,8 +227,12 @@ def read(
       y ``[B, T, H, V]`` in query's dtype.
 
     Raises:
-      ValueError: shapes that do not fit together, an unknown normalisation.
+      ValueError: shapes or dtypes that do not fit together, an unknown normalisation.
     """
+    return _read(query, memory, normalize, eps, precision).astype(query.dtype)
+
+
+def _read(query, memory, normalize, eps, precision):
     if normalize not in (False, "read"):
         raise ValueError(f'normalize must be False or "read" where nothing is retrieved by key, got {normalize!r}')
     batch, heads, key_size, _ = memory.fast_weights.shape
@@ -235,12 +241,19 @@ def read(
             f"query must be [{batch}, T, {heads}, {key_size}] for a memory of {list(memory.fast_weights.shape)}, "
             f"got {list(query.shape)}"
         )
+    if not jnp.issubdtype(query.dtype, jnp.floating):
+        raise ValueError(f"query must be floating point, got {query.dtype}; cast it, e.g. query.astype(jnp.float32)")
+    if memory.key_sum.shape != memory.fast_weights.shape[:-1]:
+        raise ValueError(
+            f"key_sum must be {list(memory.fast_weights.shape[:-1])}, the first axes of fast_weights, "
+            f"got {list(memory.key_sum.shape)}"
+        )
     dtype = memory.fast_weights.dtype
     out = jnp.einsum("bthk,bhkv->bthv", query.astype(dtype), memory.fast_weights, precision=precision)
     if normalize:
         mass = jnp.einsum("bthk,bhk->bth", query.astype(dtype), memory.key_sum, precision=precision)
         out = out / (mass[..., None] + eps)
-    return out.astype(query.dtype)
+    return out
 
 
 # --- checks: what came, what was expected, the way out ---------------------------------------------------------------

@@ -76,8 +76,8 @@ def one_head(
 
     clip = memory.start_clip(fast_weights) if rule == "fwm" else None
     (transposed, clip), reads = lax.scan(body, (fast_weights.T, clip), chunks)
-    fast_weights = transposed.T if clip is None else transposed.T / clip.scale
-    return None if reads is None else reads.reshape(num_chunks * chunk_size, -1)[:length], fast_weights
+    reads = None if reads is None else reads.reshape(num_chunks * chunk_size, -1)[:length]
+    return reads, memory.end_clip(transposed.T, clip)
 
 
 def over_heads(one_head, out_axes=(1, 0)):

@@ -225,7 +225,7 @@ def favor_plus(x: jax.Array, projection: jax.Array, *, eps: float = 0.0) -> jax.
 
     an unbiased positive estimate of the softmax kernel: E[φ(k)ᵀφ(q)] = exp(kᵀq).
     The exponents are added before exp, so features overflow only where φ itself does, that is for
-    ‖Rᵢ‖²/2 > 88 in float32. ``sum_normalize(favor_plus(x, R))`` equals softmax([Rx; −Rx]): h cancels.
+    ‖Rᵢ‖²/2 > 88 in float32. ``sum_normalize(favor_plus(x, R), eps=0)`` equals softmax([Rx; −Rx]): h cancels.
 
     Args:
       x: ``[..., D]``, floating point.
@@ -318,7 +318,7 @@ def hedgehog(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> 
 
 
 @_in_float32
-def sum_normalize(x: jax.Array, eps: float = 1e-6) -> jax.Array:
+def sum_normalize(x: jax.Array, eps: float = 1e-18) -> jax.Array:
     """φ′ = φ / (Σᵢ φᵢ + eps), for non-negative features (Schlag, Irie & Schmidhuber 2021, eq. 29).
 
     With Σφ(k) = 1 a write and the removal that the delta rule makes before it have equal weight
@@ -327,7 +327,7 @@ def sum_normalize(x: jax.Array, eps: float = 1e-6) -> jax.Array:
     Args:
       x: features, ``[..., F]``, floating point, non-negative.
       eps: added to the sum. 0 is the paper, and NaN where all features are zero, as DPFP of an odd size
-        can give; the small default returns zeros there.
+        can give; the default returns zeros there and changes nothing else, for FAVOR+ features may all be tiny.
 
     Returns:
       ``[..., F]`` in x's dtype.

@@ -66,7 +66,8 @@ class FastWeightAttention(nnx.Module):
       num_features: K.
 
     Raises:
-      ValueError: sizes below 1, a feature map that is none, options that ``fast_weight_attention`` refuses.
+      ValueError: sizes below 1, a feature map that is none or divides by zero (DPFP of an odd size with eps 0),
+        options that ``fast_weight_attention`` refuses.
 
     Example:
       >>> layer = FastWeightAttention(512, 8, 64, feature_map=functools.partial(dpfp, nu=1), rngs=nnx.Rngs(0))
@@ -102,13 +103,10 @@ class FastWeightAttention(nnx.Module):
         self.rule, self.normalize, self.eps, self.output_scale = rule, normalize, eps, output_scale
         self.form, self.chunk_size, self.implementation, self.precision = form, chunk_size, implementation, precision
         self.memory_dtype = jnp.promote_types(param_dtype if dtype is None else dtype, jnp.float32)
-        linear = functools.partial(
-            nnx.LinearGeneral, use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, kernel_init=kernel_init
-        )
-        self.query, self.key, self.value, self.out = _projections(
-            linear, in_features, num_heads, head_size, value_size, rngs
-        )
-        self.beta = None if rule == "sum" else linear(in_features, num_heads, rngs=rngs)
+        options = dict(use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, kernel_init=kernel_init, rngs=rngs)
+        projections = _projections(in_features, num_heads, head_size, value_size, **options)
+        self.query, self.key, self.value, self.out = projections
+        self.beta = None if rule == "sum" else nnx.LinearGeneral(in_features, num_heads, **options)
         check_options(rule, form, normalize, implementation, self.beta, None, chunk_size)
         self.num_features = _count_features(feature_map, feature_normalization, num_heads, head_size)
 
@@ -290,12 +288,9 @@ class SoftmaxAttention(nnx.Module):
         self.in_features, self.precision = in_features, precision
         self.key_shape, self.value_shape = (num_heads, head_size), (num_heads, value_size)
         self.memory_dtype = jnp.dtype(param_dtype if dtype is None else dtype)
-        linear = functools.partial(
-            nnx.LinearGeneral, use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, kernel_init=kernel_init
-        )
-        self.query, self.key, self.value, self.out = _projections(
-            linear, in_features, num_heads, head_size, value_size, rngs
-        )
+        options = dict(use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, kernel_init=kernel_init, rngs=rngs)
+        sizes = (in_features, num_heads, head_size, value_size)
+        self.query, self.key, self.value, self.out = _projections(*sizes, **options)
 
     def __call__(
         self,
@@ -377,14 +372,15 @@ def _softmax_read(query, key, value, first, last, precision):
 # --- shared parts and checks -----------------------------------------------------------------------------------------
 
 
-def _projections(linear, in_features, num_heads, head_size, value_size, rngs):
+def _projections(in_features, num_heads, head_size, value_size, **options):
     """W_q, W_k, W_v: d_model -> [H, ·] and W_o: [H, V] -> d_model."""
     sizes = {"in_features": in_features, "num_heads": num_heads, "head_size": head_size, "value_size": value_size}
     if min(sizes.values()) < 1:
         raise ValueError(f"sizes must be at least 1, got {sizes}")
-    query, key = (linear(in_features, (num_heads, head_size), rngs=rngs) for _ in range(2))
-    value = linear(in_features, (num_heads, value_size), rngs=rngs)
-    return query, key, value, linear((num_heads, value_size), in_features, axis=(-2, -1), rngs=rngs)
+    linear = functools.partial(nnx.LinearGeneral, **options)
+    query, key = (linear(in_features, (num_heads, head_size)) for _ in range(2))
+    value = linear(in_features, (num_heads, value_size))
+    return query, key, value, linear((num_heads, value_size), in_features, axis=(-2, -1))
 
 
 def _features(feature_map, feature_normalization, x):
@@ -395,8 +391,7 @@ def _count_features(feature_map, feature_normalization, num_heads, head_size):
     if not callable(feature_map) or not (feature_normalization is None or callable(feature_normalization)):
         raise ValueError(
             "feature_map must be a callable, and feature_normalization one or None, "
-            f"got {feature_map!r} and {feature_normalization!r}; take them from fwt_jax.feature_maps, "
-            "e.g. feature_map=functools.partial(dpfp, nu=2), feature_normalization=sum_normalize"
+            f"got {feature_map!r} and {feature_normalization!r}; take them from fwt_jax.feature_maps"
         )
     heads = jax.ShapeDtypeStruct((1, 1, num_heads, head_size), jnp.float32)
     features = jax.eval_shape(lambda x: _features(feature_map, feature_normalization, x), heads)
@@ -405,6 +400,15 @@ def _count_features(feature_map, feature_normalization, num_heads, head_size):
             "feature_map and feature_normalization must change the last axis only, [B, T, H, D] -> [B, T, H, K], "
             f"got {list(heads.shape)} -> {list(features.shape)}"
         )
+    if head_size % 2:
+        with jax.ensure_compile_time_eval():
+            signs = jnp.broadcast_to(1.0 - 2.0 * (jnp.arange(head_size) % 2), heads.shape)
+            extreme = _features(feature_map, feature_normalization, signs)
+        if not isinstance(extreme, jax.core.Tracer) and not np.all(np.isfinite(extreme)):
+            raise ValueError(
+                f"the features of [1, −1, 1, …], of head_size {head_size}, are not finite: DPFP of an odd size can be "
+                "all zeros; give sum_normalize an eps above 0, or take an even head_size"
+            )
     return features.shape[-1]
 
 
@@ -413,8 +417,9 @@ def _at_least_float32(x):
 
 
 def _check_input(x, in_features):
-    if x.ndim != 3 or x.shape[-1] != in_features or x.shape[1] == 0:
+    if x.ndim != 3 or x.shape[-1] != in_features or x.shape[1] == 0 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
-            f"x must be [B, T, in_features] with T ≥ 1 and in_features = {in_features}, got {list(x.shape)}; "
+            "x must be floating point and [B, T, in_features] with T ≥ 1 and "
+            f"in_features = {in_features}, got {x.dtype}{list(x.shape)}; "
             "for one token or one sequence add axes of length 1, e.g. x[:, None]"
         )

@@ -40,7 +40,7 @@ class Memory(NamedTuple):
     Attributes:
       fast_weights: W, ``[..., K, V]``, float32 (float64 for float64 inputs).
       key_sum: z = Σφ(k) of attention normalisation (eq. 26), ``[..., K]``, same dtype. It is a sum-ruled memory
-        whose values are ones, and decays and resets with W.
+        whose values are ones, and decays and resets with W. Only calls that normalise advance it.
     """
 
     fast_weights: jax.Array
@@ -125,7 +125,7 @@ def chunk(fast_weights, query, key, value, beta, log_decay=None, reset=None, *, 
 
         sum      u_t = β_t v_t
         delta    u_t = β_t (v_t − D_t0 W_0ᵀk_t − Σ_{i<t} D_ti (k_tᵀk_i) u_i)
-        fwm      the same with r_t v_t for v_t, and W_T, y_t divided by r in the end: see ``_fwm_writes``
+        fwm      the same, with what clips did to W_0 and to each write since it was made: see ``_fwm_writes``
 
     and then  y_t = D_t0 W_0ᵀq_t + Σ_{i≤t} D_ti (q_tᵀk_i) u_i  and  W_T = D_T0 W_0 + Σ_i D_Ti k_i u_iᵀ.
     For delta the system is unit lower triangular and is inverted by ``unit_lower_inverse``.
@@ -146,20 +146,25 @@ def chunk(fast_weights, query, key, value, beta, log_decay=None, reset=None, *, 
     reads, transposed, clip = advance(
         fast_weights.T, clip, query, key, value, beta, log_decay, reset, rule=rule, precision=precision
     )
-    return reads, transposed.T if clip is None else transposed.T / clip.scale
+    return reads, end_clip(transposed.T, clip)
 
 
 class Clip(NamedTuple):
-    """How a memory M of the fwm rule that is not clipped relates to W, which is: W = M / scale; norm is ‖M‖²_F."""
+    """What a memory of the fwm rule is carried with from chunk to chunk: W = exp(−log_scale) M, and norm is ‖W‖²_F."""
 
-    scale: jax.Array
+    log_scale: jax.Array
     norm: jax.Array
 
 
 def start_clip(fast_weights):
     """M = W."""
     norm = jnp.sum(jnp.square(fast_weights))
-    return Clip(jnp.ones_like(norm), norm)
+    return Clip(jnp.zeros_like(norm), norm)
+
+
+def end_clip(fast_weights, clip):
+    """W of M, and of other rules' W."""
+    return fast_weights if clip is None else jnp.exp(-clip.log_scale) * fast_weights
 
 
 def advance(transposed, clip, query, key, value, beta, log_decay, reset, *, rule: Rule, precision):
@@ -167,8 +172,8 @@ def advance(transposed, clip, query, key, value, beta, log_decay, reset, *, rule
 
     Wᵀ, ``[V, K]``, because then the gradient of each product with it comes out in the order it is kept in.
 
-    M goes from chunk to chunk with a scale of 1: to divide both by the scale's *value*, which has no gradient, changes
-    neither W nor its gradient, and spares a product with a [K, V] matrix on the way back.
+    M goes from chunk to chunk with a log_scale of 0: to divide it by the scale's *value*, which has no gradient,
+    changes neither W nor its gradient, and spares a product with a [K, V] matrix on the way back.
     """
     _check_shapes(transposed.T, query, key, value, beta, log_decay, reset)
     length = key.shape[0]
@@ -176,8 +181,11 @@ def advance(transposed, clip, query, key, value, beta, log_decay, reset, *, rule
     resets = jnp.zeros(length, jnp.int32) if reset is None else jnp.cumsum(reset)
     sees_start, reaches_end = resets == 0, resets == resets[-1]
     causal = jnp.tri(length, dtype=bool) & (resets[:, None] == resets[None])
-    log_alpha = jnp.zeros((length, 1), key.dtype) if log_decay is None else log_decay.reshape(length, -1)
-    log_alpha = jnp.cumsum(log_alpha, axis=0)
+    log_alpha = jnp.zeros((length, 1), key.dtype)
+    if log_decay is not None:
+        # What follows a large number in a cumulative sum loses its digits: less than e⁻⁶⁴ is nothing in float32.
+        least = -64 if key.dtype == jnp.float32 else -512
+        log_alpha = jnp.cumsum(jnp.maximum(log_decay, least).reshape(length, -1), axis=0)
 
     from_start = jnp.where(sees_start[:, None], jnp.exp(log_alpha), 0)
     if rule == "sum":
@@ -191,20 +199,24 @@ def advance(transposed, clip, query, key, value, beta, log_decay, reset, *, rule
         else:
             decay = jnp.ones(length, key.dtype) if log_decay is None else jnp.exp(log_decay)
             decay = decay if reset is None else jnp.where(reset, 0, decay)
-            writes, scales, norm = _fwm_writes(clip, value, beta, key, recalled, overlaps, decay, reset)
+            writes, before, after, norm = _fwm_writes(clip, value, beta, key, recalled, overlaps, decay, reset)
 
+    # What is left of the start and of each write at each token, and in the end.
+    kept, kept_start, kept_end = 1, 1, 1
+    if rule == "fwm":
+        end = lax.stop_gradient(after[-1])
+        kept = jnp.exp(jnp.where(causal, before[None] - after[:, None], 0))
+        kept_start, kept_end = jnp.exp(-after[:, None]), jnp.exp(before[:, None] - end)
     reads = None
     if query is not None:
-        scores = _decayed_products(query, key, log_alpha, causal, precision)
-        reads = (matmul(transposed, (query * from_start).T) + matmul(writes, scores.T)).T
-        reads = reads / scales[:, None] if rule == "fwm" else reads
+        scores = kept * _decayed_products(query, key, log_alpha, causal, precision)
+        reads = (matmul(transposed, (kept_start * query * from_start).T) + matmul(writes, scores.T)).T
     if log_decay is not None or reset is not None:
         transposed = from_start[-1:] * transposed
-    to_end = jnp.where(reaches_end[:, None], jnp.exp(log_alpha[-1:] - log_alpha), 0)
-    transposed = transposed + matmul(writes, key * to_end)
     if rule == "fwm":
-        rescale = lax.stop_gradient(1 / scales[-1])
-        transposed, clip = rescale * transposed, Clip(rescale * scales[-1], jnp.square(rescale) * norm)
+        transposed, clip = jnp.exp(-end) * transposed, Clip(after[-1] - end, norm)
+    to_end = jnp.where(reaches_end[:, None], jnp.exp(log_alpha[-1:] - log_alpha), 0)
+    transposed = transposed + matmul(writes, kept_end * key * to_end)
     return reads, transposed, clip
 
 
@@ -226,33 +238,36 @@ def _decayed_products(left, key, log_alpha, mask, precision):
 
 
 def _fwm_writes(clip, value, beta, key, recalled, overlaps, decay, reset):
-    """Writes ``[V, T]`` of the fwm rule, its scale r ``[T]`` after each token and ‖M_T‖², touching no [K, V] matrix.
+    """Writes ``[V, T]`` of the fwm rule, log s before and after each token, both ``[T]``, and ‖W_T‖²; no [K, V] matrix.
 
-    With M_t the same memory never clipped, the clips make W_t = M_t / r_t with r_t = max(r_{t−1}, ‖M_t‖_F), if M is the
-    delta memory of the values r_{t−1} v_t; r = 1 at a reset. The norm is followed by scalars: for a write u to what
-    recalled m
+    A clip is a decay that follows from what was written. With s_t the product of all clips before token t, a write u_i
+    is worth s_i/s_t u_i when token t comes, and the norm that is clipped next is, for what recalled m_t,
 
-        ‖αM + k uᵀ‖² = α²‖M‖² + 2 uᵀm + ‖k‖²‖u‖².
+        ‖α_t W_{t−1} + k_t u_tᵀ‖² = α_t²‖W_{t−1}‖² + u_tᵀ(2 m_t + ‖k_t‖² u_t).
     """
     # The compiler would fuse each of these into all that follow, and compute it again there.
     once = lax.optimization_barrier
     rows = lambda x: [jnp.squeeze(row, 0) for row in jnp.split(x, len(x))]  # noqa: E731  (transposes to one concatenation)
     key_norms = rows(jnp.sum(jnp.square(key), axis=-1))
-    writes, scales, norms = [], [clip.scale], [clip.norm]
+    writes, before, after, norm = [], [], [clip.log_scale], clip.norm
     for t, (overlap, found, value_t, beta_t, decay_t) in enumerate(
         zip(map(rows, rows(overlaps)), rows(once(recalled.T)), rows(value), rows(beta), rows(decay), strict=True)
     ):
-        found = once(sum((overlap[i] * writes[i] for i in range(t)), found))
-        scale = scales[-1] if reset is None else jnp.where(reset[t], 1, scales[-1])
-        write = once(beta_t * (scale * value_t - found))
+        # A reset takes nothing over; but s goes on, for it must not fall.
+        log = after[-1] if reset is None else jnp.where(reset[t], lax.stop_gradient(after[-1]), after[-1])
+        kept = [overlap[i] * jnp.exp(before[i] - log) for i in range(t)]
+        found = once(sum((kept[i] * writes[i] for i in range(t)), jnp.exp(-log) * found))
+        write = once(beta_t * (value_t - found))
         gain = jnp.sum(write * (2 * found + key_norms[t] * write))
-        norms.append(jnp.square(decay_t) * norms[-1] + gain)
-        scales.append(jnp.sqrt(jnp.maximum(jnp.square(scale), norms[-1])))
+        norm = jnp.square(decay_t) * norm + gain
+        clipped = jnp.maximum(1, norm)
+        norm = norm / clipped
+        before.append(log)
+        after.append(log + jnp.log(clipped) / 2)
         writes.append(write)
-    return jnp.stack(writes, axis=1), jnp.stack(scales[1:]), norms[-1]
+    return jnp.stack(writes, axis=1), jnp.stack(before), jnp.stack(after[1:]), norm
 
 
-@jax.custom_jvp
 def unit_lower_inverse(lower: jax.Array) -> jax.Array:
     """(I + L)⁻¹ for the strictly lower triangular part of a matrix, by products alone.
 
@@ -270,6 +285,11 @@ def unit_lower_inverse(lower: jax.Array) -> jax.Array:
     Returns:
       ``[T, T]``, unit lower triangular.
     """
+    return jnp.ones_like(lower) if len(lower) == 1 else _unit_lower_inverse(lower)
+
+
+@jax.custom_jvp
+def _unit_lower_inverse(lower):
     length = lower.shape[-1]
     size = 1
     while size < min(length, 16):
@@ -308,9 +328,9 @@ def unit_lower_inverse(lower: jax.Array) -> jax.Array:
     return inverse[0, :length, :length]
 
 
-@unit_lower_inverse.defjvp
+@_unit_lower_inverse.defjvp
 def _unit_lower_inverse_jvp(primals, tangents):
-    inverse = unit_lower_inverse(*primals)
+    inverse = _unit_lower_inverse(*primals)
     tangent = jnp.matmul(inverse, jnp.tril(*tangents, -1), precision=HIGHEST)
     return inverse, -jnp.matmul(tangent, inverse, precision=HIGHEST)
 
@@ -332,7 +352,14 @@ def read_weights(query, key, beta, log_decay=None, reset=None, *, rule: Rule):
 
     Returns:
       The weights w ``[T]`` and r ``[K]``, what of the query reaches the initial memory.
+
+    Raises:
+      ValueError: another rule.
     """
+    if rule not in ("sum", "delta"):
+        raise ValueError(
+            f'read_weights is for rule "sum" or "delta", whose reads are linear in the values, got {rule!r}'
+        )
     if rule == "sum" and log_decay is None and reset is None:
         return beta * jnp.matmul(key, query, precision=HIGHEST), query
 

@@ -57,7 +57,7 @@ def attention(
 
         y = W @ q  # eq. 25
         if normalize:
-            z = z + k  # eq. 26
+            z = z + (strength * k if rule == "sum" else k)  # eq. 26
             y = y / (z @ q + eps)  # eq. 28
         reads.append(y)
     return np.stack(reads), W.T, z

@@ -235,6 +235,12 @@ def test_masked_keys_and_values_leak_neither_into_outputs_nor_into_gradients(gar
     chex.assert_trees_all_equal(*results)
 
 
+def test_cross_attention_rounds_to_the_dtype_of_value_alone():
+    one = jnp.ones((1, 1, 1, 1))
+    out, _ = fwt_jax.fast_weight_cross_attention(one.astype(jnp.bfloat16), one, 1.2345678 * one)
+    assert out.dtype == jnp.float32 and float(out[0, 0, 0, 0]) == np.float32(1.2345678)
+
+
 def test_cross_attention_continues_a_memory(x64):
     """Writing in two calls is writing in one, and read gives what the call gave."""
     query, key, value, _ = (x if x is None else jnp.asarray(x) for x in cross_inputs("read", start=False))

@@ -97,6 +97,11 @@ READ = {
     "other query size": ({"query": QUERY[..., :3]}, ["query", "[2, T, 2, 4]", "[2, 2, 4, 5]", "[2, 3, 2, 3]"]),
     "other batch": ({"query": QUERY[:1]}, ["query", "[2, T, 2, 4]", "[1, 3, 2, 4]"]),
     "normalize=True": ({"normalize": True}, ["normalize", "False", '"read"', "True"]),
+    "integer query": ({"query": INTEGERS}, ["query", "floating point", "int32", "astype"]),
+    "key_sum of another size": (
+        {"memory": MEMORY._replace(key_sum=MEMORY.key_sum[..., :3])},
+        ["key_sum", "[2, 2, 4]", "[2, 2, 3]"],
+    ),
 }
 
 
@@ -110,3 +115,8 @@ def assert_message(words, function, *args, **kwargs):
         function(*args, **kwargs)
     missing = [word for word in words if word not in str(error.value)]
     assert not missing, f"{missing} not in: {error.value}"
+
+
+def test_read_weights_of_another_rule():
+    with pytest.raises(ValueError, match=r'"sum" or "delta".*got .fwm'):
+        fwt_jax.read_weights(QUERY[0, 0, 0], KEY[0, :, 0], BETA[0, :, 0], rule="fwm")

@@ -50,7 +50,7 @@ def equations(x):
         "favor_plus": h / np.sqrt(3) * np.concatenate([np.exp(PROJECTION @ x), np.exp(-PROJECTION @ x)]),
         "t2r": relu(affine),
         "hedgehog": softmax(np.concatenate([affine, -affine])),
-        "sum_normalize": x / (x.sum() + 1e-6),
+        "sum_normalize": x / (x.sum() + 1e-18),
         "l2_normalize": x / np.sqrt((x**2).sum() + 1e-6),
     }
 

@@ -109,7 +109,7 @@ def numpy_features(layer, u):
         functions[jax.nn.silu] = lambda u: u / (1 + np.exp(-u))
         u = functions[layer.feature_map](u)
     if layer.feature_normalization in (sum_normalize, sum_normalize_exactly):
-        u = u / (np.sum(u, axis=-1, keepdims=True) + (1e-6 if layer.feature_normalization is sum_normalize else 0))
+        u = u / (np.sum(u, axis=-1, keepdims=True) + (1e-18 if layer.feature_normalization is sum_normalize else 0))
     elif layer.feature_normalization is l2_normalize:
         u = u / np.sqrt(np.sum(u**2, axis=-1, keepdims=True) + 1e-6)
     return u
@@ -446,6 +446,10 @@ def test_a_softmax_layer_in_a_linen_model():
         (dict(feature_normalization="sum"), r"feature_normalization one or None, got <.* and 'sum'; take them from"),
         (dict(feature_map=lambda x: x[0]), r"must change the last axis only.* got \[1, 1, 2, 4\] -> \[1, 2, 4\]"),
         (dict(feature_map=functools.partial(dpfp, nu=8)), "dpfp of vectors of size 4 takes nu from 1 to 7, got nu=8"),
+        (
+            dict(head_size=3, feature_map=dpfp, feature_normalization=sum_normalize_exactly),
+            "of head_size 3, are not finite: DPFP of an odd size can be all zeros; give sum_normalize an eps above 0",
+        ),
         (dict(value_size=0), "sizes must be at least 1, got .*'value_size': 0"),
         (dict(num_heads=-1), "sizes must be at least 1, got .*'num_heads': -1"),
     ],
@@ -460,12 +464,16 @@ def test_configuration_mistakes(options, message):
 @pytest.mark.parametrize("name", ["delta, elu", "softmax"])
 def test_call_mistakes(name):
     layer, x = make(name), inputs()
-    with pytest.raises(ValueError, match=r"x must be \[B, T, in_features\] .*= 6, got \[2, 6\]; for one token"):
+    with pytest.raises(
+        ValueError, match=r"x must be .*\[B, T, in_features\] .*= 6, got float32\[2, 6\]; for one token"
+    ):
         layer(x[:, 0])
-    with pytest.raises(ValueError, match=r"in_features = 6, got \[2, 8, 5\]"):
+    with pytest.raises(ValueError, match=r"in_features = 6, got float32\[2, 8, 5\]"):
         layer(x[..., :5])
-    with pytest.raises(ValueError, match=r"with T ≥ 1 .* got \[2, 0, 6\]"):
+    with pytest.raises(ValueError, match=r"with T ≥ 1 .* got float32\[2, 0, 6\]"):
         layer(x[:, :0])
+    with pytest.raises(ValueError, match=r"x must be floating point .* got int32\[2, 8, 6\]"):
+        layer(x.astype(jnp.int32))
     with pytest.raises(ValueError, match=r"segment_ids must be integers \[B, T\] = \[2, 8\], got int64\[2, 7\]"):
         layer(x, segment_ids=SEGMENT_IDS[:, 1:])
     with pytest.raises(ValueError, match=r"memory must hold .*; init_memory\("):

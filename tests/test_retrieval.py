@@ -1,5 +1,6 @@
 """The paper's retrieval experiment: the authors' numbers, the data's law, evaluation, the stopping rule."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -228,6 +229,21 @@ def test_a_sweep_goes_on_where_it_stopped_and_repeats_nothing(tmp_path):
     assert sweep(runs, path, workers=1, max_steps=100) == rows
     assert path.stat().st_mtime_ns == modified
     assert [file.name for file in tmp_path.iterdir()] == ["capacity.csv"]
+
+
+def test_a_sweep_does_not_take_a_run_that_was_cut_off_for_finished(tmp_path):
+    run, path = Run(Model("linear", "sum"), Task(4, False)), tmp_path / "capacity.csv"
+    save(path, {run.id: finished(run)})
+    assert sweep([run], path, workers=1, max_steps=300)[run.id]["losses"] != "0.25 0.5"
+
+
+def test_a_failing_run_loses_no_other(tmp_path, monkeypatch):
+    runs = [Run(Model("linear", "sum"), Task(size, False)) for size in (4, 5)]
+    path = tmp_path / "capacity.csv"
+    runs.append(dataclasses.replace(runs[0], seed="not a number"))
+    with pytest.raises((TypeError, ValueError)):
+        sweep(runs, path, workers=1, max_steps=100)
+    assert set(load(path)) == {run.id for run in runs[:2]}
 
 
 def test_a_results_file_with_other_columns_is_refused(tmp_path):
