@@ -109,16 +109,15 @@ def _start_worker(progress, cores):
 
 
 def _execute(run: Run, max_steps: int, checkpoint: pathlib.Path) -> dict[str, str]:
-    start = time.perf_counter()
     report = lambda step, loss: _progress.put((run.id, step, loss))  # noqa: E731
-    losses = train(run.model, run.task, run.seed, max_steps, report, checkpoint)
+    losses, seconds = train(run.model, run.task, run.seed, max_steps, report, checkpoint)
     best = min(range(len(losses)), key=lambda i: (losses[i] != losses[i], losses[i]))
     numbers = (
         f"{losses[best]:.7g}",
         (best + 1) * EVAL_EVERY,
         f"{losses[-1]:.7g}",
         len(losses) * EVAL_EVERY,
-        f"{time.perf_counter() - start:.1f}",
+        f"{seconds:.1f}",
         " ".join(f"{loss:.4g}" for loss in losses),
     )
     return dict(zip(COLUMNS, (*run.id, *map(str, numbers)), strict=True))

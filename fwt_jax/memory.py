@@ -150,21 +150,21 @@ def chunk(fast_weights, query, key, value, beta, log_decay=None, reset=None, *, 
 
 
 class Clip(NamedTuple):
-    """What a memory of the fwm rule is carried with from chunk to chunk: W = exp(−log_scale) M, and norm is ‖W‖²_F."""
+    """What a memory of the fwm rule is carried with from chunk to chunk: W = scale · M, and norm is ‖W‖²_F."""
 
-    log_scale: jax.Array
+    scale: jax.Array
     norm: jax.Array
 
 
 def start_clip(fast_weights):
     """M = W."""
     norm = jnp.sum(jnp.square(fast_weights))
-    return Clip(jnp.zeros_like(norm), norm)
+    return Clip(jnp.ones_like(norm), norm)
 
 
 def end_clip(fast_weights, clip):
     """W of M, and of other rules' W."""
-    return fast_weights if clip is None else jnp.exp(-clip.log_scale) * fast_weights
+    return fast_weights if clip is None else clip.scale * fast_weights
 
 
 def advance(transposed, clip, query, key, value, beta, log_decay, reset, *, rule: Rule, precision):
@@ -172,8 +172,8 @@ def advance(transposed, clip, query, key, value, beta, log_decay, reset, *, rule
 
     Wᵀ, ``[V, K]``, because then the gradient of each product with it comes out in the order it is kept in.
 
-    M goes from chunk to chunk with a log_scale of 0: to divide it by the scale's *value*, which has no gradient,
-    changes neither W nor its gradient, and spares a product with a [K, V] matrix on the way back.
+    M goes from chunk to chunk with a scale of 1: to multiply it by the scale's *value*, which has no gradient, changes
+    neither W nor its gradient, and spares a product with a [K, V] matrix on the way back.
     """
     _check_shapes(transposed.T, query, key, value, beta, log_decay, reset)
     length = key.shape[0]
@@ -199,25 +199,22 @@ def advance(transposed, clip, query, key, value, beta, log_decay, reset, *, rule
         else:
             decay = jnp.ones(length, key.dtype) if log_decay is None else jnp.exp(log_decay)
             decay = decay if reset is None else jnp.where(reset, 0, decay)
-            writes, before, after, norm = _fwm_writes(clip, value, beta, key, recalled, overlaps, decay, reset)
+            writes, kept, kept_start, norm = _fwm_writes(clip, value, beta, key, recalled, overlaps, decay, reset)
 
-    # What is left of the start and of each write at each token, and in the end.
-    kept, kept_start, kept_end = 1, 1, 1
-    if rule == "fwm":
-        end = lax.stop_gradient(after[-1])
-        kept = jnp.exp(jnp.where(causal, before[None] - after[:, None], 0))
-        kept_start, kept_end = jnp.exp(-after[:, None]), jnp.exp(before[:, None] - end)
     reads = None
     if query is not None:
-        scores = kept * _decayed_products(query, key, log_alpha, causal, precision)
-        reads = (matmul(transposed, (kept_start * query * from_start).T) + matmul(writes, scores.T)).T
+        scores = _decayed_products(query, key, log_alpha, causal, precision)
+        if rule == "fwm":
+            query, scores = kept_start[:, None] * query, kept * scores
+        reads = (matmul(transposed, (query * from_start).T) + matmul(writes, scores.T)).T
     if log_decay is not None or reset is not None:
         transposed = from_start[-1:] * transposed
-    if rule == "fwm":
-        transposed, clip = jnp.exp(-end) * transposed, Clip(after[-1] - end, norm)
     to_end = jnp.where(reaches_end[:, None], jnp.exp(log_alpha[-1:] - log_alpha), 0)
-    transposed = transposed + matmul(writes, kept_end * key * to_end)
-    return reads, transposed, clip
+    if rule == "fwm":
+        value = lax.stop_gradient(kept_start[-1])
+        scale = jnp.where(value > 0, kept_start[-1] / jnp.where(value > 0, value, 1), 1)
+        transposed, to_end, clip = value * transposed, kept[-1][:, None] / scale * to_end, Clip(scale, norm)
+    return reads, transposed + matmul(writes, key * to_end), clip
 
 
 def parallel(fast_weights, query, key, value, beta, log_decay=None, reset=None, *, rule: Rule, precision=HIGHEST):
@@ -238,10 +235,11 @@ def _decayed_products(left, key, log_alpha, mask, precision):
 
 
 def _fwm_writes(clip, value, beta, key, recalled, overlaps, decay, reset):
-    """Writes ``[V, T]`` of the fwm rule, log s before and after each token, both ``[T]``, and ‖W_T‖²; no [K, V] matrix.
+    """The fwm rule without a [K, V] matrix: writes ``[V, T]``, what clips leave of them and of M_0, ‖W_T‖².
 
-    A clip is a decay that follows from what was written. With s_t the product of all clips before token t, a write u_i
-    is worth s_i/s_t u_i when token t comes, and the norm that is clipped next is, for what recalled m_t,
+    A clip is a decay that follows from what was written. ``kept[t, i]`` is what the clips of tokens i … t leave of
+    write i, ``[T, T]``, ``kept_start[t]`` what they leave of M_0, and the norm that is clipped next is, for a write u_t
+    to what recalled m_t,
 
         ‖α_t W_{t−1} + k_t u_tᵀ‖² = α_t²‖W_{t−1}‖² + u_tᵀ(2 m_t + ‖k_t‖² u_t).
     """
@@ -249,23 +247,20 @@ def _fwm_writes(clip, value, beta, key, recalled, overlaps, decay, reset):
     once = lax.optimization_barrier
     rows = lambda x: [jnp.squeeze(row, 0) for row in jnp.split(x, len(x))]  # noqa: E731  (transposes to one concatenation)
     key_norms = rows(jnp.sum(jnp.square(key), axis=-1))
-    writes, before, after, norm = [], [], [clip.log_scale], clip.norm
+    start, shares, norm, writes, kept, kept_start = clip.scale, [], clip.norm, [], [], []
     for t, (overlap, found, value_t, beta_t, decay_t) in enumerate(
         zip(map(rows, rows(overlaps)), rows(once(recalled.T)), rows(value), rows(beta), rows(decay), strict=True)
     ):
-        # A reset takes nothing over; but s goes on, for it must not fall.
-        log = after[-1] if reset is None else jnp.where(reset[t], lax.stop_gradient(after[-1]), after[-1])
-        kept = [overlap[i] * jnp.exp(before[i] - log) for i in range(t)]
-        found = once(sum((kept[i] * writes[i] for i in range(t)), jnp.exp(-log) * found))
+        start = start if reset is None else jnp.where(reset[t], 1, start)
+        found = once(sum((overlap[i] * shares[i] * writes[i] for i in range(t)), start * found))
         write = once(beta_t * (value_t - found))
-        gain = jnp.sum(write * (2 * found + key_norms[t] * write))
-        norm = jnp.square(decay_t) * norm + gain
-        clipped = jnp.maximum(1, norm)
-        norm = norm / clipped
-        before.append(log)
-        after.append(log + jnp.log(clipped) / 2)
+        norm = jnp.square(decay_t) * norm + jnp.sum(write * (2 * found + key_norms[t] * write))
+        share = once(lax.rsqrt(jnp.maximum(1, norm)))
+        norm, start, shares = jnp.minimum(1, norm), start * share, [share * x for x in shares] + [share]
         writes.append(write)
-    return jnp.stack(writes, axis=1), jnp.stack(before), jnp.stack(after[1:]), norm
+        kept.append(jnp.stack(shares + [jnp.zeros_like(share)] * (len(key) - t - 1)))
+        kept_start.append(start)
+    return jnp.stack(writes, axis=1), jnp.stack(kept), jnp.stack(kept_start), norm
 
 
 def unit_lower_inverse(lower: jax.Array) -> jax.Array:
