@@ -64,7 +64,8 @@ class Run:
     def cost(self) -> float:
         """A rough measure of the time it takes, to start the longest first."""
         features = {"favor": 10 * self.model.size, "dpfp": 128 * self.model.size}.get(self.model.feature_map, 64)
-        return self.task.num_keys * (1000 + features) * (100 if self.model.rule == "fwm" else 1)
+        rule = 3 * self.model.recipe[1] if self.model.rule == "fwm" else 1
+        return self.task.num_keys * (1000 + features) * rule
 
 
 # --- running and saving ----------------------------------------------------------------------------------------------
