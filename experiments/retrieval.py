@@ -17,6 +17,8 @@ import multiprocessing
 import os
 import pathlib
 import queue
+import signal
+import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from typing import Literal
@@ -105,12 +107,17 @@ def _start_worker(progress, cores):
     """One core for each worker: the products here are too small for two to be worth the waiting."""
     global _progress
     _progress = progress
+    progress.cancel_join_thread()  # what nobody reads any more must not keep a worker from its end
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {cores.get()})
 
 
 def _execute(run: Run, max_steps: int, checkpoint: pathlib.Path) -> dict[str, str]:
-    report = lambda step, loss: _progress.put((run.id, step, loss))  # noqa: E731
+    def report(step, loss):
+        if not multiprocessing.parent_process().is_alive():
+            os._exit(1)  # nobody is left to take the result
+        _progress.put((run.id, step, loss))
+
     losses, seconds = train(run.model, run.task, run.seed, max_steps, report, checkpoint)
     best = min(range(len(losses)), key=lambda i: (losses[i] != losses[i], losses[i]))
     numbers = (
@@ -145,29 +152,29 @@ def sweep(runs: list[Run], path: pathlib.Path, *, workers: int, max_steps: int =
         return rows
     path.parent.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
-        progress, cores = manager.Queue(), manager.Queue()
-        for worker in range(workers):
-            cores.put(_cores()[worker % len(_cores())])
-        with bar, ProcessPoolExecutor(min(workers, len(todo)), context, _start_worker, (progress, cores)) as pool:
-            checkpoints = {run.id: path.with_name("-".join(run.id) + ".unfinished") for run in todo}
-            pending = {pool.submit(_execute, run, max_steps, checkpoints[run.id]) for run in todo}
-            try:
-                while pending:
-                    done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
-                    for future in sorted(done, key=lambda future: future.exception() is not None):
-                        row = future.result()
-                        run_id = tuple(row[column] for column in COLUMNS[:5])
-                        rows[run_id] = row
-                        save(path, rows)
-                        checkpoints[run_id].unlink(missing_ok=True)
-                        bar.update()
-                    _show_progress(bar, progress)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                for process in list((pool._processes or {}).values()):
-                    process.terminate()
-                raise
+    progress, cores = context.Queue(), context.Queue()
+    for worker in range(workers):
+        cores.put(_cores()[worker % len(_cores())])
+    with bar, ProcessPoolExecutor(min(workers, len(todo)), context, _start_worker, (progress, cores)) as pool:
+        checkpoints = {run.id: path.with_name("-".join(run.id) + ".unfinished") for run in todo}
+        pending = {pool.submit(_execute, run, max_steps, checkpoints[run.id]) for run in todo}
+        try:
+            while pending:
+                done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+                for future in sorted(done, key=lambda future: future.exception() is not None):
+                    row = future.result()
+                    run_id = tuple(row[column] for column in COLUMNS[:5])
+                    rows[run_id] = row
+                    save(path, rows)
+                    checkpoints[run_id].unlink(missing_ok=True)
+                    bar.update()
+                _show_progress(bar, progress)
+        except BaseException:
+            processes = list(pool._processes.values())  # which shutdown forgets
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in processes:
+                process.terminate()
+            raise
     return rows
 
 
@@ -245,4 +252,5 @@ def main(config: Config):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # as by ctrl-c: the workers end too
     main(tyro.cli(Config, description=__doc__))

@@ -99,13 +99,14 @@ class FastWeightAttention(nnx.Module):
     ):
         value_size = head_size if value_size is None else value_size
         self.in_features, self.num_heads, self.value_size = in_features, num_heads, value_size
+        feature_normalization = feature_maps.identity if feature_normalization is None else feature_normalization
         self.feature_map, self.feature_normalization = feature_map, feature_normalization
         self.rule, self.normalize, self.eps, self.output_scale = rule, normalize, eps, output_scale
         self.form, self.chunk_size, self.implementation, self.precision = form, chunk_size, implementation, precision
         self.memory_dtype = jnp.promote_types(param_dtype if dtype is None else dtype, jnp.float32)
         options = dict(use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, kernel_init=kernel_init, rngs=rngs)
-        projections = _projections(in_features, num_heads, head_size, value_size, **options)
-        self.query, self.key, self.value, self.out = projections
+        sizes = (in_features, num_heads, head_size, value_size)
+        self.query, self.key, self.value, self.out = _projections(*sizes, **options)
         self.beta = None if rule == "sum" else nnx.LinearGeneral(in_features, num_heads, **options)
         check_options(rule, form, normalize, implementation, self.beta, None, chunk_size)
         self.num_features = _count_features(feature_map, feature_normalization, num_heads, head_size)
@@ -140,8 +141,8 @@ class FastWeightAttention(nnx.Module):
         if rngs is not None and hasattr(feature_map, "draw"):
             feature_map = feature_map.draw(rngs)  # once: keys and queries must share it
         y, memory = fast_weight_attention(
-            _features(feature_map, self.feature_normalization, self.query(x)),
-            _features(feature_map, self.feature_normalization, self.key(x)),
+            self.feature_normalization(feature_map(self.query(x))),
+            self.feature_normalization(feature_map(self.key(x))),
             self.value(x),
             None if self.beta is None else jax.nn.sigmoid(_at_least_float32(self.beta(x))),
             rule=self.rule,
@@ -378,32 +379,27 @@ def _projections(in_features, num_heads, head_size, value_size, **options):
     if min(sizes.values()) < 1:
         raise ValueError(f"sizes must be at least 1, got {sizes}")
     linear = functools.partial(nnx.LinearGeneral, **options)
-    query, key = (linear(in_features, (num_heads, head_size)) for _ in range(2))
-    value = linear(in_features, (num_heads, value_size))
-    return query, key, value, linear((num_heads, value_size), in_features, axis=(-2, -1))
-
-
-def _features(feature_map, feature_normalization, x):
-    return feature_map(x) if feature_normalization is None else feature_normalization(feature_map(x))
+    heads = [linear(in_features, (num_heads, size)) for size in (head_size, head_size, value_size)]
+    return *heads, linear((num_heads, value_size), in_features, axis=(-2, -1))
 
 
 def _count_features(feature_map, feature_normalization, num_heads, head_size):
-    if not callable(feature_map) or not (feature_normalization is None or callable(feature_normalization)):
+    if not callable(feature_map) or not callable(feature_normalization):
         raise ValueError(
             "feature_map must be a callable, and feature_normalization one or None, "
             f"got {feature_map!r} and {feature_normalization!r}; take them from fwt_jax.feature_maps"
         )
     heads = jax.ShapeDtypeStruct((1, 1, num_heads, head_size), jnp.float32)
-    features = jax.eval_shape(lambda x: _features(feature_map, feature_normalization, x), heads)
+    features = jax.eval_shape(lambda x: feature_normalization(feature_map(x)), heads)
     if features.ndim != 4 or features.shape[:-1] != heads.shape[:-1]:
         raise ValueError(
-            "feature_map and feature_normalization must change the last axis only, [B, T, H, D] -> [B, T, H, K], "
-            f"got {list(heads.shape)} -> {list(features.shape)}"
+            "feature_map and feature_normalization must change the last axis only, "
+            f"got {heads.shape} -> {features.shape}"
         )
     if head_size % 2:
         with jax.ensure_compile_time_eval():
             signs = jnp.broadcast_to(1.0 - 2.0 * (jnp.arange(head_size) % 2), heads.shape)
-            extreme = _features(feature_map, feature_normalization, signs)
+            extreme = feature_normalization(feature_map(signs))
         if not isinstance(extreme, jax.core.Tracer) and not np.all(np.isfinite(extreme)):
             raise ValueError(
                 f"the features of [1, −1, 1, …], of head_size {head_size}, are not finite: DPFP of an odd size can be "
@@ -419,7 +415,6 @@ def _at_least_float32(x):
 def _check_input(x, in_features):
     if x.ndim != 3 or x.shape[-1] != in_features or x.shape[1] == 0 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
-            "x must be floating point and [B, T, in_features] with T ≥ 1 and "
-            f"in_features = {in_features}, got {x.dtype}{list(x.shape)}; "
-            "for one token or one sequence add axes of length 1, e.g. x[:, None]"
+            f"x must be floating point and [B, T, {in_features}] with T ≥ 1, got {x.dtype}{list(x.shape)}; "
+            "for one token or one sequence add an axis of length 1, e.g. x[:, None]"
         )

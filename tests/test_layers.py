@@ -444,7 +444,7 @@ def test_a_softmax_layer_in_a_linen_model():
         (dict(form="recurrent", chunk_size=8), 'chunk_size must be at least 1 and goes with form="chunkwise"'),
         (dict(feature_map="dpfp"), r"feature_map must be a callable.* got 'dpfp' and <.*; take them from fwt_jax"),
         (dict(feature_normalization="sum"), r"feature_normalization one or None, got <.* and 'sum'; take them from"),
-        (dict(feature_map=lambda x: x[0]), r"must change the last axis only.* got \[1, 1, 2, 4\] -> \[1, 2, 4\]"),
+        (dict(feature_map=lambda x: x[0]), r"must change the last axis only.* got \(1, 1, 2, 4\) -> \(1, 2, 4\)"),
         (dict(feature_map=functools.partial(dpfp, nu=8)), "dpfp of vectors of size 4 takes nu from 1 to 7, got nu=8"),
         (
             dict(head_size=3, feature_map=dpfp, feature_normalization=sum_normalize_exactly),
@@ -464,15 +464,13 @@ def test_configuration_mistakes(options, message):
 @pytest.mark.parametrize("name", ["delta, elu", "softmax"])
 def test_call_mistakes(name):
     layer, x = make(name), inputs()
-    with pytest.raises(
-        ValueError, match=r"x must be .*\[B, T, in_features\] .*= 6, got float32\[2, 6\]; for one token"
-    ):
+    with pytest.raises(ValueError, match=r"x must be .*\[B, T, 6\] .*, got float32\[2, 6\]; for one token"):
         layer(x[:, 0])
-    with pytest.raises(ValueError, match=r"in_features = 6, got float32\[2, 8, 5\]"):
+    with pytest.raises(ValueError, match=r"\[B, T, 6\] .*, got float32\[2, 8, 5\]"):
         layer(x[..., :5])
-    with pytest.raises(ValueError, match=r"with T ≥ 1 .* got float32\[2, 0, 6\]"):
+    with pytest.raises(ValueError, match=r"with T ≥ 1, got float32\[2, 0, 6\]"):
         layer(x[:, :0])
-    with pytest.raises(ValueError, match=r"x must be floating point .* got int32\[2, 8, 6\]"):
+    with pytest.raises(ValueError, match=r"x must be floating point .*, got int32\[2, 8, 6\]"):
         layer(x.astype(jnp.int32))
     with pytest.raises(ValueError, match=r"segment_ids must be integers \[B, T\] = \[2, 8\], got int64\[2, 7\]"):
         layer(x, segment_ids=SEGMENT_IDS[:, 1:])

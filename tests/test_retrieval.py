@@ -3,7 +3,11 @@
 import dataclasses
 import itertools
 import json
+import os
 import pathlib
+import signal
+import subprocess
+import sys
 import time
 
 import chex
@@ -220,6 +224,37 @@ def test_an_interrupted_run_goes_on_where_it_was_kept(tmp_path, monkeypatch):
 
 def finished(run):
     return dict(zip(retrieval.COLUMNS, (*run.id, "0.25", "100", "0.5", "200", "1.0", "0.25 0.5"), strict=True))
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_nothing_goes_on_behind_a_sweep_that_was_ended(end, tmp_path):
+    command = [sys.executable, "-m", "experiments.retrieval", "capacity", "--sizes", "100", "--out", str(tmp_path)]
+    root, log = pathlib.Path(__file__).parents[1], tmp_path / "log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, cwd=root, stderr=file, start_new_session=True)
+    try:
+        wait_until(lambda: b"step" in log.read_bytes(), 120)
+        process.send_signal(end)
+        process.wait(60)
+        wait_until(lambda: not is_alive(process.pid), 60)
+    finally:
+        if is_alive(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def is_alive(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def wait_until(condition, seconds):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not so within {seconds} s"
+        time.sleep(0.1)
 
 
 def test_a_sweep_goes_on_where_it_stopped_and_repeats_nothing(tmp_path):
