@@ -303,10 +303,6 @@ def check_options(rule, form, normalize, implementation, beta, log_decay, chunk_
         raise ValueError(f'rule "fwm" clips its memory and has no attention normalisation, got normalize={normalize!r}')
     if rule == "sum" and normalize == "retrieval":
         raise ValueError('normalize="retrieval" is for rule "delta"; rule "sum" retrieves nothing by key, use "read"')
-    if rule == "fwm" and chunk_size is not None and chunk_size > 16:
-        raise ValueError(
-            f'the chunks of rule "fwm" are unrolled and take at most chunk_size=16, got {chunk_size}; None takes 8'
-        )
     if chunk_size is not None and (form != "chunkwise" or chunk_size < 1):
         raise ValueError(
             f'chunk_size must be at least 1 and goes with form="chunkwise", got {chunk_size} and form="{form}"'

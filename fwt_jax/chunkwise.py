@@ -13,6 +13,7 @@ from jax import lax
 from fwt_jax import memory
 
 CHUNK_SIZE = 64
+FWM_CHUNK_SIZE = 32  # its tokens go in sequence, so that larger chunks spare no steps
 
 
 def chunkwise(fast_weights, query, key, value, beta, log_decay=None, reset=None, **options):
@@ -50,26 +51,31 @@ def one_head(
     """``chunkwise`` of one head of one sequence: the shapes are those of ``memory.chunk``.
 
     The last chunk is filled up with tokens that write nothing. The gradient keeps the memory at the start of each
-    chunk, T/C in all, and computes the chunk anew.
+    chunk, T/C in all (for "fwm" also what its tokens found in sequence, V + C numbers each), and computes the chunk
+    anew.
 
     Args:
       fast_weights, query, key, value, beta, log_decay, reset: see ``chunkwise``, without B and H.
       rule: "sum", "delta" or "fwm".
-      chunk_size: C; None is 64 (8 for "fwm", whose chunks are sequential inside), never more than T.
+      chunk_size: C; None is at most 64 (32 for "fwm"), and no larger than as many chunks of equal size need. Never
+        more than T.
       precision: of the matrix products, as in ``jax.lax``.
 
     Returns:
       The reads ``[T, V]``, or None, and W_T ``[K, V]``.
     """
     length = key.shape[0]
-    chunk_size = min(chunk_size or (8 if rule == "fwm" else CHUNK_SIZE), length)
+    if chunk_size is None:
+        num_chunks = -(-length // (FWM_CHUNK_SIZE if rule == "fwm" else CHUNK_SIZE))
+        chunk_size = -(-length // num_chunks // 4) * 4
+    chunk_size = min(chunk_size, length)
     num_chunks = -(-length // chunk_size)
     padding = num_chunks * chunk_size - length
     pad = lambda x: jnp.pad(x, ((0, padding), *((0, 0),) * (x.ndim - 1)))  # noqa: E731
     inputs = (query, key, value, beta, log_decay, reset)
     chunks = jax.tree.map(lambda x: pad(x).reshape(num_chunks, chunk_size, *x.shape[1:]), inputs)
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
+    @functools.partial(jax.checkpoint, prevent_cse=False, policy=memory.KEPT)
     def body(carry, chunk):
         reads, *carry = memory.advance(*carry, *chunk, rule=rule, precision=precision)
         return tuple(carry), reads

@@ -27,11 +27,14 @@ from typing import Literal, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from fwt_jax.triangular import unit_lower_inverse
 
 Rule = Literal["sum", "delta", "fwm"]
 HIGHEST = lax.Precision.HIGHEST
+KEPT = jax.checkpoint_policies.save_only_these_names("fwm")  # what is found token by token and not to be found again
 
 
 class Memory(NamedTuple):
@@ -125,13 +128,13 @@ def chunk(fast_weights, query, key, value, beta, log_decay=None, reset=None, *, 
 
         sum      u_t = β_t v_t
         delta    u_t = β_t (v_t − D_t0 W_0ᵀk_t − Σ_{i<t} D_ti (k_tᵀk_i) u_i)
-        fwm      the same, with what clips did to W_0 and to each write since it was made: see ``_fwm_writes``
+        fwm      the same, with what clips did to W_0 and to each write since it was made: see ``_fwm_errors``
 
     and then  y_t = D_t0 W_0ᵀq_t + Σ_{i≤t} D_ti (q_tᵀk_i) u_i  and  W_T = D_T0 W_0 + Σ_i D_Ti k_i u_iᵀ.
     For delta the system is unit lower triangular and is inverted by ``unit_lower_inverse``.
 
     Cost for T tokens: 2T²(K+V) + 6TKV FLOPs for delta, and the inverse, O(T³); T² numbers of memory, which a decay per
-    channel raises to T²K unless the compiler fuses the sum.
+    channel raises to T²K unless the compiler fuses the sum. fwm takes T small steps in sequence, of T²V FLOPs in all.
 
     Args:
       fast_weights: W_0, ``[K, V]``.
@@ -199,7 +202,11 @@ def advance(transposed, clip, query, key, value, beta, log_decay, reset, *, rule
         else:
             decay = jnp.ones(length, key.dtype) if log_decay is None else jnp.exp(log_decay)
             decay = decay if reset is None else jnp.where(reset, 0, decay)
-            writes, kept, kept_start, norm = _fwm_writes(clip, value, beta, key, recalled, overlaps, decay, reset)
+            key_norms = jnp.sum(jnp.square(key), axis=-1)
+            errors, shares, kept, norm = _fwm_errors(clip, overlaps, value, recalled.T, beta, key_norms, decay)
+            writes = (beta[:, None] * errors).T
+            kept_start = jnp.where(sees_start, clip.scale * shares * kept[:, 0], 1)
+            kept = shares[:, None] * kept
 
     reads = None
     if query is not None:
@@ -234,100 +241,90 @@ def _decayed_products(left, key, log_alpha, mask, precision):
     return jnp.sum(left[:, None] * key[None] * jnp.exp(exponents), axis=-1)
 
 
-def _fwm_writes(clip, value, beta, key, recalled, overlaps, decay, reset):
-    """The fwm rule without a [K, V] matrix: writes ``[V, T]``, what clips leave of them and of M_0, ‖W_T‖².
+@jax.custom_jvp
+def _fwm_errors(clip, overlaps, value, recalled, beta, key_norms, decay):
+    """What the fwm rule writes and clips, without a [K, V] matrix, token after token.
 
-    A clip is a decay that follows from what was written. ``kept[t, i]`` is what the clips of tokens i … t leave of
-    write i, ``[T, T]``, ``kept_start[t]`` what they leave of M_0, and the norm that is clipped next is, for a write u_t
-    to what recalled m_t,
+    A clip is a decay that follows from what was written. Let s_t = 1/max(1, ‖·‖_F) be what the clip after write t
+    leaves, and S_ti = s_i ⋯ s_{t−1} what is left of write i when token t comes (S_t0 s, s the scale, of M_0). Then
 
-        ‖α_t W_{t−1} + k_t u_tᵀ‖² = α_t²‖W_{t−1}‖² + u_tᵀ(2 m_t + ‖k_t‖² u_t).
-    """
-    # The compiler would fuse each of these into all that follow, and compute it again there.
-    once = lax.optimization_barrier
-    rows = lambda x: [jnp.squeeze(row, 0) for row in jnp.split(x, len(x))]  # noqa: E731  (transposes to one concatenation)
-    key_norms = rows(jnp.sum(jnp.square(key), axis=-1))
-    start, shares, norm, writes, kept, kept_start = clip.scale, [], clip.norm, [], [], []
-    for t, (overlap, found, value_t, beta_t, decay_t) in enumerate(
-        zip(map(rows, rows(overlaps)), rows(once(recalled.T)), rows(value), rows(beta), rows(decay), strict=True)
-    ):
-        start = start if reset is None else jnp.where(reset[t], 1, start)
-        found = once(sum((overlap[i] * shares[i] * writes[i] for i in range(t)), start * found))
-        write = once(beta_t * (value_t - found))
-        norm = jnp.square(decay_t) * norm + jnp.sum(write * (2 * found + key_norms[t] * write))
-        share = once(lax.rsqrt(jnp.maximum(1, norm)))
-        norm, start, shares = jnp.minimum(1, norm), start * share, [share * x for x in shares] + [share]
-        writes.append(write)
-        kept.append(jnp.stack(shares + [jnp.zeros_like(share)] * (len(key) - t - 1)))
-        kept_start.append(start)
-    return jnp.stack(writes, axis=1), jnp.stack(kept), jnp.stack(kept_start), norm
+        e_t = v_t − m_t,    m_t = S_t0 s D_t0 M_0ᵀk_t + Σ_{i<t} S_ti D_ti (k_tᵀk_i) β_i e_i
+        ‖α_t W_{t−1} + β_t k_t e_tᵀ‖² = α_t²‖W_{t−1}‖² + 2β_t v_tᵀe_t − β_t (2 − β_t‖k_t‖²) ‖e_t‖².
 
-
-def unit_lower_inverse(lower: jax.Array) -> jax.Array:
-    """(I + L)⁻¹ for the strictly lower triangular part of a matrix, by products alone.
-
-    From the inverses X, Y of two neighbouring diagonal blocks comes the inverse of both, of twice the size:
-
-        [[X, 0], [C, Y]]⁻¹ = [[X⁻¹, 0], [−Y⁻¹ C X⁻¹, Y⁻¹]].
-
-    Up to blocks of 16 all pairs C of a size are one masked matrix, in few and large products; from there on block by
-    block. No power of L appears, so nothing is lost for correlated keys (powers of L lose all digits of a whole chunk).
-    A triangular solve is sequential on TPU and slow on CPU.
+    Only the numbers are found in sequence. Their derivative is that of a memory whose clips are fixed, which takes
+    products alone, and on top of it a linear recurrence of scalars for the clips.
 
     Args:
-      lower: ``[T, T]``, float32 or float64; what lies on or above the diagonal is taken as zero.
+      clip: what M_0 is carried with.
+      overlaps: D_ti k_tᵀk_i, ``[T, T]``, strictly lower triangular.
+      value, recalled: v_t and D_t0 M_0ᵀk_t, ``[T, V]``.
+      beta, key_norms, decay: β_t, ‖k_t‖² and α_t (0 at a reset), ``[T]``.
 
     Returns:
-      ``[T, T]``, unit lower triangular.
+      e ``[T, V]``, s ``[T]``, S ``[T, T]`` (1 for i ≥ t) and ‖W_T‖².
     """
-    return jnp.ones_like(lower) if len(lower) == 1 else _unit_lower_inverse(lower)
+    errors, shares, kept, norms = _fwm_forward(clip, overlaps, value, recalled, beta, key_norms, decay)
+    return errors, shares, kept, jnp.minimum(1, norms[-1])
 
 
-@jax.custom_jvp
-def _unit_lower_inverse(lower):
-    length = lower.shape[-1]
-    size = 1
-    while size < min(length, 16):
-        size *= 2
-    padded = size
-    while padded < length:
-        padded *= 2
+def _fwm_forward(clip, overlaps, value, recalled, beta, key_norms, decay):
+    def body(carry, token):
+        writes, kept, start, norm = carry
+        here, overlap, value, recalled, beta, key_norm, decay = token
+        error = value - start * recalled - jnp.matmul(overlap * kept, writes, precision=HIGHEST)
+        gain = 2 * jnp.sum(value * error) - (2 - beta * key_norm) * jnp.sum(jnp.square(error))
+        norm = jnp.square(decay) * norm + beta * gain
+        share = lax.rsqrt(jnp.maximum(1, norm))
+        writes = lax.dynamic_update_slice(writes, (beta * error)[None], (here, 0))
+        carry = writes, jnp.where(order <= here, share * kept, 1), share * start, jnp.minimum(1, norm)
+        return carry, (error, share, kept, norm)
+
+    order = jnp.arange(len(beta))
+    start = (jnp.zeros_like(value), jnp.ones_like(beta), clip.scale, clip.norm)
+    return lax.scan(body, start, (order, overlaps, value, recalled, beta, key_norms, decay))[1]
+
+
+@_fwm_errors.defjvp
+def _fwm_errors_jvp(primals, tangents):
+    clip, overlaps, value, recalled, beta, key_norms, decay = primals
+    clip_dot, overlaps_dot, value_dot, recalled_dot, beta_dot, key_norms_dot, decay_dot = tangents
     matmul = lambda a, b: jnp.matmul(a, b, precision=HIGHEST)  # noqa: E731
-    lower = jnp.pad(lower, (0, padded - length))
+    errors, shares, kept, norms = (checkpoint_name(x, "fwm") for x in _fwm_forward(*primals))
+    clipped = jnp.minimum(1, norms)
+    before = jnp.concatenate([clip.norm[None], clipped[:-1]])
 
-    def blocks(size, row, column):
-        """The [row, column] block, of ``size``, of each diagonal pair of blocks."""
-        pairs = padded // size // 2
-        split = lower.reshape(pairs, 2, size, pairs, 2, size)
-        return jnp.stack([split[i, row, :, i, column] for i in range(pairs)])
+    # All clips fixed: with A the inverse of I + S D (KKᵀ) β,  e = A (v − S_t0 s D_t0 M_0ᵀk).
+    inverse = unit_lower_inverse(kept * overlaps * beta[None])
+    left = kept[:, 0][:, None]
+    targets_dot = value_dot - clip_dot.scale * (left * recalled) - clip.scale * left * recalled_dot
+    targets_dot -= matmul(kept * overlaps_dot, beta[:, None] * errors)
+    targets_dot -= matmul(kept * overlaps, beta_dot[:, None] * errors)
+    errors_dot = matmul(inverse, targets_dot)
+    products, squares = jnp.sum(value * errors, axis=-1), jnp.sum(jnp.square(errors), axis=-1)
+    slopes = 2 * beta[:, None] * (value - (2 - beta * key_norms)[:, None] * errors)
+    norms_dot = 2 * decay * decay_dot * before + jnp.square(beta) * squares * key_norms_dot
+    norms_dot += 2 * (products - (1 - beta * key_norms) * squares) * beta_dot
+    norms_dot += jnp.sum(slopes * errors_dot + 2 * beta[:, None] * errors * value_dot, axis=-1)
 
-    def invert(diagonal):
-        """One diagonal block, ``[size, size]``."""
-        inverse, half = jnp.eye(size, dtype=lower.dtype), 1
-        while half < size:
-            block = np.arange(size) // half
-            is_corner = (block[:, None] % 2 == 1) & (block[:, None] - 1 == block[None])
-            corners = jnp.where(is_corner, diagonal, 0)
-            inverse = inverse - (corners if half == 1 else matmul(matmul(inverse, corners), inverse))
-            half *= 2
-        return inverse
+    # A change of ln s_j scales all that the memory holds then, which is all of m_t that stems from v_i, i ≤ j. So, for
+    # λ_i = Σ_{j<i} d ln s_j,   de_t = λ_t e_t − Σ_{i≤t} A_ti λ_i v_i.
+    by_value, by_error = inverse * matmul(slopes, value.T), jnp.sum(slopes * errors, axis=-1)
 
-    diagonal = lower.reshape(padded // size, size, padded // size, size)
-    inverse = jnp.stack([invert(diagonal[i, :, i]) for i in range(padded // size)])
-    while size < padded:
-        first, second = inverse[0::2], inverse[1::2]
-        corner = -matmul(matmul(second, blocks(size, 1, 0)), first)
-        top = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
-        inverse = jnp.concatenate([top, jnp.concatenate([corner, second], axis=-1)], axis=-2)
-        size *= 2
-    return inverse[0, :length, :length]
+    def body(carry, token):
+        logs, log, norm_dot = carry
+        here, by_value, by_error, change, norm, decay = token
+        log = jnp.where(decay == 0, 0, log)
+        logs = jnp.where(here, log, logs)
+        change = change + jnp.square(decay) * norm_dot + log * by_error - jnp.sum(by_value * logs)
+        log_dot = jnp.where(norm > 1, -change, 0) / (2 * jnp.maximum(1, norm))
+        return (logs, log + log_dot, jnp.where(norm > 1, 0, change)), log_dot
 
-
-@_unit_lower_inverse.defjvp
-def _unit_lower_inverse_jvp(primals, tangents):
-    inverse = _unit_lower_inverse(*primals)
-    tangent = jnp.matmul(inverse, jnp.tril(*tangents, -1), precision=HIGHEST)
-    return inverse, -jnp.matmul(tangent, inverse, precision=HIGHEST)
+    here = jnp.eye(len(beta), dtype=bool)
+    start = (jnp.zeros_like(beta), jnp.zeros_like(clip.scale), clip_dot.norm)
+    (logs, _, norm_dot), log_dots = lax.scan(body, start, (here, by_value, by_error, norms_dot, norms, decay))
+    errors_dot += logs[:, None] * errors - matmul(inverse, logs[:, None] * value)
+    kept_dot = jnp.tril(kept * (logs[:, None] - logs[None]))
+    return (errors, shares, kept, clipped[-1]), (errors_dot, shares * log_dots, kept_dot, norm_dot)
 
 
 # --- what else one may ask of a memory -------------------------------------------------------------------------------

@@ -50,7 +50,6 @@ ATTENTION = {
     "fwm normalised": ({"rule": "fwm", "normalize": "read"}, ["fwm", "normalisation", "'read'"]),
     "sum with retrieval": ({"rule": "sum", "normalize": "retrieval"}, ["retrieval", "delta", "sum", '"read"']),
     "chunk size in recurrent form": ({"form": "recurrent", "chunk_size": 16}, ["chunk_size", "chunkwise", "16"]),
-    "chunks of fwm too long": ({"rule": "fwm", "chunk_size": 17}, ["chunk_size", "at most", "16", "got 17"]),
     "chunk size 0": ({"chunk_size": 0}, ["chunk_size", "at least 1", "got 0"]),
     "memory of another value size": (
         {"memory": fwt_jax.init_memory(B, H, K, V + 1)},

@@ -8,6 +8,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = sorted((ROOT / "fwt_jax").rglob("*.py"))
 ORDER = [
+    ("triangular",),
     ("feature_maps", "memory", "sharding"),
     ("chunkwise", "kernels", "sequence_parallel"),
     ("attention",),

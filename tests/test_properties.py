@@ -107,7 +107,7 @@ def test_packed_documents_are_separate_documents(options, arrays):
 def test_the_form_and_the_size_of_its_chunks_do_not_matter(rule, arrays):
     with jax.enable_x64(True):
         want = compiled_attend(rule=rule, form="recurrent")(arrays)
-        for chunk_size in (1, 2, 5, LENGTH, 3 * LENGTH) if rule != "fwm" else (1, 2, 5):
+        for chunk_size in (1, 2, 5, LENGTH, 3 * LENGTH):
             got = compiled_attend(rule=rule, form="chunkwise", chunk_size=chunk_size)(arrays)
             assert_same(got, want, rtol=1e-8)
 
