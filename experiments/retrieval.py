@@ -17,8 +17,7 @@ import multiprocessing
 import os
 import pathlib
 import queue
-import signal
-import sys
+import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from typing import Literal
@@ -66,7 +65,7 @@ class Run:
     def cost(self) -> float:
         """A rough measure of the time it takes, to start the longest first."""
         features = {"favor": 10 * self.model.size, "dpfp": 128 * self.model.size}.get(self.model.feature_map, 64)
-        rule = 3 * self.model.recipe[1] if self.model.rule == "fwm" else 1
+        rule = 3 * self.model.recipe[1] if self.model.rule == "fwm" else 1  # its tokens go in sequence
         return self.task.num_keys * (1000 + features) * rule
 
 
@@ -108,14 +107,18 @@ def _start_worker(progress, cores):
     global _progress
     _progress = progress
     progress.cancel_join_thread()  # what nobody reads any more must not keep a worker from its end
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {cores.get()})
 
 
+def _end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)  # nobody is left to take a result
+
+
 def _execute(run: Run, max_steps: int, checkpoint: pathlib.Path) -> dict[str, str]:
     def report(step, loss):
-        if not multiprocessing.parent_process().is_alive():
-            os._exit(1)  # nobody is left to take the result
         _progress.put((run.id, step, loss))
 
     losses, seconds = train(run.model, run.task, run.seed, max_steps, report, checkpoint)
@@ -157,8 +160,8 @@ def sweep(runs: list[Run], path: pathlib.Path, *, workers: int, max_steps: int =
         cores.put(_cores()[worker % len(_cores())])
     with bar, ProcessPoolExecutor(min(workers, len(todo)), context, _start_worker, (progress, cores)) as pool:
         checkpoints = {run.id: path.with_name("-".join(run.id) + ".unfinished") for run in todo}
-        pending = {pool.submit(_execute, run, max_steps, checkpoints[run.id]) for run in todo}
         try:
+            pending = {pool.submit(_execute, run, max_steps, checkpoints[run.id]) for run in todo}
             while pending:
                 done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
                 for future in sorted(done, key=lambda future: future.exception() is not None):
@@ -252,5 +255,4 @@ def main(config: Config):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # as by ctrl-c: the workers end too
     main(tyro.cli(Config, description=__doc__))

@@ -405,6 +405,9 @@ def _keep(path, state, losses, seconds):
 def _restore(path, state):
     carry, key = state
     target = {"carry": carry, "key": jax.random.key_data(key), "losses": np.zeros(0), "seconds": 0.0}
-    data = serialization.from_bytes(target, path.read_bytes())
+    try:
+        data = serialization.from_bytes(target, path.read_bytes())
+    except Exception as error:
+        raise ValueError(f"{path} is not an unfinished run of this program; delete it to begin the run anew") from error
     carry = jax.tree.map(jnp.asarray, data["carry"])
     return (carry, jax.random.wrap_key_data(jnp.asarray(data["key"]))), data["losses"].tolist(), data["seconds"]

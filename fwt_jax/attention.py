@@ -120,6 +120,7 @@ def fast_weight_attention(
     _check_like(log_decay, "log_decay", [(batch, length, heads), (batch, length, heads, key_size)])
     dtype = functools.reduce(jnp.promote_types, (query.dtype, key.dtype, value.dtype), jnp.float32)
     memory = _start(memory, key, value, dtype)
+    dtype = memory.fast_weights.dtype
     reset = resets(segment_ids, batch, length)
 
     out_dtype = value.dtype

@@ -57,8 +57,8 @@ def one_head(
     Args:
       fast_weights, query, key, value, beta, log_decay, reset: see ``chunkwise``, without B and H.
       rule: "sum", "delta" or "fwm".
-      chunk_size: C; None is at most 64 (32 for "fwm"), and no larger than as many chunks of equal size need. Never
-        more than T.
+      chunk_size: C, never more than T. None takes as few chunks of at most 64 tokens (32 for "fwm") as cover T, all
+        of one size, a multiple of 4 (products of other sizes take up to twice as long on CPU).
       precision: of the matrix products, as in ``jax.lax``.
 
     Returns:

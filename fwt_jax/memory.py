@@ -134,7 +134,8 @@ def chunk(fast_weights, query, key, value, beta, log_decay=None, reset=None, *, 
     For delta the system is unit lower triangular and is inverted by ``unit_lower_inverse``.
 
     Cost for T tokens: 2T²(K+V) + 6TKV FLOPs for delta, and the inverse, O(T³); T² numbers of memory, which a decay per
-    channel raises to T²K unless the compiler fuses the sum. fwm takes T small steps in sequence, of T²V FLOPs in all.
+    channel raises to T²K unless the compiler fuses the sum. fwm takes T small steps in sequence, of 2T²V FLOPs in
+    all; its gradient needs the inverse.
 
     Args:
       fast_weights: W_0, ``[K, V]``.
@@ -218,9 +219,9 @@ def advance(transposed, clip, query, key, value, beta, log_decay, reset, *, rule
         transposed = from_start[-1:] * transposed
     to_end = jnp.where(reaches_end[:, None], jnp.exp(log_alpha[-1:] - log_alpha), 0)
     if rule == "fwm":
-        value = lax.stop_gradient(kept_start[-1])
-        scale = jnp.where(value > 0, kept_start[-1] / jnp.where(value > 0, value, 1), 1)
-        transposed, to_end, clip = value * transposed, kept[-1][:, None] / scale * to_end, Clip(scale, norm)
+        left = lax.stop_gradient(kept_start[-1])
+        scale = jnp.where(left > 0, kept_start[-1] / jnp.where(left > 0, left, 1), 1)
+        transposed, to_end, clip = left * transposed, kept[-1][:, None] / scale * to_end, Clip(scale, norm)
     return reads, transposed + matmul(writes, key * to_end), clip
 
 
@@ -249,7 +250,7 @@ def _fwm_errors(clip, overlaps, value, recalled, beta, key_norms, decay):
     leaves, and S_ti = s_i ⋯ s_{t−1} what is left of write i when token t comes (S_t0 s, s the scale, of M_0). Then
 
         e_t = v_t − m_t,    m_t = S_t0 s D_t0 M_0ᵀk_t + Σ_{i<t} S_ti D_ti (k_tᵀk_i) β_i e_i
-        ‖α_t W_{t−1} + β_t k_t e_tᵀ‖² = α_t²‖W_{t−1}‖² + 2β_t v_tᵀe_t − β_t (2 − β_t‖k_t‖²) ‖e_t‖².
+        ‖α_t W_{t−1} + β_t k_t e_tᵀ‖² = α_t²‖W_{t−1}‖² + β_t e_tᵀ(2 m_t + β_t‖k_t‖² e_t).
 
     Only the numbers are found in sequence. Their derivative is that of a memory whose clips are fixed, which takes
     products alone, and on top of it a linear recurrence of scalars for the clips.
@@ -271,8 +272,9 @@ def _fwm_forward(clip, overlaps, value, recalled, beta, key_norms, decay):
     def body(carry, token):
         writes, kept, start, norm = carry
         here, overlap, value, recalled, beta, key_norm, decay = token
-        error = value - start * recalled - jnp.matmul(overlap * kept, writes, precision=HIGHEST)
-        gain = 2 * jnp.sum(value * error) - (2 - beta * key_norm) * jnp.sum(jnp.square(error))
+        found = start * recalled + jnp.matmul(overlap * kept, writes, precision=HIGHEST)
+        error = value - found
+        gain = jnp.sum(error * (2 * found + beta * key_norm * error))
         norm = jnp.square(decay) * norm + beta * gain
         share = lax.rsqrt(jnp.maximum(1, norm))
         writes = lax.dynamic_update_slice(writes, (beta * error)[None], (here, 0))
@@ -293,36 +295,39 @@ def _fwm_errors_jvp(primals, tangents):
     clipped = jnp.minimum(1, norms)
     before = jnp.concatenate([clip.norm[None], clipped[:-1]])
 
-    # All clips fixed: with A the inverse of I + S D (KKᵀ) β,  e = A (v − S_t0 s D_t0 M_0ᵀk).
-    inverse = unit_lower_inverse(kept * overlaps * beta[None])
-    left = kept[:, 0][:, None]
-    targets_dot = value_dot - clip_dot.scale * (left * recalled) - clip.scale * left * recalled_dot
-    targets_dot -= matmul(kept * overlaps_dot, beta[:, None] * errors)
-    targets_dot -= matmul(kept * overlaps, beta_dot[:, None] * errors)
-    errors_dot = matmul(inverse, targets_dot)
-    products, squares = jnp.sum(value * errors, axis=-1), jnp.sum(jnp.square(errors), axis=-1)
-    slopes = 2 * beta[:, None] * (value - (2 - beta * key_norms)[:, None] * errors)
-    norms_dot = 2 * decay * decay_dot * before + jnp.square(beta) * squares * key_norms_dot
-    norms_dot += 2 * (products - (1 - beta * key_norms) * squares) * beta_dot
-    norms_dot += jnp.sum(slopes * errors_dot + 2 * beta[:, None] * errors * value_dot, axis=-1)
+    # All clips fixed: with A the inverse of I + S D (KKᵀ) β,  dm = A dr − (A − I) dv  for r what m takes over directly.
+    scaled, left = kept * overlaps, kept[:, 0][:, None]
+    inverse = unit_lower_inverse(scaled * beta[None])
+    strict = jnp.tril(inverse, -1)
+    found = clip.scale * left * recalled + matmul(scaled, beta[:, None] * errors)
+    direct_dot = clip_dot.scale * (left * recalled) + clip.scale * left * recalled_dot
+    direct_dot += matmul(kept * overlaps_dot, beta[:, None] * errors) + matmul(scaled, beta_dot[:, None] * errors)
+    found_dot = matmul(inverse, direct_dot) - matmul(strict, value_dot)
+    middle = found + (beta * key_norms)[:, None] * errors
+    slopes = 2 * beta[:, None] * (errors - middle)
+    norms_dot = 2 * decay * decay_dot * before + jnp.square(beta) * jnp.sum(jnp.square(errors), axis=-1) * key_norms_dot
+    norms_dot += 2 * jnp.sum(errors * middle, axis=-1) * beta_dot
+    norms_dot += jnp.sum(slopes * found_dot + 2 * beta[:, None] * middle * value_dot, axis=-1)
 
     # A change of ln s_j scales all that the memory holds then, which is all of m_t that stems from v_i, i ≤ j. So, for
-    # λ_i = Σ_{j<i} d ln s_j,   de_t = λ_t e_t − Σ_{i≤t} A_ti λ_i v_i.
-    by_value, by_error = inverse * matmul(slopes, value.T), jnp.sum(slopes * errors, axis=-1)
+    # λ_i = Σ_{j<i} d ln s_j,   dm_t = λ_t m_t + Σ_{i<t} A_ti λ_i v_i.  λ starts anew at a reset, and so do the tangents
+    # of S, which nobody asks for across one.
+    by_value, by_found = strict * matmul(slopes, value.T), jnp.sum(slopes * found, axis=-1)
 
     def body(carry, token):
         logs, log, norm_dot = carry
-        here, by_value, by_error, change, norm, decay = token
+        here, by_value, by_found, change, norm, decay = token
         log = jnp.where(decay == 0, 0, log)
         logs = jnp.where(here, log, logs)
-        change = change + jnp.square(decay) * norm_dot + log * by_error - jnp.sum(by_value * logs)
-        log_dot = jnp.where(norm > 1, -change, 0) / (2 * jnp.maximum(1, norm))
-        return (logs, log + log_dot, jnp.where(norm > 1, 0, change)), log_dot
+        change = change + jnp.square(decay) * norm_dot + log * by_found + jnp.sum(by_value * logs)
+        clips = (1 + jnp.sign(norm - 1)) / 2  # at a tie one half, as jnp.maximum has it
+        log_dot = -clips * change / (2 * jnp.maximum(1, norm))
+        return (logs, log + log_dot, (1 - clips) * change), log_dot
 
     here = jnp.eye(len(beta), dtype=bool)
     start = (jnp.zeros_like(beta), jnp.zeros_like(clip.scale), clip_dot.norm)
-    (logs, _, norm_dot), log_dots = lax.scan(body, start, (here, by_value, by_error, norms_dot, norms, decay))
-    errors_dot += logs[:, None] * errors - matmul(inverse, logs[:, None] * value)
+    (logs, _, norm_dot), log_dots = lax.scan(body, start, (here, by_value, by_found, norms_dot, norms, decay))
+    errors_dot = value_dot - found_dot - logs[:, None] * found - matmul(strict, logs[:, None] * value)
     kept_dot = jnp.tril(kept * (logs[:, None] - logs[None]))
     return (errors, shares, kept, clipped[-1]), (errors_dot, shares * log_dots, kept_dot, norm_dot)
 

@@ -145,6 +145,17 @@ def test_dtypes_of_the_arguments_may_differ():
     assert (out.dtype, fast_weights.dtype) == (jnp.float16, jnp.float32)
 
 
+@pytest.mark.parametrize("form", ["recurrent", "chunkwise"])
+@pytest.mark.parametrize("rule", ["sum", "delta", "fwm"])
+def test_a_memory_may_have_more_digits_than_what_is_written(rule, form, x64):
+    arrays = random_inputs(Case(length=4))
+    (batch, _, heads, key_size), value_size = arrays["key"].shape, arrays["value"].shape[-1]
+    memory = fwt_jax.init_memory(batch, heads, key_size, value_size, jnp.float64)
+    inputs = [jnp.asarray(arrays[name], jnp.float32) for name in ("query", "key", "value", "beta")]
+    out, memory = fwt_jax.fast_weight_attention(*inputs, memory=memory, rule=rule, form=form)
+    assert (out.dtype, memory.fast_weights.dtype) == (jnp.float32, jnp.float64)
+
+
 # --- other people's programs -----------------------------------------------------------------------------------------
 
 

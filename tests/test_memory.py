@@ -158,6 +158,28 @@ def test_mild_decays_after_a_strong_one_keep_their_digits(rule, strong):
     chex.assert_trees_all_close(*results, rtol=2e-5, atol=2e-5)
 
 
+def test_clips_keep_their_digits_where_keys_are_short_and_values_long():
+    """The norm grows by eᵀ(2m + β‖k‖²e), which for m ≪ v is a small difference of vᵀe and ‖e‖²."""
+    arrays = float32_inputs(rule="fwm", length=100)
+    arrays |= {"key": 0.003 * arrays["key"], "value": 100 * arrays["value"]}
+    (_, want), wants = loss_and_gradients("fwm", "recurrent")(arrays)
+    (_, got), gots = loss_and_gradients("fwm", "chunkwise")(arrays)
+    chex.assert_trees_all_close(got, want, rtol=0, atol=1e-5 * float(jnp.abs(want).max()))
+    for name in gots:
+        chex.assert_trees_all_close(gots[name], wants[name], rtol=0, atol=2e-5 * float(jnp.abs(wants[name]).max()))
+
+
+def test_a_norm_of_exactly_one_has_the_same_gradient_in_both_forms():
+    one = jnp.eye(2)[None, :1, None]  # the first write makes ‖W‖ = 1
+
+    def loss(value, form):
+        arguments = (one, one, value, jnp.ones((1, 1, 1)))
+        return jnp.sum(jnp.sin(fwt_jax.fast_weight_attention(*arguments, rule="fwm", form=form)[0]))
+
+    gradients = [jax.grad(loss)(one, form) for form in ("recurrent", "chunkwise")]
+    chex.assert_trees_all_close(*gradients, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("size", [1.0, 64.0, 1600.0])
 def test_long_keys_do_not_overflow_between_the_clips_of_fwm(size):
     """β‖k‖² of many hundreds: what is not clipped grows so much with every token, and must not be kept that way."""
