@@ -106,7 +106,6 @@ def _start_worker(progress, cores):
     """One core for each worker: the products here are too small for two to be worth the waiting."""
     global _progress
     _progress = progress
-    progress.cancel_join_thread()  # what nobody reads any more must not keep a worker from its end
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {cores.get()})

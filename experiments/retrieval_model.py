@@ -407,7 +407,7 @@ def _restore(path, state):
     target = {"carry": carry, "key": jax.random.key_data(key), "losses": np.zeros(0), "seconds": 0.0}
     try:
         data = serialization.from_bytes(target, path.read_bytes())
-    except Exception as error:
+    except ValueError as error:  # cut off, something else, or of other fields
         raise ValueError(f"{path} is not an unfinished run of this program; delete it to begin the run anew") from error
     carry = jax.tree.map(jnp.asarray, data["carry"])
     return (carry, jax.random.wrap_key_data(jnp.asarray(data["key"]))), data["losses"].tolist(), data["seconds"]

@@ -108,7 +108,7 @@ ROUNDED = [
         ("delta", False, "head", "chunkwise", None),
         ("delta", False, None, "parallel", None),
         ("delta", "retrieval", None, "chunkwise", 16),
-        ("fwm", False, "head", "chunkwise", 5),
+        ("fwm", False, "head", "chunkwise", None),
         ("fwm", False, None, "recurrent", None),
     ]
 ]

@@ -249,6 +249,11 @@ def test_a_gradient_keeps_the_inputs_and_the_memory_at_the_start_of_each_chunk(r
     assert sum(x.size for x in jax.tree.leaves(residuals)) <= 1.02 * (inputs + kept * SIZE * SIZE + 64 * 64)
 
 
+def test_the_clips_of_fwm_are_found_once_and_not_again_for_the_gradient():
+    jaxpr = str(gradient_at_length("fwm", "chunkwise").trace(long_inputs()).jaxpr)
+    assert jaxpr.count("rsqrt") == 1  # one for each clip, and nowhere else
+
+
 @pytest.mark.parametrize("form", ["recurrent", "chunkwise"])
 @pytest.mark.parametrize("rule", ["sum", "delta", "fwm"])
 def test_no_array_of_a_gradient_holds_a_memory_per_token(rule, form):

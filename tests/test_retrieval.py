@@ -1,5 +1,6 @@
 """The paper's retrieval experiment: the authors' numbers, the data's law, evaluation, the stopping rule."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -219,6 +220,19 @@ def test_an_interrupted_run_goes_on_where_it_was_kept(tmp_path, monkeypatch):
     assert steps == [100, 200, 300, 300, 400]
 
 
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-5], lambda data: b"", lambda data: data.replace(b"seconds", b"minutes")]
+)
+def test_an_unfinished_run_that_cannot_be_read_names_its_file(damage, tmp_path):
+    run, checkpoint = (Model("linear", "sum"), Task(4, False)), tmp_path / "run.unfinished"
+    state = retrieval_model.make_trainer(*run)[0](1)
+    retrieval_model._keep(checkpoint, state, [0.5], 1.0)
+    assert retrieval_model._restore(checkpoint, state)[1:] == ([0.5], 1.0)
+    checkpoint.write_bytes(damage(checkpoint.read_bytes()))
+    with pytest.raises(ValueError, match=r"run.unfinished is not an unfinished run .* delete it"):
+        retrieval_model.train(*run, max_steps=100, checkpoint=checkpoint)
+
+
 # --- sweeps ----------------------------------------------------------------------------------------------------------
 
 
@@ -226,6 +240,7 @@ def finished(run):
     return dict(zip(retrieval.COLUMNS, (*run.id, "0.25", "100", "0.5", "200", "1.0", "0.25 0.5"), strict=True))
 
 
+@pytest.mark.skipif(not pathlib.Path("/proc").exists(), reason="finds processes in /proc")
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_nothing_goes_on_behind_a_sweep_that_was_ended(end, tmp_path):
     command = [sys.executable, "-m", "experiments.retrieval", "capacity", "--sizes", "100", "--out", str(tmp_path)]
@@ -243,11 +258,13 @@ def test_nothing_goes_on_behind_a_sweep_that_was_ended(end, tmp_path):
 
 
 def is_alive(group):
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
+    """Whether a process of the group runs. One that ended and that nobody has waited for does not."""
+    for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, process_group = path.read_text().rpartition(")")[2].split()[:3]
+            if int(process_group) == group and state != "Z":
+                return True
+    return False
 
 
 def wait_until(condition, seconds):
