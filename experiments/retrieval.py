@@ -22,6 +22,7 @@ import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from typing import Literal
 
+import filelock
 import tyro
 from tqdm import tqdm
 
@@ -245,7 +246,12 @@ class Config:
 def main(config: Config):
     start = time.perf_counter()
     path = config.out / f"{config.experiment}.csv"
-    rows = sweep(config.runs, path, workers=config.workers, max_steps=config.max_steps)
+    config.out.mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(path.with_suffix(".lock"), timeout=0):  # each sweep writes all rows that it knows of
+            rows = sweep(config.runs, path, workers=config.workers, max_steps=config.max_steps)
+    except filelock.Timeout as error:
+        raise ValueError(f"another sweep writes {path}: wait for its end, or name another place with --out") from error
     rows = [rows[run.id] for run in config.runs]
     print(plot_retrieval.table(rows))
     for figure in plot_retrieval.draw(rows, config.out, config.experiment):

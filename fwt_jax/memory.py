@@ -161,7 +161,11 @@ class Clip(NamedTuple):
 
 
 def start_clip(fast_weights):
-    """M = W."""
+    """M = W.
+
+    The norm is carried on by differences: a W_0 of a norm far above 1 that the first write erases leaves of it only
+    what float32 tells apart from zero beside ‖W_0‖², where ``recurrent`` sums the squares of what is left.
+    """
     norm = jnp.sum(jnp.square(fast_weights))
     return Clip(jnp.ones_like(norm), norm)
 

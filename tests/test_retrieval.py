@@ -12,6 +12,7 @@ import sys
 import time
 
 import chex
+import filelock
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -301,6 +302,11 @@ def test_a_failing_run_loses_no_other(tmp_path, monkeypatch):
     with pytest.raises((TypeError, ValueError)):
         sweep(runs, path, workers=1, max_steps=100)
     assert set(load(path)) == {run.id for run in runs[:2]}
+
+
+def test_two_sweeps_at_once_do_not_write_one_results_file(tmp_path):
+    with filelock.FileLock(tmp_path / "quick.lock"), pytest.raises(ValueError, match=r"another sweep .* --out"):
+        retrieval.main(Config(out=tmp_path))
 
 
 def test_a_results_file_with_other_columns_is_refused(tmp_path):
