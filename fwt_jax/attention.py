@@ -124,7 +124,8 @@ def fast_weight_attention(
     reset = resets(segment_ids, batch, length)
 
     out_dtype = value.dtype
-    query, key, value = (x.astype(dtype) for x in (query, key, value))
+    if normalize or form != "chunkwise":  # which casts chunk by chunk
+        query, key, value = (x.astype(dtype) for x in (query, key, value))
     beta = jnp.ones((batch, length, heads), dtype) if beta is None else beta.astype(dtype)
     log_decay = None if log_decay is None else log_decay.astype(dtype)
 

@@ -12,15 +12,12 @@ from jax import lax
 
 from fwt_jax import memory
 
-CHUNK_SIZE = 64
-FWM_CHUNK_SIZE = 32  # its tokens go in sequence, so that larger chunks spare no steps
-
 
 def chunkwise(fast_weights, query, key, value, beta, log_decay=None, reset=None, **options):
     """Advances the memories of a batch of heads over T tokens, chunk by chunk.
 
     Args:
-      fast_weights: W_0, ``[B, H, K, V]``, float32 or float64; all else is computed in its dtype.
+      fast_weights: W_0, ``[B, H, K, V]``, float32 or float64; all is computed in its dtype.
       query, key: ``[B, T, H, K]``; without a query nothing is read.
       value: ``[B, T, H, V]``.
       beta: ``[B, T, H]``.
@@ -29,7 +26,7 @@ def chunkwise(fast_weights, query, key, value, beta, log_decay=None, reset=None,
       options: rule, chunk_size and precision, see ``one_head``.
 
     Returns:
-      The reads ``[B, T, H, V]``, or None, and W_T ``[B, H, K, V]``.
+      The reads ``[B, T, H, V]`` in value's dtype, or None, and W_T ``[B, H, K, V]``.
     """
     mapped = over_heads(functools.partial(one_head, **options))
     return mapped(fast_weights, query, key, value, beta, log_decay, reset)
@@ -52,13 +49,13 @@ def one_head(
 
     The last chunk is filled up with tokens that write nothing. The gradient keeps the memory at the start of each
     chunk, T/C in all (for "fwm" also what its tokens found in sequence, V + C numbers each), and computes the chunk
-    anew.
+    anew. It is the derivative that JAX makes of the scan, so that forward mode and higher derivatives work too.
 
     Args:
       fast_weights, query, key, value, beta, log_decay, reset: see ``chunkwise``, without B and H.
       rule: "sum", "delta" or "fwm".
-      chunk_size: C, never more than T. None takes as few chunks of at most 64 tokens (32 for "fwm") as cover T, all
-        of one size, a multiple of 4 (products of other sizes take up to twice as long on CPU).
+      chunk_size: C, never more than T. None takes as few chunks of at most 64 tokens (32 for "fwm" and on CPU) as cover
+        T, all of one size, a multiple of 4 (products of other sizes take up to twice as long on CPU).
       precision: of the matrix products, as in ``jax.lax``.
 
     Returns:
@@ -66,24 +63,28 @@ def one_head(
     """
     length = key.shape[0]
     if chunk_size is None:
-        num_chunks = -(-length // (FWM_CHUNK_SIZE if rule == "fwm" else CHUNK_SIZE))
-        chunk_size = -(-length // num_chunks // 4) * 4
+        most = 32 if rule == "fwm" or jax.default_backend() == "cpu" else 64
+        chunk_size = -(-length // -(-length // most) // 4) * 4
     chunk_size = min(chunk_size, length)
     num_chunks = -(-length // chunk_size)
     padding = num_chunks * chunk_size - length
-    pad = lambda x: jnp.pad(x, ((0, padding), *((0, 0),) * (x.ndim - 1)))  # noqa: E731
     inputs = (query, key, value, beta, log_decay, reset)
-    chunks = jax.tree.map(lambda x: pad(x).reshape(num_chunks, chunk_size, *x.shape[1:]), inputs)
+    if padding:
+        inputs = jax.tree.map(lambda x: jnp.pad(x, ((0, padding), *((0, 0),) * (x.ndim - 1))), inputs)
 
     @functools.partial(jax.checkpoint, prevent_cse=False, policy=memory.KEPT)
-    def body(carry, chunk):
+    def body(carry, start, inputs):
+        # Cut here, and not split before the scan: so the gradient does not keep the inputs a second time, as chunks.
+        cut = lambda x: lax.dynamic_slice_in_dim(x, start, chunk_size)  # noqa: E731
+        chunk = jax.tree.map(lambda x: cut(x) if x.dtype == bool else cut(x).astype(fast_weights.dtype), inputs)
         reads, *carry = memory.advance(*carry, *chunk, rule=rule, precision=precision)
-        return tuple(carry), reads
+        return tuple(carry), None if reads is None else reads.astype(value.dtype)
 
     clip = memory.start_clip(fast_weights) if rule == "fwm" else None
-    (transposed, clip), reads = lax.scan(body, (fast_weights.T, clip), chunks)
+    starts = chunk_size * jnp.arange(num_chunks)
+    (fast_weights, clip), reads = lax.scan(lambda carry, i: body(carry, i, inputs), (fast_weights, clip), starts)
     reads = None if reads is None else reads.reshape(num_chunks * chunk_size, -1)[:length]
-    return reads, memory.end_clip(transposed.T, clip)
+    return reads, memory.end_clip(fast_weights, clip)
 
 
 def over_heads(one_head, out_axes=(1, 0)):

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from fwt_jax.triangular import unit_lower_inverse
+from fwt_jax.triangular import unit_lower_inverse, unit_lower_solve
 
 Rule = Literal["sum", "delta", "fwm"]
 HIGHEST = lax.Precision.HIGHEST
@@ -131,11 +131,11 @@ def chunk(fast_weights, query, key, value, beta, log_decay=None, reset=None, *, 
         fwm      the same, with what clips did to W_0 and to each write since it was made: see ``_fwm_errors``
 
     and then  y_t = D_t0 W_0ᵀq_t + Σ_{i≤t} D_ti (q_tᵀk_i) u_i  and  W_T = D_T0 W_0 + Σ_i D_Ti k_i u_iᵀ.
-    For delta the system is unit lower triangular and is inverted by ``unit_lower_inverse``.
+    For delta the system is unit lower triangular, and solved by ``unit_lower_solve``.
 
-    Cost for T tokens: 2T²(K+V) + 6TKV FLOPs for delta, and the inverse, O(T³); T² numbers of memory, which a decay per
-    channel raises to T²K unless the compiler fuses the sum. fwm takes T small steps in sequence, of 2T²V FLOPs in
-    all; its gradient needs the inverse.
+    Cost for T tokens: 4T²K + 3T²V + 6TKV FLOPs for delta, and inverses of 16 by 16; T² numbers of memory, which a decay
+    per channel raises to T²K unless the compiler fuses the sum. fwm takes T small steps in sequence, of 2T²V FLOPs in
+    all; its gradient needs the inverse of the whole system, O(T³).
 
     Args:
       fast_weights: W_0, ``[K, V]``.
@@ -147,10 +147,10 @@ def chunk(fast_weights, query, key, value, beta, log_decay=None, reset=None, *, 
       The reads y ``[T, V]``, or None, and W_T ``[K, V]``.
     """
     clip = start_clip(fast_weights) if rule == "fwm" else None
-    reads, transposed, clip = advance(
-        fast_weights.T, clip, query, key, value, beta, log_decay, reset, rule=rule, precision=precision
+    reads, fast_weights, clip = advance(
+        fast_weights, clip, query, key, value, beta, log_decay, reset, rule=rule, precision=precision
     )
-    return reads, end_clip(transposed.T, clip)
+    return reads, end_clip(fast_weights, clip)
 
 
 class Clip(NamedTuple):
@@ -175,15 +175,13 @@ def end_clip(fast_weights, clip):
     return fast_weights if clip is None else clip.scale * fast_weights
 
 
-def advance(transposed, clip, query, key, value, beta, log_decay, reset, *, rule: Rule, precision):
-    """``chunk`` as a step from chunk to chunk: for "fwm" it takes and returns Mᵀ and a ``Clip``, else Wᵀ and None.
-
-    Wᵀ, ``[V, K]``, because then the gradient of each product with it comes out in the order it is kept in.
+def advance(fast_weights, clip, query, key, value, beta, log_decay, reset, *, rule: Rule, precision):
+    """``chunk`` as a step from chunk to chunk: for "fwm" it takes and returns M and a ``Clip``, else W and None.
 
     M goes from chunk to chunk with a scale of 1: to multiply it by the scale's *value*, which has no gradient, changes
     neither W nor its gradient, and spares a product with a [K, V] matrix on the way back.
     """
-    _check_shapes(transposed.T, query, key, value, beta, log_decay, reset)
+    _check_shapes(fast_weights, query, key, value, beta, log_decay, reset)
     length = key.shape[0]
     matmul = lambda a, b: jnp.matmul(a, b, precision=precision)  # noqa: E731
     resets = jnp.zeros(length, jnp.int32) if reset is None else jnp.cumsum(reset)
@@ -197,19 +195,18 @@ def advance(transposed, clip, query, key, value, beta, log_decay, reset, *, rule
 
     from_start = jnp.where(sees_start[:, None], jnp.exp(log_alpha), 0)
     if rule == "sum":
-        writes = beta[None] * value.T
+        writes = beta[:, None] * value
     else:
-        recalled = matmul(transposed, (key * from_start).T)
+        recalled = matmul(key * from_start, fast_weights)
         overlaps = _decayed_products(key, key, log_alpha, causal & ~jnp.eye(length, dtype=bool), precision)
         if rule == "delta":
-            inverse = unit_lower_inverse(beta[:, None] * overlaps)
-            writes = matmul(beta[None] * (value.T - recalled), inverse.T)
+            writes = unit_lower_solve(beta[:, None] * overlaps, beta[:, None] * (value - recalled))
         else:
             decay = jnp.ones(length, key.dtype) if log_decay is None else jnp.exp(log_decay)
             decay = decay if reset is None else jnp.where(reset, 0, decay)
             key_norms = jnp.sum(jnp.square(key), axis=-1)
-            errors, shares, kept, norm = _fwm_errors(clip, overlaps, value, recalled.T, beta, key_norms, decay)
-            writes = (beta[:, None] * errors).T
+            errors, shares, kept, norm = _fwm_errors(clip, overlaps, value, recalled, beta, key_norms, decay)
+            writes = beta[:, None] * errors
             kept_start = jnp.where(sees_start, clip.scale * shares * kept[:, 0], 1)
             kept = shares[:, None] * kept
 
@@ -218,15 +215,15 @@ def advance(transposed, clip, query, key, value, beta, log_decay, reset, *, rule
         scores = _decayed_products(query, key, log_alpha, causal, precision)
         if rule == "fwm":
             query, scores = kept_start[:, None] * query, kept * scores
-        reads = (matmul(transposed, (query * from_start).T) + matmul(writes, scores.T)).T
+        reads = matmul(query * from_start, fast_weights) + matmul(scores, writes)
     if log_decay is not None or reset is not None:
-        transposed = from_start[-1:] * transposed
+        fast_weights = from_start[-1][:, None] * fast_weights
     to_end = jnp.where(reaches_end[:, None], jnp.exp(log_alpha[-1:] - log_alpha), 0)
     if rule == "fwm":
         left = lax.stop_gradient(kept_start[-1])
         scale = jnp.where(left > 0, kept_start[-1] / jnp.where(left > 0, left, 1), 1)
-        transposed, to_end, clip = left * transposed, kept[-1][:, None] / scale * to_end, Clip(scale, norm)
-    return reads, transposed + matmul(writes, key * to_end), clip
+        fast_weights, to_end, clip = left * fast_weights, kept[-1][:, None] / scale * to_end, Clip(scale, norm)
+    return reads, fast_weights + matmul((key * to_end).T, writes), clip
 
 
 def parallel(fast_weights, query, key, value, beta, log_decay=None, reset=None, *, rule: Rule, precision=HIGHEST):

@@ -1,4 +1,8 @@
-"""The inverse of a triangular matrix by products: what a chunk of the delta rule must solve."""
+"""Unit lower triangular systems by products alone: what a chunk of the delta rule must solve.
+
+A triangular solve is sequential on TPU and slow on CPU, and powers of the matrix lose all digits of a whole chunk when
+keys are correlated. No power of it appears here.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -7,68 +11,73 @@ import numpy as np
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def unit_lower_inverse(lower: jax.Array) -> jax.Array:
-    """(I + L)⁻¹ for the strictly lower triangular part of a matrix, by products alone.
+def unit_lower_solve(lower: jax.Array, right: jax.Array) -> jax.Array:
+    """(I + L)⁻¹ R for the strictly lower triangular part L of a matrix.
 
-    From the inverses X, Y of two neighbouring diagonal blocks comes the inverse of both, of twice the size:
+    Substitution, a block of rows at a time (16, or an eighth of them all). The diagonal blocks are inverted at once,
+    each from the inverses of two neighbouring blocks of half its size:
 
         [[X, 0], [C, Y]]⁻¹ = [[X⁻¹, 0], [−Y⁻¹ C X⁻¹, Y⁻¹]].
 
-    Up to blocks of 16 all pairs C of a size are one masked matrix, in few and large products; from there on block by
-    block. No power of L appears, so nothing is lost for correlated keys (powers of L lose all digits of a whole chunk).
-    A triangular solve is sequential on TPU and slow on CPU.
+    T²V FLOPs, and 64T·log₂ 8 for the inverses of 16 rows.
 
     Args:
       lower: ``[T, T]``, float32 or float64; what lies on or above the diagonal is taken as zero.
+      right: R, ``[T, V]``, of the same dtype.
 
     Returns:
-      ``[T, T]``, unit lower triangular.
+      ``[T, V]``.
     """
-    return jnp.ones_like(lower) if len(lower) == 1 else _unit_lower_inverse(lower)
+    return _unit_lower_solve(lower, right)
+
+
+def unit_lower_inverse(lower: jax.Array) -> jax.Array:
+    """(I + L)⁻¹, ``[T, T]``, unit lower triangular: see ``unit_lower_solve``."""
+    return unit_lower_solve(lower, jnp.eye(len(lower), dtype=lower.dtype))
 
 
 @jax.custom_jvp
-def _unit_lower_inverse(lower):
-    length = lower.shape[-1]
-    size = 1
-    while size < min(length, 16):
-        size *= 2
-    padded = size
-    while padded < length:
-        padded *= 2
-    matmul = lambda a, b: jnp.matmul(a, b, precision=HIGHEST)  # noqa: E731
-    lower = jnp.pad(lower, (0, padded - length))
-
-    def blocks(size, row, column):
-        """The [row, column] block, of ``size``, of each diagonal pair of blocks."""
-        pairs = padded // size // 2
-        split = lower.reshape(pairs, 2, size, pairs, 2, size)
-        return jnp.stack([split[i, row, :, i, column] for i in range(pairs)])
-
-    def invert(diagonal):
-        """One diagonal block, ``[size, size]``."""
-        inverse, half = jnp.eye(size, dtype=lower.dtype), 1
-        while half < size:
-            block = np.arange(size) // half
-            is_corner = (block[:, None] % 2 == 1) & (block[:, None] - 1 == block[None])
-            corners = jnp.where(is_corner, diagonal, 0)
-            inverse = inverse - (corners if half == 1 else matmul(matmul(inverse, corners), inverse))
-            half *= 2
-        return inverse
-
-    diagonal = lower.reshape(padded // size, size, padded // size, size)
-    inverse = jnp.stack([invert(diagonal[i, :, i]) for i in range(padded // size)])
-    while size < padded:
-        first, second = inverse[0::2], inverse[1::2]
-        corner = -matmul(matmul(second, blocks(size, 1, 0)), first)
-        top = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
-        inverse = jnp.concatenate([top, jnp.concatenate([corner, second], axis=-1)], axis=-2)
-        size *= 2
-    return inverse[0, :length, :length]
+def _unit_lower_solve(lower, right):
+    return _substitute(lower, _invert_blocks(lower), right)
 
 
-@_unit_lower_inverse.defjvp
-def _unit_lower_inverse_jvp(primals, tangents):
-    inverse = _unit_lower_inverse(*primals)
-    tangent = jnp.matmul(inverse, jnp.tril(*tangents, -1), precision=HIGHEST)
-    return inverse, -jnp.matmul(tangent, inverse, precision=HIGHEST)
+@_unit_lower_solve.defjvp
+def _unit_lower_solve_jvp(primals, tangents):
+    lower, right = primals
+    inverses = _invert_blocks(lower)
+    solution = _substitute(lower, inverses, right)
+    change = tangents[1] - jnp.matmul(jnp.tril(tangents[0], -1), solution, precision=HIGHEST)
+    return solution, _substitute(lower, inverses, change)
+
+
+def _substitute(lower, inverses, right):
+    size, rows = len(inverses[0]), []
+    for i, inverse in enumerate(inverses):
+        here = slice(i * size, (i + 1) * size)
+        block = right[here]
+        if rows:
+            found = rows[0] if i == 1 else jnp.concatenate(rows)
+            block -= jnp.matmul(lower[here, : i * size], found, precision=HIGHEST)
+        rows.append(jnp.matmul(inverse, block, precision=HIGHEST))
+    return rows[0] if len(rows) == 1 else jnp.concatenate(rows)
+
+
+def _invert_blocks(lower):
+    """The inverses of the diagonal blocks of I + L."""
+    length = len(lower)
+    size = min(length, max(16, -(-length // 8)))
+    # One by one: stacked, and under vmap, they have three batch axes, which XLA's simplifier fails on (jaxlib 0.10).
+    return [_invert(lower[i : i + size, i : i + size]) for i in range(0, length, size)]
+
+
+def _invert(lower):
+    size, half = len(lower), 1
+    inverse = jnp.eye(size, dtype=lower.dtype)
+    while half < size:
+        # The inverses of twice the size: all lower left corners, one for each pair of blocks, are one masked matrix.
+        block = np.arange(size) // half
+        corners = jnp.where((block[:, None] % 2 == 1) & (block[:, None] - 1 == block[None]), lower, 0)
+        if half > 1:
+            corners = jnp.matmul(jnp.matmul(inverse, corners, precision=HIGHEST), inverse, precision=HIGHEST)
+        inverse, half = inverse - corners, 2 * half
+    return inverse
