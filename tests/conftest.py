@@ -1,9 +1,13 @@
 """Strict JAX for every test: eight CPU devices, no silent rank promotion; warnings are errors (pyproject.toml)."""
 
+import os
+
 import hypothesis
 import jax
 import pytest
 
+os.environ["JAX_PLATFORMS"] = "cpu"  # of the processes that tests start
+jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
