@@ -70,8 +70,8 @@ def ours(form):
     return lambda query, key, value, beta: fwt_jax.fast_weight_attention(query, key, value, beta, form=form)[0]
 
 
-def load_peers(folder: pathlib.Path) -> dict:
-    """name -> function (query, key, value, beta) -> reads, of the libraries found in ``folder``."""
+def load_peers(folder: pathlib.Path, dtype=jnp.float32) -> dict:
+    """name -> function (query, key, value, beta) -> reads, of the libraries in ``folder``. dtype: MaxText's."""
     if not folder.is_dir():
         raise ValueError(f"no folder {folder}; the head of {__file__} says how to make it")
     sys.path.append(str(folder))
@@ -88,7 +88,7 @@ def load_peers(folder: pathlib.Path) -> dict:
         tree.body = [x for x in tree.body if getattr(x, "name", "") == "jax_chunk_gated_delta_rule"]
         names = {"jax": jax, "jnp": jnp, "lax": lax, "Array": jax.Array}
         exec(compile(tree, "qwen3.py", "exec"), names)
-        rule = functools.partial(names["jax_chunk_gated_delta_rule"], compute_dtype=jnp.float32)
+        rule = functools.partial(names["jax_chunk_gated_delta_rule"], compute_dtype=dtype)
         return rule(scaled(query), key, value, jnp.zeros_like(beta), beta)[0]
 
     def jax_linear_attention(query, key, value, beta):

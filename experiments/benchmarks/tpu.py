@@ -1,0 +1,133 @@
+"""What XLA's TPU compiler says of the chunkwise form, without a TPU: milliseconds, memory, compile time.
+
+    pip install -e '.[experiments,tpu]'
+    python -m experiments.benchmarks.tpu                     about three minutes on two cores
+    python -m experiments.benchmarks.tpu --peers peers       with MaxText's function; see ops.py
+
+B = 8, H = 16, T = 4096, K = V = 128, bfloat16, one chip. The compiler annotates each of its kernels with the cycles it
+expects; they are added up here, those of a loop as often as it runs (``cost_analysis`` counts a loop once), and divided
+by the nominal clock. That ranks programs. It is not a measurement: kernels that wait for memory are slower, and loops
+of small kernels have overheads; so a figure below the time to move the arguments and results once is raised to that.
+Custom calls, such as MaxText's triangular solve, carry no cycles and are not counted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import re
+import time
+
+import jax
+import jax.numpy as jnp
+import tyro
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+import fwt_jax
+from experiments.benchmarks import ops
+
+CHIPS = {  # topology, GHz, GB/s
+    "v5e": ("v5e:2x2", 1.5, 819),
+    "v5p": ("v5p:2x2x1", 1.75, 2765),
+    "v6e": ("v6e:2x2", 1.75, 1640),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What to compile."""
+
+    chip: str = "v5e"
+    """v5e, v5p or v6e."""
+    chunk_size: int = 64
+    """Of our form."""
+    peers: pathlib.Path | None = None
+    """Folder with other libraries; see ops.py."""
+
+    def __post_init__(self):
+        if self.chip not in CHIPS:
+            raise ValueError(f"chip must be one of {', '.join(CHIPS)}, got {self.chip!r}")
+
+
+def cycles(text: str) -> int:
+    """The sum of ``estimated_cycles`` in a compiled module's text, those of a loop's body times its trip count."""
+    computations, name = {}, None
+    for line in text.splitlines():
+        header = re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+        if header:
+            name = "ENTRY" if line.startswith("ENTRY") else header[1]
+            computations[name] = []
+        elif name:
+            computations[name].append(line)
+
+    def bound(condition):
+        """The number that a loop's counter is compared with, in the condition or in a fusion that it calls."""
+        text = "\n".join(computations[condition])
+        text += "".join("\n".join(computations.get(called, ())) for called in re.findall(r"calls=%?([\w.\-]+)", text))
+        numbers = re.findall(r"s32\[\]\S* constant\((\d+)\)", text)
+        if len(numbers) != 1:
+            raise ValueError(f"expected a loop over a known number of steps, found {numbers} in\n{text}")
+        return int(numbers[0])
+
+    def total(name):
+        result = 0
+        for line in computations.get(name, ()):
+            loop = re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
+            if loop:
+                result += bound(loop[1]) * total(loop[2])
+                continue
+            call = re.search(r" call\(.*to_apply=%?([\w.\-]+)", line)
+            own = re.search(r'"estimated_cycles":"(\d+)"', line)
+            result += (total(call[1]) if call else 0) + (int(own[1]) if own else 0)
+        return result
+
+    return total("ENTRY")
+
+
+def report(name: str, function, config: Config):
+    """Compiles forward, and forward and backward, and prints their row."""
+    topology, clock, bandwidth = CHIPS[config.chip]
+    device = topologies.get_topology_desc(topology, platform="tpu").devices[0]
+
+    def array(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
+
+    def both(query, key, value, beta, weights):
+        reads, pull = jax.vjp(function, query, key, value, beta)
+        return reads, pull(weights)
+
+    tokens = array(8, 4096, 16, 128)
+    inputs = (tokens, tokens, tokens, array(8, 4096, 16, dtype=jnp.float32))
+    row = f"{name:24}"
+    for program, arguments in ((function, inputs), (both, (*inputs, tokens))):
+        start = time.perf_counter()
+        compiled = jax.jit(program).lower(*arguments).compile()
+        seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
+        moved = (memory.argument_size_in_bytes + memory.output_size_in_bytes) / bandwidth / 1e6
+        milliseconds = max(cycles(compiled.as_text()) / clock / 1e6, moved)
+        row += f"{milliseconds:10.1f} {memory.temp_size_in_bytes / 2**20:8.0f} {seconds:8.0f}"
+    print(row, flush=True)
+
+
+def main(config: Config):
+    os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")  # no machine, and no TPU, to ask for
+    print(f"{config.chip}, estimates: ms, MiB of temporary memory, s to compile; forward, then forward and backward")
+
+    def ours(precision):
+        def attention(query, key, value, beta):
+            options = {"chunk_size": config.chunk_size, "precision": precision}
+            return fwt_jax.fast_weight_attention(query, key, value, beta, **options)[0]
+
+        return attention
+
+    report("ours, bfloat16 products", ours("default"), config)
+    report("ours, float32 products", ours("highest"), config)
+    peers = ops.load_peers(config.peers, jnp.bfloat16) if config.peers else {}
+    if "maxtext" in peers:
+        report("maxtext", peers["maxtext"], config)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
