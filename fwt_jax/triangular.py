@@ -14,12 +14,12 @@ HIGHEST = jax.lax.Precision.HIGHEST
 def unit_lower_solve(lower: jax.Array, right: jax.Array) -> jax.Array:
     """(I + L)⁻¹ R for the strictly lower triangular part L of a matrix.
 
-    Substitution, a block of rows at a time (16, or an eighth of them all). The diagonal blocks are inverted at once,
-    each from the inverses of two neighbouring blocks of half its size:
+    Substitution, a block of rows at a time (S = 16, or an eighth of all). A diagonal block is inverted by doubling,
+    from the inverses of two neighbouring blocks of half its size:
 
         [[X, 0], [C, Y]]⁻¹ = [[X⁻¹, 0], [−Y⁻¹ C X⁻¹, Y⁻¹]].
 
-    T²V FLOPs, and 64T·log₂ 8 for the inverses of 16 rows.
+    T²V FLOPs, and 4S²T(log₂ S − 1) for the inverses.
 
     Args:
       lower: ``[T, T]``, float32 or float64; what lies on or above the diagonal is taken as zero.
