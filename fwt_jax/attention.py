@@ -78,7 +78,7 @@ def fast_weight_attention(
       memory: where to start, what an earlier call returned; empty if not given.
       segment_ids: integers ``[B, T]``, for packed sequences. The memory is dropped before each token whose id differs
         from the one before it; the first token of a call always continues ``memory``. (A NaN or infinite value stays
-        in its segment in the recurrent form alone; in the others it reaches all that follows.)
+        in its segment in the recurrent form alone; in the others it reaches its chunk and all after.)
       normalize: attention normalisation, with z_t = α_t z_{t−1} + k_t (+ β_t k_t for "sum"), which only calls that
         normalise advance: do not mix them. False; "read" divides the read by z_tᵀq_t + eps
         (eq. 28); "retrieval" (delta only) also divides what the key recalls, (α_t W_{t−1})ᵀk_t, by (α_t z_{t−1})ᵀk_t

@@ -68,17 +68,19 @@ def one_head(
     chunk_size = min(chunk_size, length)
     num_chunks = -(-length // chunk_size)
     padding = num_chunks * chunk_size - length
-    inputs = (query, key, value, beta, log_decay, reset)
+    inputs, out_dtype = (query, key, value, beta, log_decay, reset), value.dtype
+    cast = lambda x: x if x.dtype == bool else x.astype(fast_weights.dtype)  # noqa: E731
+    if jax.default_backend() == "cpu":  # where the gradient of a slice of bfloat16 rewrites all T rows for each chunk
+        inputs = jax.tree.map(cast, inputs)
     if padding:
         inputs = jax.tree.map(lambda x: jnp.pad(x, ((0, padding), *((0, 0),) * (x.ndim - 1))), inputs)
 
     @functools.partial(jax.checkpoint, prevent_cse=False, policy=memory.KEPT)
     def body(carry, start, inputs):
         # Cut here, and not split before the scan: so the gradient does not keep the inputs a second time, as chunks.
-        cut = lambda x: lax.dynamic_slice_in_dim(x, start, chunk_size)  # noqa: E731
-        chunk = jax.tree.map(lambda x: cut(x) if x.dtype == bool else cut(x).astype(fast_weights.dtype), inputs)
+        chunk = jax.tree.map(lambda x: cast(lax.dynamic_slice_in_dim(x, start, chunk_size)), inputs)
         reads, *carry = memory.advance(*carry, *chunk, rule=rule, precision=precision)
-        return tuple(carry), None if reads is None else reads.astype(value.dtype)
+        return tuple(carry), None if reads is None else reads.astype(out_dtype)
 
     clip = memory.start_clip(fast_weights) if rule == "fwm" else None
     starts = chunk_size * jnp.arange(num_chunks)

@@ -133,9 +133,9 @@ def chunk(fast_weights, query, key, value, beta, log_decay=None, reset=None, *, 
     and then  y_t = D_t0 W_0ᵀq_t + Σ_{i≤t} D_ti (q_tᵀk_i) u_i  and  W_T = D_T0 W_0 + Σ_i D_Ti k_i u_iᵀ.
     For delta the system is unit lower triangular, and solved by ``unit_lower_solve``.
 
-    Cost for T tokens: 4T²K + 3T²V + 6TKV FLOPs for delta, and inverses of 16 by 16; T² numbers of memory, which a decay
-    per channel raises to T²K unless the compiler fuses the sum. fwm takes T small steps in sequence, of 2T²V FLOPs in
-    all; its gradient needs the inverse of the whole system, O(T³).
+    Cost for T tokens: 4T²K + 3T²V + 6TKV FLOPs for delta, and those of the inverses in ``unit_lower_solve``; T² numbers
+    of memory, which a decay per channel raises to T²K unless the compiler fuses the sum. fwm takes T small steps in
+    sequence, of 2T²V FLOPs in all; its gradient needs the inverse of the whole system, O(T³).
 
     Args:
       fast_weights: W_0, ``[K, V]``.
