@@ -61,31 +61,34 @@ def one_head(
     Returns:
       The reads ``[T, V]``, or None, and W_T ``[K, V]``.
     """
-    length = key.shape[0]
+    on_cpu, dtype, length = jax.default_backend() == "cpu", fast_weights.dtype, key.shape[0]
     if chunk_size is None:
-        most = 32 if rule == "fwm" or jax.default_backend() == "cpu" else 64
+        most = 32 if rule == "fwm" or on_cpu else 64
         chunk_size = -(-length // -(-length // most) // 4) * 4
     chunk_size = min(chunk_size, length)
     num_chunks = -(-length // chunk_size)
     padding = num_chunks * chunk_size - length
-    inputs, out_dtype = (query, key, value, beta, log_decay, reset), value.dtype
-    cast = lambda x: x if x.dtype == bool else x.astype(fast_weights.dtype)  # noqa: E731
-    if jax.default_backend() == "cpu":  # where the gradient of a slice of bfloat16 rewrites all T rows for each chunk
-        inputs = jax.tree.map(cast, inputs)
-    if padding:
-        inputs = jax.tree.map(lambda x: jnp.pad(x, ((0, padding), *((0, 0),) * (x.ndim - 1))), inputs)
+
+    def cast(x):
+        return x if x.dtype == bool else x.astype(dtype)
+
+    def split(x):
+        if on_cpu:  # where XLA widens all of a bfloat16 array to write a slice of it, so that time would go with T²
+            x = cast(x)
+        if padding:
+            x = jnp.pad(x, ((0, padding), *((0, 0),) * (x.ndim - 1)))
+        return x.reshape(num_chunks, chunk_size, *x.shape[1:])
 
     @functools.partial(jax.checkpoint, prevent_cse=False, policy=memory.KEPT)
-    def body(carry, start, inputs):
-        # Cut here, and not split before the scan: so the gradient does not keep the inputs a second time, as chunks.
-        chunk = jax.tree.map(lambda x: cast(lax.dynamic_slice_in_dim(x, start, chunk_size)), inputs)
-        reads, *carry = memory.advance(*carry, *chunk, rule=rule, precision=precision)
-        return tuple(carry), None if reads is None else reads.astype(out_dtype)
+    def body(carry, chunk):
+        reads, *carry = memory.advance(*carry, *jax.tree.map(cast, chunk), rule=rule, precision=precision)
+        _, _, value, *_ = chunk
+        return tuple(carry), None if reads is None else reads.astype(value.dtype)
 
     clip = memory.start_clip(fast_weights) if rule == "fwm" else None
-    starts = chunk_size * jnp.arange(num_chunks)
-    (fast_weights, clip), reads = lax.scan(lambda carry, i: body(carry, i, inputs), (fast_weights, clip), starts)
-    reads = None if reads is None else reads.reshape(num_chunks * chunk_size, -1)[:length]
+    chunks = jax.tree.map(split, (query, key, value, beta, log_decay, reset))
+    (fast_weights, clip), reads = lax.scan(body, (fast_weights, clip), chunks)
+    reads = None if reads is None else reads.reshape(num_chunks * chunk_size, -1)[:length].astype(value.dtype)
     return reads, memory.end_clip(fast_weights, clip)
 
 

@@ -255,6 +255,17 @@ def test_the_clips_of_fwm_are_found_once_and_not_again_for_the_gradient():
     assert jaxpr.count("rsqrt") == 1  # one for each clip, and nowhere else
 
 
+@pytest.mark.parametrize("backend", ["cpu", "tpu"])
+def test_on_cpu_no_loop_over_chunks_reads_or_writes_slices_of_bfloat16(backend, monkeypatch):
+    """XLA's CPU backend would widen the whole array for each slice that is written, and time would go with T²."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    inputs = jax.tree.map(lambda x: x.astype(jnp.bfloat16), long_inputs())
+    jaxpr = gradient_at_length("delta", "chunkwise").trace(inputs).jaxpr
+    loops = [str(equation) for equation in jaxpr.eqns if equation.primitive.name == "scan"]
+    assert len(loops) == 2  # forward and back
+    assert ["bf16" in loop for loop in loops] == [backend != "cpu"] * 2
+
+
 @pytest.mark.parametrize("form", ["recurrent", "chunkwise"])
 @pytest.mark.parametrize("rule", ["sum", "delta", "fwm"])
 def test_no_array_of_a_gradient_holds_a_memory_per_token(rule, form):

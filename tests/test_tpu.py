@@ -28,9 +28,11 @@ def mesh(topology):
 
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 @pytest.mark.parametrize("options", [{}, {"log_decay": True, "segment_ids": True}], ids=["plain", "gated, packed"])
-def test_a_gradient_compiles_and_shards_of_batch_and_heads_do_not_communicate(topology, options):
+def test_a_gradient_compiles_and_shards_of_batch_and_heads_do_not_communicate(topology, options, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")  # what the library asks when it is traced on a TPU
+
     def both(query, key, value, beta, log_decay, segment_ids, weights):
-        attention = functools.partial(fwt_jax.fast_weight_attention, segment_ids=segment_ids, chunk_size=64)
+        attention = functools.partial(fwt_jax.fast_weight_attention, segment_ids=segment_ids)
         reads, pull = jax.vjp(lambda *inputs: attention(*inputs)[0], query, key, value, beta, log_decay)
         return reads, pull(weights)
 
