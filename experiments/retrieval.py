@@ -122,6 +122,11 @@ def _execute(run: Run, max_steps: int, checkpoint: pathlib.Path) -> dict[str, st
         _progress.put((run.id, step, loss))
 
     losses, seconds = train(run.model, run.task, run.seed, max_steps, report, checkpoint)
+    return row(run, losses, seconds)
+
+
+def row(run: Run, losses: list[float], seconds: float) -> dict[str, str]:
+    """What the results file keeps of a run."""
     best = min(range(len(losses)), key=lambda i: (losses[i] != losses[i], losses[i]))
     numbers = (
         f"{losses[best]:.7g}",
@@ -129,7 +134,7 @@ def _execute(run: Run, max_steps: int, checkpoint: pathlib.Path) -> dict[str, st
         f"{losses[-1]:.7g}",
         len(losses) * EVAL_EVERY,
         f"{seconds:.1f}",
-        " ".join(f"{loss:.4g}" for loss in losses),
+        " ".join(f"{loss:.7g}" for loss in losses),
     )
     return dict(zip(COLUMNS, (*run.id, *map(str, numbers)), strict=True))
 
@@ -141,13 +146,15 @@ def sweep(runs: list[Run], path: pathlib.Path, *, workers: int, max_steps: int =
       runs: what to execute, in any order.
       path: the results file.
       workers: processes, one core each.
-      max_steps: of a run that does not stop by itself. Rows of runs that were cut off earlier are dropped.
+      max_steps: of a run that does not stop by itself. Those of ``runs`` that were cut off earlier are run anew.
 
     Returns:
       The rows of ``path``, by ``Run.id``.
     """
     rows = load(path)
-    rows = {key: row for key, row in rows.items() if is_finished([*map(float, row["losses"].split())], max_steps)}
+    for run in runs:
+        if run.id in rows and not is_finished([*map(float, rows[run.id]["losses"].split())], max_steps):
+            del rows[run.id]
     todo = sorted((run for run in runs if run.id not in rows), key=lambda run: -run.cost)
     bar = tqdm(total=len(runs), initial=len(runs) - len(todo), unit="run", desc=path.stem, dynamic_ncols=True)
     if not todo:
@@ -159,7 +166,7 @@ def sweep(runs: list[Run], path: pathlib.Path, *, workers: int, max_steps: int =
     for worker in range(workers):
         cores.put(_cores()[worker % len(_cores())])
     with bar, ProcessPoolExecutor(min(workers, len(todo)), context, _start_worker, (progress, cores)) as pool:
-        checkpoints = {run.id: path.with_name("-".join(run.id) + ".unfinished") for run in todo}
+        checkpoints = {run.id: path.with_name("-".join((path.stem, *run.id)) + ".unfinished") for run in todo}
         try:
             pending = {pool.submit(_execute, run, max_steps, checkpoints[run.id]) for run in todo}
             while pending:

@@ -16,6 +16,7 @@ from jax import lax
 
 from fwt_jax import memory as memory_lib
 from fwt_jax.chunkwise import chunkwise, over_heads
+from fwt_jax.kernels import tpu
 from fwt_jax.memory import Memory, Rule
 
 Form = Literal["chunkwise", "recurrent", "parallel"]
@@ -52,8 +53,8 @@ def fast_weight_attention(
     eps: float = 1e-6,
     form: Form = "chunkwise",
     chunk_size: int | None = None,
-    implementation: Literal[None, "xla"] = None,
-    precision: lax.PrecisionLike = lax.Precision.HIGHEST,
+    implementation: Literal[None, "xla", "pallas"] = None,
+    precision: lax.PrecisionLike = None,
 ) -> tuple[jax.Array, Memory]:
     """Writes T tokens into a fast weight memory and reads it after each of them (causal linear attention).
 
@@ -73,9 +74,10 @@ def fast_weight_attention(
       beta: write strength, ``[B, T, H]``; in (0, 1) in the paper, up to 2 with unit keys. "delta" and "fwm" need it;
         1 for "sum" if not given.
       log_decay: log α, finite and ≤ 0, ``[B, T, H]`` (per head) or ``[B, T, H, K]`` (per key channel); no decay
-        if not given.
+        if not given. Chunks take the differences of its cumulative sum s, with an error of |s|·2⁻²⁴; what is below
+        −40 forgets all, and starts the sum anew.
       rule: the update rule.
-      memory: where to start, what an earlier call returned; empty if not given.
+      memory: where to start, what an earlier call returned; empty if not given. For "fwm" in chunks ‖W‖ ≤ 1000.
       segment_ids: integers ``[B, T]``, for packed sequences. The memory is dropped before each token whose id differs
         from the one before it; the first token of a call always continues ``memory``. (A NaN or infinite value stays
         in its segment in the recurrent form alone; in the others it reaches its chunk and all after.)
@@ -88,9 +90,12 @@ def fast_weight_attention(
       form: "chunkwise" trains; "recurrent" is the definition, and right for T = 1; "parallel" (sum, delta) is one
         chunk. All give the same numbers up to rounding.
       chunk_size: tokens per chunk of the chunkwise form; None picks.
-      implementation: None picks, "xla" is plain JAX.
-      precision: of the matrix products of the chunkwise and parallel forms, as in ``jax.lax``. The default keeps
-        float32 products exact where the hardware would round them to bfloat16 (TPU) or TF32 (GPU).
+      implementation: "xla" is plain JAX, and what None picks; "pallas" is a kernel for TPU, of the chunkwise form of
+        sum and delta with a decay per head or none. It must be inside ``jax.shard_map`` where the arrays are sharded,
+        and has first derivatives by reverse mode only. Elsewhere than on a TPU it is interpreted, for tests.
+      precision: of the matrix products of the chunkwise and parallel forms, as in ``jax.lax``. None: "highest", which
+        keeps them exact where the hardware would round float32 to bfloat16 (TPU) or TF32 (GPU); but "default" if
+        query, key and value are all bfloat16 or float16. A chunk's triangular system is solved more exactly.
 
     Returns:
       y ``[B, T, H, V]`` in value's dtype, and the memory after the last token: float32 (float64 for float64 inputs).
@@ -98,7 +103,8 @@ def fast_weight_attention(
     Raises:
       ValueError: shapes or dtypes that do not fit together, T = 0, an unknown rule, form, normalisation or
         implementation, "delta" or "fwm" without beta, a combination that is not defined ("fwm" in parallel form,
-        normalised, or chunkwise with a decay per channel; "retrieval" for a rule other than delta).
+        normalised, or chunkwise with a decay per channel; "retrieval" for a rule other than delta), or that "pallas"
+        does not have.
 
     Example:
       >>> y, memory = fast_weight_attention(q, k, v, beta)                    # a prompt
@@ -122,11 +128,13 @@ def fast_weight_attention(
     memory = _start(memory, key, value, dtype)
     dtype = memory.fast_weights.dtype
     reset = resets(segment_ids, batch, length)
+    precision = products_precision(precision, query, key, value)
 
     out_dtype = value.dtype
     if normalize or form != "chunkwise":  # which casts chunk by chunk
         query, key, value = (x.astype(dtype) for x in (query, key, value))
-    beta = jnp.ones((batch, length, heads), dtype) if beta is None else beta.astype(dtype)
+    beta = jnp.ones((), dtype) if beta is None else beta.astype(dtype)
+    beta = beta + jnp.zeros_like(key[..., 0], dtype)  # sharded as the keys are
     log_decay = None if log_decay is None else log_decay.astype(dtype)
 
     write_key, key_sum = key, memory.key_sum
@@ -141,7 +149,8 @@ def fast_weight_attention(
         write_key, beta = key / divisor[..., None], beta * mass
     inputs = (memory.fast_weights, query, write_key, value, beta, log_decay, reset)
     if form == "chunkwise":
-        out, fast_weights = chunkwise(*inputs, rule=rule, chunk_size=chunk_size, precision=precision)
+        advance = tpu.chunkwise if implementation == "pallas" else chunkwise
+        out, fast_weights = advance(*inputs, rule=rule, chunk_size=chunk_size, precision=precision)
     elif form == "parallel":
         out, fast_weights = over_heads(functools.partial(memory_lib.parallel, rule=rule, precision=precision))(*inputs)
     else:
@@ -160,7 +169,7 @@ def fast_weight_cross_attention(
     memory: Memory | None = None,
     normalize: Literal[False, "read"] = False,
     eps: float = 1e-6,
-    precision: lax.PrecisionLike = lax.Precision.HIGHEST,
+    precision: lax.PrecisionLike = None,
 ) -> tuple[jax.Array, Memory]:
     """Non-causal linear attention, for encoders and cross-attention: all keys are written, then every query reads.
 
@@ -176,7 +185,7 @@ def fast_weight_cross_attention(
       memory: where to start; empty if not given. To read again what was written, call ``read``.
       normalize: False, or "read" (eq. 18-19).
       eps: added to the divisor.
-      precision: of the matrix products, as in ``jax.lax``.
+      precision: of the matrix products, see ``fast_weight_attention``.
 
     Returns:
       y ``[B, T, H, V]`` in value's dtype, and the memory of all keys: float32 (float64 for float64 inputs).
@@ -203,6 +212,7 @@ def fast_weight_cross_attention(
             )
         written = jnp.where(key_mask[:, :, None, None], written, 0)
         value = jnp.where(key_mask[:, :, None, None], value, 0)
+    precision = products_precision(precision, query, key, value)
     outer = jnp.einsum("bshk,bshv->bhkv", written, value.astype(dtype), precision=precision)
     memory = Memory(memory.fast_weights + outer, memory.key_sum + jnp.sum(written, axis=1))
     return _read(query, memory, normalize, eps, precision).astype(value.dtype), memory
@@ -214,7 +224,7 @@ def read(
     *,
     normalize: Literal[False, "read"] = False,
     eps: float = 1e-6,
-    precision: lax.PrecisionLike = lax.Precision.HIGHEST,
+    precision: lax.PrecisionLike = None,
 ) -> jax.Array:
     """Reads a memory without writing: y_t = Wᵀq_t, divided by zᵀq_t + eps if normalised (eq. 19, 25, 28).
 
@@ -223,7 +233,7 @@ def read(
       memory: W ``[B, H, K, V]`` and z ``[B, H, K]``. z is only kept by calls that normalise.
       normalize: False, or "read".
       eps: added to the divisor.
-      precision: of the matrix products, as in ``jax.lax``.
+      precision: of the matrix products, see ``fast_weight_attention``.
 
     Returns:
       y ``[B, T, H, V]`` in query's dtype.
@@ -231,7 +241,7 @@ def read(
     Raises:
       ValueError: shapes or dtypes that do not fit together, an unknown normalisation.
     """
-    return _read(query, memory, normalize, eps, precision).astype(query.dtype)
+    return _read(query, memory, normalize, eps, products_precision(precision, query)).astype(query.dtype)
 
 
 def _read(query, memory, normalize, eps, precision):
@@ -256,6 +266,14 @@ def _read(query, memory, normalize, eps, precision):
         mass = jnp.einsum("bthk,bhk->bth", query.astype(dtype), memory.key_sum, precision=precision)
         out = out / (mass[..., None] + eps)
     return out
+
+
+def products_precision(precision, *inputs):
+    """What None means: inputs of 16 bits are rounded already, and the hardware's products of them are fast."""
+    if precision is not None:
+        return precision
+    rounded = all(x.dtype.itemsize == 2 for x in inputs)
+    return lax.Precision.DEFAULT if rounded else lax.Precision.HIGHEST
 
 
 # --- checks: what came, what was expected, the way out ---------------------------------------------------------------
@@ -289,7 +307,9 @@ def check_options(rule, form, normalize, implementation, beta, log_decay, chunk_
     one_of("rule", rule, ("sum", "delta", "fwm"))
     one_of("form", form, ("chunkwise", "recurrent", "parallel"))
     one_of("normalize", normalize, (False, "read", "retrieval"))
-    one_of("implementation", implementation, (None, "xla"))
+    one_of("implementation", implementation, (None, "xla", "pallas"))
+    if implementation == "pallas" and form != "chunkwise":
+        raise ValueError(f'implementation="pallas" is of form="chunkwise", got form={form!r}; use "xla" or None')
     if beta is None and rule != "sum":
         raise ValueError(
             f'rule "{rule}" needs beta, the write strength [B, T, H] (e.g. a sigmoid of a projection), got None; '
@@ -305,18 +325,19 @@ def check_options(rule, form, normalize, implementation, beta, log_decay, chunk_
         raise ValueError(f'rule "fwm" clips its memory and has no attention normalisation, got normalize={normalize!r}')
     if rule == "sum" and normalize == "retrieval":
         raise ValueError('normalize="retrieval" is for rule "delta"; rule "sum" retrieves nothing by key, use "read"')
-    if chunk_size is not None and (form != "chunkwise" or chunk_size < 1):
+    if chunk_size is not None and (form != "chunkwise" or not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(
-            f'chunk_size must be at least 1 and goes with form="chunkwise", got {chunk_size} and form="{form}"'
+            f'chunk_size must be an integer above 0 and goes with form="chunkwise", got {chunk_size} and form="{form}"'
         )
 
 
 def _check_like(x, name, shapes):
     if x is None:
         return
-    if x.shape not in shapes:
+    if not hasattr(x, "shape") or x.shape not in shapes:
         expected = " or ".join(str(list(shape)) for shape in shapes)
-        raise ValueError(f"{name} must be {expected} to go with key, got {list(x.shape)}")
+        got = list(x.shape) if hasattr(x, "shape") else repr(x)
+        raise ValueError(f"{name} must be {expected} to go with key, got {got}; jnp.full makes an array of one number")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"{name} must be floating point, got {x.dtype}; cast it, e.g. {name}.astype(jnp.float32)")
 
@@ -324,17 +345,22 @@ def _check_like(x, name, shapes):
 def _start(memory, key, value, dtype):
     """The memory to start from, in the dtype of the computation."""
     shape = (key.shape[0], *key.shape[2:], value.shape[-1])
+    # Zeros of the arguments: sharded over the mesh, or in shard_map varying over it, as what will be written is.
+    no_key = jnp.zeros_like(key[:, 0], dtype)
+    empty = Memory(no_key[..., None] + jnp.zeros_like(value[:, 0], dtype)[..., None, :], no_key)
     if memory is None:
-        # Zeros of the arguments: in shard_map they vary over the mesh as what will be written does.
-        key_sum, zeros = jnp.zeros_like(key, dtype, shape[:-1]), jnp.zeros_like(value, dtype, shape)
-        return Memory(key_sum[..., None] + zeros, key_sum)
+        return empty
+    if not isinstance(memory, Memory):
+        raise ValueError(
+            f"memory must be a Memory, as a call returns it or init_memory{shape} makes it, got {type(memory).__name__}"
+        )
     got = (memory.fast_weights.shape, memory.key_sum.shape)
     if got != (shape, shape[:-1]):
         raise ValueError(
             f"memory must hold fast_weights {list(shape)} and key_sum {list(shape[:-1])}, "
             f"got {list(got[0])} and {list(got[1])}; init_memory{shape} makes an empty one"
         )
-    return Memory(*(x.astype(jnp.promote_types(x.dtype, dtype)) for x in memory))
+    return jax.tree.map(lambda x, zeros: x.astype(jnp.promote_types(x.dtype, dtype)) + zeros, memory, empty)
 
 
 def resets(segment_ids, batch, length):
@@ -346,4 +372,5 @@ def resets(segment_ids, batch, length):
             f"segment_ids must be integers [B, T] = [{batch}, {length}], "
             f"got {segment_ids.dtype}{list(segment_ids.shape)}"
         )
-    return jnp.concatenate([jnp.zeros((batch, 1), bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
+    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return jnp.concatenate([jnp.zeros_like(segment_ids[:, :1], bool), changes], axis=1)

@@ -47,15 +47,16 @@ def one_head(
 ):
     """``chunkwise`` of one head of one sequence: the shapes are those of ``memory.chunk``.
 
-    The last chunk is filled up with tokens that write nothing. The gradient keeps the memory at the start of each
-    chunk, T/C in all (for "fwm" also what its tokens found in sequence, V + C numbers each), and computes the chunk
-    anew. It is the derivative that JAX makes of the scan, so that forward mode and higher derivatives work too.
+    The last chunk is filled up with tokens that write nothing. The gradient keeps the inputs, copied into the order of
+    chunks (on CPU in float32), and the memory at the start of each chunk, T/C in all (for "fwm" also what its tokens
+    found in sequence, V + C numbers each), and computes the chunk anew. It is the derivative that JAX makes of the
+    scan, so that forward mode and higher derivatives work too.
 
     Args:
       fast_weights, query, key, value, beta, log_decay, reset: see ``chunkwise``, without B and H.
       rule: "sum", "delta" or "fwm".
-      chunk_size: C, never more than T. None takes as few chunks of at most 64 tokens (32 for "fwm" and on CPU) as cover
-        T, all of one size, a multiple of 4 (products of other sizes take up to twice as long on CPU).
+      chunk_size: C, never more than T. None takes as few chunks of at most 64 tokens (32 for "fwm" and where CPU is the
+        default backend) as cover T, all of one size, a multiple of 4 (other sizes take up to twice as long on CPU).
       precision: of the matrix products, as in ``jax.lax``.
 
     Returns:

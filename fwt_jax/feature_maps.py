@@ -318,7 +318,7 @@ def hedgehog(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> 
 
 
 @_in_float32
-def sum_normalize(x: jax.Array, eps: float = 1e-18) -> jax.Array:
+def sum_normalize(x: jax.Array, eps: float | None = None) -> jax.Array:
     """φ′ = φ / (Σᵢ φᵢ + eps), for non-negative features (Schlag, Irie & Schmidhuber 2021, eq. 29).
 
     With Σφ(k) = 1 a write and the removal that the delta rule makes before it have equal weight
@@ -326,13 +326,17 @@ def sum_normalize(x: jax.Array, eps: float = 1e-18) -> jax.Array:
 
     Args:
       x: features, ``[..., F]``, floating point, non-negative.
-      eps: added to the sum. 0 is the paper, and NaN where all features are zero, as DPFP of an odd size
-        can give; the default returns zeros there and changes nothing else, for FAVOR+ features may all be tiny.
+      eps: added to the sum. 0 is the paper, and NaN where all features are zero, as DPFP of an odd size can give;
+        None, the default, leaves those at zero and is else the same, however small the features (FAVOR+) are.
 
     Returns:
       ``[..., F]`` in x's dtype.
     """
-    return x / (jnp.sum(x, axis=-1, keepdims=True) + eps)
+    or_one = lambda x: jnp.where(x == 0, 1, x)  # noqa: E731
+    if eps is None:  # the squares of tiny sums, in the gradient, are zero in float32: of a multiple, φ′ is the same
+        x = x / or_one(lax.stop_gradient(jnp.max(x, axis=-1, keepdims=True)))
+    total = jnp.sum(x, axis=-1, keepdims=True)
+    return x / (or_one(total) if eps is None else total + eps)
 
 
 @_in_float32

@@ -20,8 +20,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from fwt_jax import feature_maps
-from fwt_jax.attention import Form, Normalize, check_options, fast_weight_attention, init_memory, resets
+from fwt_jax import attention, feature_maps
 from fwt_jax.memory import Memory, Rule
 
 FeatureMap = Callable[[jax.Array], jax.Array]
@@ -84,14 +83,14 @@ class FastWeightAttention(nnx.Module):
         feature_map: FeatureMap = feature_maps.elu_plus_one,
         feature_normalization: FeatureMap | None = feature_maps.sum_normalize,
         rule: Rule = "delta",
-        normalize: Normalize = False,
+        normalize: attention.Normalize = False,
         eps: float = 1e-6,
         output_scale: float = 1.0,
         use_bias: bool = False,
-        form: Form = "chunkwise",
+        form: attention.Form = "chunkwise",
         chunk_size: int | None = None,
-        implementation: Literal[None, "xla"] = None,
-        precision: lax.PrecisionLike = lax.Precision.HIGHEST,
+        implementation: Literal[None, "xla", "pallas"] = None,
+        precision: lax.PrecisionLike = None,
         dtype: jax.typing.DTypeLike | None = None,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         kernel_init: nnx.Initializer = DEFAULT_INIT,
@@ -108,7 +107,7 @@ class FastWeightAttention(nnx.Module):
         sizes = (in_features, num_heads, head_size, value_size)
         self.query, self.key, self.value, self.out = _projections(*sizes, **options)
         self.beta = None if rule == "sum" else nnx.LinearGeneral(in_features, num_heads, **options)
-        check_options(rule, form, normalize, implementation, self.beta, None, chunk_size)
+        attention.check_options(rule, form, normalize, implementation, self.beta, None, chunk_size)
         self.num_features = _count_features(feature_map, feature_normalization, num_heads, head_size)
 
     def __call__(
@@ -140,7 +139,7 @@ class FastWeightAttention(nnx.Module):
         feature_map = self.feature_map
         if rngs is not None and hasattr(feature_map, "draw"):
             feature_map = feature_map.draw(rngs)  # once: keys and queries must share it
-        y, memory = fast_weight_attention(
+        y, memory = attention.fast_weight_attention(
             self.feature_normalization(feature_map(self.query(x))),
             self.feature_normalization(feature_map(self.key(x))),
             self.value(x),
@@ -159,7 +158,7 @@ class FastWeightAttention(nnx.Module):
 
     def init_memory(self, batch_size: int) -> Memory:
         """An empty memory: fast weights ``[B, H, K, V]`` and key sums ``[B, H, K]``. A call without one starts here."""
-        return init_memory(batch_size, self.num_heads, self.num_features, self.value_size, self.memory_dtype)
+        return attention.init_memory(batch_size, self.num_heads, self.num_features, self.value_size, self.memory_dtype)
 
 
 # --- feature maps with something to keep -----------------------------------------------------------------------------
@@ -279,7 +278,7 @@ class SoftmaxAttention(nnx.Module):
         *,
         value_size: int | None = None,
         use_bias: bool = False,
-        precision: lax.PrecisionLike = lax.Precision.HIGHEST,
+        precision: lax.PrecisionLike = None,
         dtype: jax.typing.DTypeLike | None = None,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         kernel_init: nnx.Initializer = DEFAULT_INIT,
@@ -320,7 +319,7 @@ class SoftmaxAttention(nnx.Module):
         """
         _check_input(x, self.in_features)
         batch, num_tokens, _ = x.shape
-        reset = resets(segment_ids, batch, num_tokens)
+        reset = attention.resets(segment_ids, batch, num_tokens)
         query, key, value = self.query(x), self.key(x), self.value(x)
         start = length = jnp.zeros(batch, jnp.int32)
         if memory is not None:
@@ -334,7 +333,8 @@ class SoftmaxAttention(nnx.Module):
         first = jnp.broadcast_to(start[:, None], last.shape)
         if reset is not None:
             first = lax.cummax(jnp.where(reset, last, first), axis=1)
-        y = _softmax_read(query, key, value, first, last, self.precision)
+        precision = attention.products_precision(self.precision, query, key, value)
+        y = _softmax_read(query, key, value, first, last, precision)
         length = length + num_tokens
         y = jnp.where((length <= key.shape[1])[:, None, None, None], y, jnp.nan)
         return self.out(y), KeyValueCache(key, value, first[:, -1], length)
@@ -403,7 +403,7 @@ def _count_features(feature_map, feature_normalization, num_heads, head_size):
         if not isinstance(extreme, jax.core.Tracer) and not np.all(np.isfinite(extreme)):
             raise ValueError(
                 f"the features of [1, −1, 1, …], of head_size {head_size}, are not finite: DPFP of an odd size can be "
-                "all zeros; give sum_normalize an eps above 0, or take an even head_size"
+                "all zeros; leave out the eps of sum_normalize, or take an even head_size"
             )
     return features.shape[-1]
 

@@ -34,6 +34,7 @@ from fwt_jax.triangular import unit_lower_inverse, unit_lower_solve
 
 Rule = Literal["sum", "delta", "fwm"]
 HIGHEST = lax.Precision.HIGHEST
+NOTHING = -40.0  # a log decay that leaves nothing, in float32, beside what is written next
 KEPT = jax.checkpoint_policies.save_only_these_names("fwm")  # what is found token by token and not to be found again
 
 
@@ -187,18 +188,20 @@ def advance(fast_weights, clip, query, key, value, beta, log_decay, reset, *, ru
     resets = jnp.zeros(length, jnp.int32) if reset is None else jnp.cumsum(reset)
     sees_start, reaches_end = resets == 0, resets == resets[-1]
     causal = jnp.tri(length, dtype=bool) & (resets[:, None] == resets[None])
-    log_alpha = jnp.zeros((length, 1), key.dtype)
+    log_alpha, epochs = jnp.zeros((length, 1), key.dtype), jnp.zeros((length, 1), jnp.int32)
     if log_decay is not None:
-        # What follows a large number in a cumulative sum loses its digits: less than e⁻⁶⁴ is nothing in float32.
-        least = -64 if key.dtype == jnp.float32 else -512
-        log_alpha = jnp.cumsum(jnp.maximum(log_decay, least).reshape(length, -1), axis=0)
+        # What follows a large number in a cumulative sum loses its digits: where nothing is left, begin a new epoch.
+        log_decay_column = log_decay.reshape(length, -1)
+        forgets = log_decay_column < (NOTHING if key.dtype == jnp.float32 else 2 * NOTHING)
+        log_alpha = jnp.cumsum(jnp.where(forgets, 0, log_decay_column), axis=0)
+        epochs = jnp.cumsum(forgets, axis=0, dtype=jnp.int32)
 
-    from_start = jnp.where(sees_start[:, None], jnp.exp(log_alpha), 0)
+    from_start = jnp.where(sees_start[:, None] & (epochs == 0), jnp.exp(log_alpha), 0)
     if rule == "sum":
         writes = beta[:, None] * value
     else:
         recalled = matmul(key * from_start, fast_weights)
-        overlaps = _decayed_products(key, key, log_alpha, causal & ~jnp.eye(length, dtype=bool), precision)
+        overlaps = _decayed_products(key, key, log_alpha, epochs, causal & ~jnp.eye(length, dtype=bool), precision)
         if rule == "delta":
             writes = unit_lower_solve(beta[:, None] * overlaps, beta[:, None] * (value - recalled))
         else:
@@ -212,13 +215,13 @@ def advance(fast_weights, clip, query, key, value, beta, log_decay, reset, *, ru
 
     reads = None
     if query is not None:
-        scores = _decayed_products(query, key, log_alpha, causal, precision)
+        scores = _decayed_products(query, key, log_alpha, epochs, causal, precision)
         if rule == "fwm":
             query, scores = kept_start[:, None] * query, kept * scores
         reads = matmul(query * from_start, fast_weights) + matmul(scores, writes)
     if log_decay is not None or reset is not None:
         fast_weights = from_start[-1][:, None] * fast_weights
-    to_end = jnp.where(reaches_end[:, None], jnp.exp(log_alpha[-1:] - log_alpha), 0)
+    to_end = jnp.where(reaches_end[:, None] & (epochs == epochs[-1:]), jnp.exp(log_alpha[-1:] - log_alpha), 0)
     if rule == "fwm":
         left = lax.stop_gradient(kept_start[-1])
         scale = jnp.where(left > 0, kept_start[-1] / jnp.where(left > 0, left, 1), 1)
@@ -234,12 +237,13 @@ def parallel(fast_weights, query, key, value, beta, log_decay=None, reset=None, 
     return chunk(fast_weights, query, key, value, beta, log_decay, reset, rule=rule, precision=precision)
 
 
-def _decayed_products(left, key, log_alpha, mask, precision):
-    """P_ti = Σ_c left_tc key_ic exp(g_tc − g_ic) where mask_ti, else 0; g ``[T, 1]`` or ``[T, K]`` is cumulative."""
+def _decayed_products(left, key, log_alpha, epochs, mask, precision):
+    """P_ti = Σ_c left_tc key_ic exp(g_tc − g_ic) where mask_ti and in one epoch; g ``[T, 1 or K]`` is cumulative."""
     if log_alpha.shape[1] == 1:
         products = jnp.matmul(left, key.T, precision=precision)
-        return products * jnp.exp(jnp.where(mask, log_alpha - log_alpha.T, -jnp.inf))
-    exponents = jnp.where(mask[:, :, None], log_alpha[:, None] - log_alpha[None], -jnp.inf)
+        return products * jnp.exp(jnp.where(mask & (epochs == epochs.T), log_alpha - log_alpha.T, -jnp.inf))
+    mask = mask[:, :, None] & (epochs[:, None] == epochs[None])
+    exponents = jnp.where(mask, log_alpha[:, None] - log_alpha[None], -jnp.inf)
     return jnp.sum(left[:, None] * key[None] * jnp.exp(exponents), axis=-1)
 
 
@@ -283,7 +287,8 @@ def _fwm_forward(clip, overlaps, value, recalled, beta, key_norms, decay):
         return carry, (error, share, kept, norm)
 
     order = jnp.arange(len(beta))
-    start = (jnp.zeros_like(value), jnp.ones_like(beta), clip.scale, clip.norm)
+    like = value + recalled + beta[:, None]  # what varies over a mesh, in shard_map, as any of them does
+    start = (jnp.zeros_like(like), jnp.ones_like(like[:, 0]), clip.scale, clip.norm)
     return lax.scan(body, start, (order, overlaps, value, recalled, beta, key_norms, decay))[1]
 
 
@@ -326,7 +331,8 @@ def _fwm_errors_jvp(primals, tangents):
         return (logs, log + log_dot, (1 - clips) * change), log_dot
 
     here = jnp.eye(len(beta), dtype=bool)
-    start = (jnp.zeros_like(beta), jnp.zeros_like(clip.scale), clip_dot.norm)
+    zeros = jnp.zeros_like(norms_dot)
+    start = (zeros, zeros[0], clip_dot.norm + zeros[0])
     (logs, _, norm_dot), log_dots = lax.scan(body, start, (here, by_value, by_found, norms_dot, norms, decay))
     errors_dot = value_dot - found_dot - logs[:, None] * found - matmul(strict, logs[:, None] * value)
     kept_dot = jnp.tril(kept * (logs[:, None] - logs[None]))

@@ -27,11 +27,12 @@ class Case:
     length: int = 100
     packed: bool = False
     start: bool = False  # from a memory that is not empty
+    implementation: str | None = None
 
     def __str__(self):
         """The pytest id, e.g. delta-retrieval-channel-chunkwise16-T100-packed-start."""
         words = [self.rule, self.normalize, self.decay and f"{self.decay} decay", f"{self.form}{self.chunk_size or ''}"]
-        words += [f"T{self.length}", self.packed and "packed", self.start and "start"]
+        words += [f"T{self.length}", self.packed and "packed", self.start and "start", self.implementation]
         return "-".join(str(word).replace(" ", "_") for word in words if word)
 
     @property
@@ -41,7 +42,8 @@ class Case:
     @property
     def options(self):
         chunk_size = {"chunk_size": self.chunk_size} if self.form == "chunkwise" else {}
-        return {"rule": self.rule, "normalize": self.normalize, "form": self.form, **chunk_size}
+        implementation = {"implementation": self.implementation} if self.implementation else {}
+        return {"rule": self.rule, "normalize": self.normalize, "form": self.form, **chunk_size, **implementation}
 
 
 RULES = [("sum", False), ("sum", "read"), ("delta", False), ("delta", "read"), ("delta", "retrieval"), ("fwm", False)]

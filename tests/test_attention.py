@@ -63,14 +63,14 @@ def _per_head(name, x):
     return np.sum(x, axis=tuple(axis for axis in range(1, x.ndim) if axis != heads))
 
 
-def check_against_reference(case, dtype, rtol, gradient_rtol, output_rtol=None, compiler_options=None):
+def check_against_reference(case, dtype, rtol, gradient_rtol, output_rtol=None, compiler_options=None, **options):
     arrays = random_inputs(case)
     rounded = {name: None if x is None else jnp.asarray(x, dtype) for name, x in arrays.items()}
     for name in ("fast_weights", "key_sum"):  # the memory is never kept in less than float32
         rounded[name] = None if arrays[name] is None else jnp.asarray(arrays[name], jnp.promote_types(dtype, "float32"))
     segment_ids = jnp.asarray(random_segments(case.length)) if case.packed else None
     outputs, gradients = outputs_and_gradients(
-        rounded, random_cotangents(case), compiler_options, segment_ids, **case.options
+        rounded, random_cotangents(case), compiler_options, segment_ids, **case.options, **options
     )
     assert outputs[0].dtype == dtype and outputs[1].dtype == outputs[2].dtype == jnp.promote_types(dtype, "float32")
     expected_outputs, expected_derivatives = expected(case)
@@ -126,6 +126,33 @@ def test_bfloat16_loses_no_more_than_the_rounding_of_inputs_and_outputs(case):
     check_against_reference(case, jnp.bfloat16, rtol=3e-2, gradient_rtol=6e-2, compiler_options=QUICK)
 
 
+KERNELS = [
+    Case(*kind, implementation="pallas")
+    for kind in [
+        ("sum", False, None, "chunkwise", 16, 100, True, True),
+        ("sum", "read", "head", "chunkwise", 32, 64, False, False),
+        ("delta", False, None, "chunkwise", None, 37, False, True),
+        ("delta", False, "head", "chunkwise", None, 150, True, True),
+        ("delta", "read", "head", "chunkwise", 16, 100, False, True),
+        ("delta", "retrieval", None, "chunkwise", 64, 1, False, True),
+        ("delta", "retrieval", "head", "chunkwise", 32, 100, True, False),
+    ]
+]
+
+
+@pytest.mark.parametrize("precision", ["high", "highest"])
+@pytest.mark.parametrize("case", KERNELS, ids=str)
+def test_a_kernel_is_the_float64_reference_to_its_rounding(case, precision):
+    """Interpreted. Three passes of bfloat16 carry 2⁻¹⁶ for each product; and see float32 above."""
+    rtol, gradient_rtol = (5e-6, 2e-5) if precision == "highest" else (1e-4, 2e-4)
+    check_against_reference(case, jnp.float32, rtol, gradient_rtol, compiler_options=QUICK, precision=precision)
+
+
+@pytest.mark.parametrize("case", KERNELS, ids=str)
+def test_a_kernel_loses_no_more_in_bfloat16_than_inputs_outputs_and_operands(case):
+    check_against_reference(case, jnp.bfloat16, rtol=4e-2, gradient_rtol=8e-2, compiler_options=QUICK)
+
+
 def test_bfloat16_inputs_are_computed_in_float32():
     """Without the rounding of the inputs themselves what remains is float32, and one rounding of y."""
     case = ROUNDED[2]
@@ -159,12 +186,13 @@ def test_a_memory_may_have_more_digits_than_what_is_written(rule, form, x64):
 # --- other people's programs -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["recurrent", "chunkwise", "parallel"])
+@pytest.mark.parametrize("form", ["recurrent", "chunkwise", "parallel", "pallas"])
 @pytest.mark.parametrize(
     ("golden", "rule"), [("linear_attn_sum", "sum"), ("delta_rule_base", "delta"), ("gated_delta_rule_base", "delta")]
 )
 def test_numbers_of_flash_linear_attention(golden, rule, form):
     """Outputs, final states and all gradients of flash-linear-attention; it multiplies q by K^-½, we do not."""
+    form = {"form": "chunkwise", "implementation": "pallas"} if form == "pallas" else {"form": form}
     golden = np.load(GOLDEN / f"op_{golden}.npz")
     assert json.loads(str(golden["meta"]))["scale"] == "K**-0.5"
     theirs = {"query": "q", "key": "k", "value": "v", "beta": "beta", "log_decay": "g", "fast_weights": "initial_state"}
@@ -174,7 +202,7 @@ def test_numbers_of_flash_linear_attention(golden, rule, form):
     arrays["query"] = arrays["query"] * scale
     arrays["key_sum"] = np.zeros(arrays["fast_weights"].shape[:-1], np.float32)
     cotangents = (golden["cot_o"], golden["cot_ht"], np.zeros_like(arrays["key_sum"]))
-    (out, fast_weights, _), gradients = outputs_and_gradients(arrays, cotangents, rule=rule, form=form)
+    (out, fast_weights, _), gradients = outputs_and_gradients(arrays, cotangents, rule=rule, **form)
     gradients["query"] = gradients["query"] * scale
     assert_relative("y", out, golden["naive_o"], 1e-5)
     assert_relative("fast_weights", fast_weights, golden["naive_ht"], 1e-5)

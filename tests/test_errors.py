@@ -50,7 +50,31 @@ ATTENTION = {
     "fwm normalised": ({"rule": "fwm", "normalize": "read"}, ["fwm", "normalisation", "'read'"]),
     "sum with retrieval": ({"rule": "sum", "normalize": "retrieval"}, ["retrieval", "delta", "sum", '"read"']),
     "chunk size in recurrent form": ({"form": "recurrent", "chunk_size": 16}, ["chunk_size", "chunkwise", "16"]),
-    "chunk size 0": ({"chunk_size": 0}, ["chunk_size", "at least 1", "got 0"]),
+    "chunk size 0": ({"chunk_size": 0}, ["chunk_size", "an integer above 0", "got 0"]),
+    "floating chunk size": ({"chunk_size": 16.0}, ["chunk_size", "an integer above 0", "got 16.0"]),
+    "a number as beta": ({"beta": 0.5}, ["beta", "[2, 3, 2]", "got 0.5", "jnp.full"]),
+    "a tuple as memory": ({"memory": tuple(MEMORY)}, ["a Memory", "init_memory(2, 2, 4, 5)", "got tuple"]),
+    "kernel of another form": (
+        {"implementation": "pallas", "form": "recurrent"},
+        ['"pallas"', 'form="chunkwise"', "'recurrent'", '"xla"'],
+    ),
+    "kernel of fwm": ({"implementation": "pallas", "rule": "fwm"}, ['"pallas"', "'fwm'", '"xla"']),
+    "kernel with a decay per channel": (
+        {"implementation": "pallas", "log_decay": -KEY},
+        ['"pallas"', "decay per key channel", '"xla"'],
+    ),
+    "kernel of float16": (
+        {"implementation": "pallas", "value": VALUE.astype(jnp.float16)},
+        ['"pallas"', "float32 and bfloat16", "got float16, float32", '"xla"'],
+    ),
+    "kernel with chunks of 48": (
+        {"implementation": "pallas", "chunk_size": 48},
+        ['"pallas"', "16, 32, 64, 128 or None", "got 48"],
+    ),
+    "kernel with another precision": (
+        {"implementation": "pallas", "precision": ("highest", "default")},
+        ['"pallas"', '"default", "high" or "highest"', "('highest', 'default')"],
+    ),
     "memory of another value size": (
         {"memory": fwt_jax.init_memory(B, H, K, V + 1)},
         ["memory", "[2, 2, 4, 5]", "[2, 2, 4, 6]", "init_memory(2, 2, 4, 5)"],

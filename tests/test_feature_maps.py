@@ -50,7 +50,7 @@ def equations(x):
         "favor_plus": h / np.sqrt(3) * np.concatenate([np.exp(PROJECTION @ x), np.exp(-PROJECTION @ x)]),
         "t2r": relu(affine),
         "hedgehog": softmax(np.concatenate([affine, -affine])),
-        "sum_normalize": x / (x.sum() + 1e-18),
+        "sum_normalize": x / x.sum(),
         "l2_normalize": x / np.sqrt((x**2).sum() + 1e-6),
     }
 
@@ -145,6 +145,9 @@ def test_all_zero_features_are_nan_for_eps_0_and_zero_by_default():
     assert jnp.all(jnp.isnan(fm.sum_normalize(features, eps=0)))
     chex.assert_trees_all_equal(fm.sum_normalize(features), jnp.zeros(6))
     chex.assert_tree_all_finite(jax.grad(lambda x: fm.sum_normalize(fm.dpfp(x))[0])(jnp.array([1.0, -1.0, 1.0])))
+    gradient = jax.grad(lambda x: fm.sum_normalize(fm.relu(x))[0])(jnp.zeros(6))
+    assert jnp.max(jnp.abs(gradient)) <= 1  # no division by next to nothing
+    chex.assert_trees_all_close(fm.sum_normalize(jnp.full(4, 1e-30)), jnp.full(4, 0.25), rtol=1e-6)
 
 
 # --- FAVOR+ ----------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from cases import QUICK
 from flax import linen, nnx
 from jax import lax
 
-from fwt_jax import layers
+from fwt_jax import attention
 from fwt_jax.attention import fast_weight_attention
 from fwt_jax.feature_maps import dpfp, elu_plus_one, hedgehog, l2_normalize, sum_normalize, t2r, tanh
 from fwt_jax.layers import FastWeightAttention, FavorPlus, SoftmaxAttention, TrainedFeatureMap
@@ -109,7 +109,7 @@ def numpy_features(layer, u):
         functions[jax.nn.silu] = lambda u: u / (1 + np.exp(-u))
         u = functions[layer.feature_map](u)
     if layer.feature_normalization in (sum_normalize, sum_normalize_exactly):
-        u = u / (np.sum(u, axis=-1, keepdims=True) + (1e-18 if layer.feature_normalization is sum_normalize else 0))
+        u = u / np.sum(u, axis=-1, keepdims=True)
     elif layer.feature_normalization is l2_normalize:
         u = u / np.sqrt(np.sum(u**2, axis=-1, keepdims=True) + 1e-6)
     return u
@@ -196,7 +196,7 @@ def test_packed_sequences_do_not_see_each_other(name):
 def test_the_options_reach_the_operation_unchanged(monkeypatch, form, length):
     seen = {}
     spy = lambda *args, **options: seen.update(options) or fast_weight_attention(*args, **options)  # noqa: E731
-    monkeypatch.setattr(layers, "fast_weight_attention", spy)
+    monkeypatch.setattr(attention, "fast_weight_attention", spy)
     options = dict(rule="delta", normalize="read", eps=0.25, form=form, implementation="xla", precision="highest")
     options["chunk_size"] = 3 if form == "chunkwise" else None
     jax.eval_shape(make("delta, elu", **options), inputs(length=length))
@@ -438,17 +438,20 @@ def test_a_softmax_layer_in_a_linen_model():
         (dict(rule="hebb"), "rule must be one of 'sum', 'delta', 'fwm', got 'hebb'"),
         (dict(form="fast"), "form must be one of 'chunkwise', 'recurrent', 'parallel', got 'fast'"),
         (dict(normalize=True), "normalize must be one of False, 'read', 'retrieval', got True"),
-        (dict(implementation="cuda"), "implementation must be one of None, 'xla', got 'cuda'"),
+        (dict(implementation="cuda"), "implementation must be one of None, 'xla', 'pallas', got 'cuda'"),
         (dict(rule="sum", normalize="retrieval"), 'normalize="retrieval" is for rule "delta"'),
         (dict(rule="fwm", form="parallel"), 'rule "fwm" has no parallel form'),
-        (dict(form="recurrent", chunk_size=8), 'chunk_size must be at least 1 and goes with form="chunkwise"'),
+        (
+            dict(form="recurrent", chunk_size=8),
+            'chunk_size must be an integer above 0 and goes with form="chunkwise"',
+        ),
         (dict(feature_map="dpfp"), r"feature_map must be a callable.* got 'dpfp' and <.*; take them from fwt_jax"),
         (dict(feature_normalization="sum"), r"feature_normalization one or None, got <.* and 'sum'; take them from"),
         (dict(feature_map=lambda x: x[0]), r"must change the last axis only.* got \(1, 1, 2, 4\) -> \(1, 2, 4\)"),
         (dict(feature_map=functools.partial(dpfp, nu=8)), "dpfp of vectors of size 4 takes nu from 1 to 7, got nu=8"),
         (
             dict(head_size=3, feature_map=dpfp, feature_normalization=sum_normalize_exactly),
-            "of head_size 3, are not finite: DPFP of an odd size can be all zeros; give sum_normalize an eps above 0",
+            "of head_size 3, are not finite: DPFP of an odd size can be all zeros; leave out the eps of sum_normalize",
         ),
         (dict(value_size=0), "sizes must be at least 1, got .*'value_size': 0"),
         (dict(num_heads=-1), "sizes must be at least 1, got .*'num_heads': -1"),

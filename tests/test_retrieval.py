@@ -291,8 +291,18 @@ def test_a_sweep_goes_on_where_it_stopped_and_repeats_nothing(tmp_path):
 
 def test_a_sweep_does_not_take_a_run_that_was_cut_off_for_finished(tmp_path):
     run, path = Run(Model("linear", "sum"), Task(4, False)), tmp_path / "capacity.csv"
-    save(path, {run.id: finished(run)})
-    assert sweep([run], path, workers=1, max_steps=300)[run.id]["losses"] != "0.25 0.5"
+    other = dataclasses.replace(run, seed=2)  # is not asked for, and stays
+    save(path, {run.id: finished(run), other.id: finished(other)})
+    rows = sweep([run], path, workers=1, max_steps=300)
+    assert rows[run.id]["losses"] != "0.25 0.5"
+    assert rows[other.id] == load(path)[other.id] == finished(other)
+
+
+def test_what_is_kept_of_a_plateau_does_not_make_its_run_finished():
+    """Ten evaluations that are each better by less than the printed digits would else be ten strikes."""
+    losses = [0.5 - 1e-6 * i for i in range(20)]
+    kept = retrieval.row(Run(Model("linear", "sum"), Task(4, False)), losses, 1.0)["losses"]
+    assert not retrieval_model.is_finished([*map(float, kept.split())], max_steps=10_000)
 
 
 def test_a_failing_run_loses_no_other(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Compiled ahead of time for TPUs that are not there: libtpu's compiler needs none (the extra ``tpu``)."""
 
 import functools
+import math
 import os
 
 import jax
@@ -19,20 +20,28 @@ COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "
 
 
 @functools.cache
-def mesh(topology):
+def mesh(topology, shape=(2, 2)):
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # do not ask a metadata server what machine this is
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no TPU is used that several processes could quarrel about
-    devices = topologies.get_topology_desc(topology, platform="tpu").devices[:4]
-    return jax.make_mesh((2, 2), ("batch", "heads"), (AxisType.Auto, AxisType.Auto), devices=devices)
+    devices = topologies.get_topology_desc(topology, platform="tpu").devices[: math.prod(shape)]
+    return jax.make_mesh(shape, ("batch", "heads"), (AxisType.Auto, AxisType.Auto), devices=devices)
+
+
+def compiled_text(function, inputs, mesh):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # from which Pallas learns what TPU it is
+        return jax.jit(function).lower(*inputs).compile().as_text()
 
 
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 @pytest.mark.parametrize("options", [{}, {"log_decay": True, "segment_ids": True}], ids=["plain", "gated, packed"])
-def test_a_gradient_compiles_and_shards_of_batch_and_heads_do_not_communicate(topology, options, monkeypatch):
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+def test_a_gradient_compiles_and_shards_do_not_communicate(topology, options, implementation, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")  # what the library asks when it is traced on a TPU
 
     def both(query, key, value, beta, log_decay, segment_ids, weights):
-        attention = functools.partial(fwt_jax.fast_weight_attention, segment_ids=segment_ids)
+        attention = functools.partial(
+            fwt_jax.fast_weight_attention, segment_ids=segment_ids, implementation=implementation
+        )
         reads, pull = jax.vjp(lambda *inputs: attention(*inputs)[0], query, key, value, beta, log_decay)
         return reads, pull(weights)
 
@@ -44,7 +53,27 @@ def test_a_gradient_compiles_and_shards_of_batch_and_heads_do_not_communicate(to
     beta = array(tokens, jnp.float32, per_head)
     log_decay = beta if options.get("log_decay") else None
     segment_ids = array(tokens[:2], jnp.int32, P("batch")) if options.get("segment_ids") else None
-    compiled = jax.jit(both).lower(query, query, value, beta, log_decay, segment_ids, value).compile()
-    text = compiled.as_text()
+    inputs = (query, query, value, beta, log_decay, segment_ids, value)
+    if implementation == "pallas":
+        specs = jax.tree.map(lambda x: x.sharding.spec, inputs)
+        out_specs = (per_head, (per_head, per_head, per_head, per_head, None if log_decay is None else per_head))
+        both = jax.shard_map(both, mesh=mesh(topology), in_specs=specs, out_specs=out_specs)
+    text = compiled_text(both, inputs, mesh(topology))
     assert "T(8,128)" in text  # the tiles of a TPU
+    assert text.count("tpu_custom_call") >= 2 if implementation == "pallas" else "tpu_custom_call" not in text
     assert not [word for word in COLLECTIVES if word in text]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("key_size", "value_size"), [(256, 256), (64, 256), (24, 40)])
+def test_kernels_compile_for_other_sizes_and_an_odd_number_of_heads(key_size, value_size, dtype, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+
+    def both(query, value, beta):
+        attention = functools.partial(fwt_jax.fast_weight_attention, implementation="pallas")
+        return jax.vjp(lambda *inputs: attention(*inputs)[0], query, query, value, beta)[1](value)
+
+    one = mesh("v5e:2x2", (1, 1))
+    shapes = (1, 300, 3, key_size), (1, 300, 3, value_size), (1, 300, 3)
+    inputs = [jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(one, P())) for shape in shapes]
+    assert compiled_text(both, inputs, one).count("tpu_custom_call") >= 2

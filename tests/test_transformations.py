@@ -102,6 +102,49 @@ def test_shards_of_the_batch_and_of_the_heads_give_the_same_numbers(options, x64
     chex.assert_trees_all_close(jit(mapped)(arrays, segment_ids), want, rtol=1e-10, atol=1e-12)
 
 
+def constants_and(x, segment_ids, options, start=True):
+    """Gradient and outputs where β = 1/2 and an empty memory are made within."""
+
+    def loss(x):
+        memory = fwt_jax.init_memory(len(x), x.shape[2], 8, 8) if start else None
+        beta = jnp.full(x.shape[:3], 0.5)
+        outputs = fwt_jax.fast_weight_attention(x, x, x, beta, memory=memory, segment_ids=segment_ids, **options)
+        return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(outputs)), outputs[0]
+
+    return jax.grad(loss, has_aux=True)(x)
+
+
+def sharded_inputs(axis_type):
+    mesh = jax.make_mesh((4, 2), ("batch", "heads"), axis_types=(axis_type, axis_type))
+    x = jnp.asarray(np.random.default_rng(0).random((4, 6, 2, 8)), jnp.float32)
+    segment_ids = jnp.broadcast_to(jnp.arange(6)[None] // 4, (4, 6))
+    specs = P("batch", None, "heads"), P("batch")
+    placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip((x, segment_ids), specs, strict=True)]
+    return mesh, specs, (x, segment_ids), placed
+
+
+@pytest.mark.parametrize("start", [False, True], ids=["no memory", "empty memory"])
+@pytest.mark.parametrize("options", [*FORMS, {"implementation": "pallas"}], ids=str)
+def test_constants_may_be_made_in_shard_map(options, start):
+    mesh, specs, inputs, _ = sharded_inputs(AxisType.Auto)
+    run = functools.partial(constants_and, options=options, start=start)
+    check_vma = "implementation" not in options  # JAX's interpreter of kernels fails it
+    mapped = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=(specs[0], specs[0]), check_vma=check_vma)
+    chex.assert_trees_all_close(jit(mapped)(*inputs), jit(run)(*inputs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("start", [False, True], ids=["no memory", "empty memory"])
+@every_form
+def test_meshes_of_explicit_axes_keep_their_sharding(options, start):
+    mesh, _, inputs, placed = sharded_inputs(AxisType.Explicit)
+    run = functools.partial(constants_and, options=options, start=start)
+    with jax.set_mesh(mesh):
+        gradient, out = jit(run)(*placed)
+    chex.assert_trees_all_close((gradient, out), jit(run)(*inputs), rtol=1e-5, atol=1e-5)
+    for x in (gradient, out):
+        assert x.sharding.is_equivalent_to(placed[0].sharding, 4)
+
+
 def test_a_shard_of_the_batch_does_not_gather_the_others():
     """Sequences and heads are independent: sharded over them, the program has no communication."""
     mesh = jax.make_mesh((4, 2), ("batch", "heads"), axis_types=(AxisType.Auto, AxisType.Auto))

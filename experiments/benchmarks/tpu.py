@@ -1,29 +1,32 @@
 """What XLA's TPU compiler says of the chunkwise form, without a TPU: milliseconds, memory, compile time.
 
     pip install -e '.[experiments,tpu]'
-    python -m experiments.benchmarks.tpu                     about three minutes on two cores
+    python -m experiments.benchmarks.tpu                     about a minute on two cores
     python -m experiments.benchmarks.tpu --peers peers       with MaxText's function; see ops.py
 
 B = 8, H = 16, T = 4096, K = V = 128, bfloat16, one chip. The compiler annotates each of its kernels with the cycles it
 expects; they are added up here, those of a loop as often as it runs (``cost_analysis`` counts a loop once), and divided
-by the nominal clock. That ranks programs. It is not a measurement: kernels that wait for memory are slower, and loops
-of small kernels have overheads; so a figure below the time to move the arguments and results once is raised to that.
-Custom calls, such as MaxText's triangular solve, carry no cycles and are not counted.
+by the nominal clock. Of Pallas kernels, which have no such figure, the instructions of the final schedule are counted,
+one for a cycle, those of the loop over the grid as often as it runs. That ranks programs. It is not a measurement:
+kernels that wait for memory are slower, and loops of small kernels have overheads; so a figure below the time to move
+the arguments and results once is raised to that. Other custom calls, such as MaxText's triangular solve, are left out.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 import os
 import pathlib
 import re
+import tempfile
 import time
 
 import jax
 import jax.numpy as jnp
 import tyro
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 import fwt_jax
 from experiments.benchmarks import ops
@@ -41,8 +44,6 @@ class Config:
 
     chip: str = "v5e"
     """v5e, v5p or v6e."""
-    chunk_size: int = 64
-    """Of our form."""
     peers: pathlib.Path | None = None
     """Folder with other libraries; see ops.py."""
 
@@ -86,13 +87,27 @@ def cycles(text: str) -> int:
     return total("ENTRY")
 
 
-def report(name: str, function, config: Config):
+def kernel_cycles(folder: pathlib.Path) -> int:
+    """The sum over Pallas kernels of ours whose schedules the compiler wrote to ``folder``: a grid is one loop."""
+    result = 0
+    for path in folder.glob("*fast_weight_attention*-final_bundles.txt"):
+        text = path.read_text()
+        (trips,) = re.findall(r"scmp\.ge\.s32\.totalorder %\w+, (\d+) /\* loop exit test \*/", text)
+        rows = re.findall(r"^ *(?:0x[0-9a-f]+|0) +(?:[A-Z]{2})? *: *(>*)", text, re.M)
+        if ">>" in rows:
+            raise ValueError(f"expected one loop in {path}")
+        result += rows.count("") + int(trips) * rows.count(">")
+    return result
+
+
+def report(name: str, function, config: Config, folder: pathlib.Path):
     """Compiles forward, and forward and backward, and prints their row."""
     topology, clock, bandwidth = CHIPS[config.chip]
-    device = topologies.get_topology_desc(topology, platform="tpu").devices[0]
+    devices = topologies.get_topology_desc(topology, platform="tpu").devices[:1]
+    mesh = jax.make_mesh((1,), ("chip",), devices=devices)
 
     def array(*shape, dtype=jnp.bfloat16):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
     def both(query, key, value, beta, weights):
         reads, pull = jax.vjp(function, query, key, value, beta)
@@ -102,32 +117,47 @@ def report(name: str, function, config: Config):
     inputs = (tokens, tokens, tokens, array(8, 4096, 16, dtype=jnp.float32))
     row = f"{name:24}"
     for program, arguments in ((function, inputs), (both, (*inputs, tokens))):
+        for path in folder.iterdir():
+            path.unlink()
         start = time.perf_counter()
-        compiled = jax.jit(program).lower(*arguments).compile()
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # from which Pallas learns what TPU it is
+            compiled = jax.jit(program).lower(*arguments).compile()
         seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
         moved = (memory.argument_size_in_bytes + memory.output_size_in_bytes) / bandwidth / 1e6
-        milliseconds = max(cycles(compiled.as_text()) / clock / 1e6, moved)
+        milliseconds = max((cycles(compiled.as_text()) + kernel_cycles(folder)) / clock / 1e6, moved)
         row += f"{milliseconds:10.1f} {memory.temp_size_in_bytes / 2**20:8.0f} {seconds:8.0f}"
     print(row, flush=True)
 
 
-def main(config: Config):
+def report_ours(implementation, config: Config, folder: pathlib.Path):
+    """In a process of its own for the kernels: libtpu would write all other schedules too, which takes minutes."""
     os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")  # no machine, and no TPU, to ask for
+    if implementation == "pallas":
+        os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
     jax.default_backend = lambda: "tpu"  # what the library asks when it is traced on one
-    print(f"{config.chip}, estimates: ms, MiB of temporary memory, s to compile; forward, then forward and backward")
+    for precision in ("default", "highest"):
 
-    def ours(precision):
-        def attention(query, key, value, beta):
-            options = {"chunk_size": config.chunk_size, "precision": precision}
+        def ours(query, key, value, beta, precision=precision):
+            options = {"implementation": implementation, "precision": precision}
             return fwt_jax.fast_weight_attention(query, key, value, beta, **options)[0]
 
-        return attention
+        report(f"ours, {implementation}, {precision}", ours, config, folder)
 
-    report("ours, bfloat16 products", ours("default"), config)
-    report("ours, float32 products", ours("highest"), config)
-    peers = ops.load_peers(config.peers, jnp.bfloat16) if config.peers else {}
-    if "maxtext" in peers:
-        report("maxtext", peers["maxtext"], config)
+
+def main(config: Config):
+    print(f"{config.chip}, estimates: ms, MiB of temporary memory, s to compile; forward, then forward and backward")
+    with tempfile.TemporaryDirectory() as folder:
+        for implementation in ("pallas", "xla"):
+            arguments = (implementation, config, pathlib.Path(folder))
+            process = multiprocessing.get_context("spawn").Process(target=report_ours, args=arguments)
+            process.start()
+            process.join()
+            if process.exitcode:
+                raise SystemExit(process.exitcode)
+        peers = ops.load_peers(config.peers, jnp.bfloat16) if config.peers else {}
+        if "maxtext" in peers:
+            os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+            report("maxtext", peers["maxtext"], config, pathlib.Path(folder))
 
 
 if __name__ == "__main__":
