@@ -152,7 +152,7 @@ def fast_weight_attention(
         advance = tpu.chunkwise if implementation == "pallas" else chunkwise
         out, fast_weights = advance(*inputs, rule=rule, chunk_size=chunk_size, precision=precision)
     elif form == "parallel":
-        out, fast_weights = over_heads(functools.partial(memory_lib.parallel, rule=rule, precision=precision))(*inputs)
+        out, fast_weights = over_heads(functools.partial(memory_lib.chunk, rule=rule, precision=precision))(*inputs)
     else:
         out, fast_weights = over_heads(functools.partial(memory_lib.recurrent, rule=rule))(*inputs)
     if normalize:

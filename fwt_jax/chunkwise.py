@@ -1,6 +1,6 @@
 """The form that trains: a scan over chunks of tokens, each advanced at once (Yang et al. 2024).
 
-Between the extremes of ``memory.recurrent`` (T steps in sequence, O(TKV)) and ``memory.parallel`` (none, O(T²)) stand
+Between the extremes of ``memory.recurrent`` (T steps in sequence, O(TKV)) and one chunk of length T (none, O(T²)) stand
 T/C steps in sequence of O(C²(K+V) + CKV) each. Its parts are those of ``memory.chunk``.
 """
 
@@ -12,9 +12,13 @@ from jax import lax
 
 from fwt_jax import memory
 
+SMALL = 64 * 64  # numbers of a memory: on CPU it stays in the cache, and tokens go faster one by one than in chunks
 
-def chunkwise(fast_weights, query, key, value, beta, log_decay=None, reset=None, **options):
+
+def chunkwise(fast_weights, query, key, value, beta, log_decay=None, reset=None, *, rule, chunk_size=None, precision):
     """Advances the memories of a batch of heads over T tokens, chunk by chunk.
+
+    On CPU, without a ``chunk_size``, and for K·V ≤ 4096, only derivatives take chunks; else the tokens go one by one.
 
     Args:
       fast_weights: W_0, ``[B, H, K, V]``, float32 or float64; all is computed in its dtype.
@@ -23,13 +27,25 @@ def chunkwise(fast_weights, query, key, value, beta, log_decay=None, reset=None,
       beta: ``[B, T, H]``.
       log_decay: None, ``[B, T, H]`` or ``[B, T, H, K]``.
       reset: None or bool ``[B, T]``.
-      options: rule, chunk_size and precision, see ``one_head``.
+      rule, chunk_size, precision: see ``one_head``.
 
     Returns:
       The reads ``[B, T, H, V]`` in value's dtype, or None, and W_T ``[B, H, K, V]``.
     """
-    mapped = over_heads(functools.partial(one_head, **options))
-    return mapped(fast_weights, query, key, value, beta, log_decay, reset)
+    arrays = (fast_weights, query, key, value, beta, log_decay, reset)
+    in_chunks = over_heads(functools.partial(one_head, rule=rule, chunk_size=chunk_size, precision=precision))
+    small = fast_weights.shape[-2] * fast_weights.shape[-1] <= SMALL
+    if query is None or chunk_size is not None or not small or jax.default_backend() != "cpu":
+        return in_chunks(*arrays)
+
+    @jax.custom_jvp
+    def by_token(*arrays):
+        cast = jax.tree.map(lambda x: x if x.dtype == bool else x.astype(fast_weights.dtype), arrays)
+        reads, end = over_heads(functools.partial(memory.recurrent, rule=rule))(*cast)
+        return reads.astype(value.dtype), end
+
+    by_token.defjvp(lambda primals, tangents: jax.jvp(in_chunks, primals, tangents))
+    return by_token(*arrays)
 
 
 def one_head(

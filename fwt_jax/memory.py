@@ -22,6 +22,7 @@ Everything is computed in the dtype of ``fast_weights``: float32, or float64.
 
 from __future__ import annotations
 
+import functools
 from typing import Literal, NamedTuple
 
 import chex
@@ -85,8 +86,8 @@ def _decayed(fast_weights, decay):
 def recurrent(fast_weights, query, key, value, beta, log_decay=None, reset=None, *, rule: Rule):
     """The definition: a scan of the step of ``rule`` over T tokens.
 
-    The gradient keeps about 2√T memories, not T: the scan is nested, and the inner one is recomputed. Cost: 2KV (sum)
-    or 4KV (delta, fwm) FLOPs per token for the write and 2KV for the read, T steps in sequence.
+    The gradient keeps about 2√T memories, not T: there the scan is nested, and the inner one is recomputed. Cost: 2KV
+    (sum) or 4KV (delta, fwm) FLOPs per token for the write and 2KV for the read, T steps in sequence.
 
     Args:
       fast_weights: W_0, ``[K, V]``.
@@ -97,33 +98,43 @@ def recurrent(fast_weights, query, key, value, beta, log_decay=None, reset=None,
       The reads y ``[T, V]`` and W_T ``[K, V]``.
     """
     _check_shapes(fast_weights, query, key, value, beta, log_decay, reset)
-    step = _STEPS[rule]
+    fast_weights, reads = _scan(rule, fast_weights, (query, key, value, beta, log_decay, reset))
+    return reads, fast_weights
 
-    def body(fast_weights, inputs):
-        query, key, value, beta, log_decay, reset = inputs
-        if reset is not None:
-            fast_weights = jnp.where(reset, 0, fast_weights)
-        decay = None if log_decay is None else jnp.exp(log_decay)
-        fast_weights = step(fast_weights, key, value, beta, decay)
-        return fast_weights, jnp.matmul(query, fast_weights, precision=HIGHEST)
 
-    length = key.shape[0]
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _scan(rule, fast_weights, tokens):
+    return lax.scan(functools.partial(_token, rule), fast_weights, tokens)
+
+
+_scan.defjvp(lambda rule, primals, tangents: jax.jvp(functools.partial(_nested_scan, rule), primals, tangents))
+
+
+def _nested_scan(rule, fast_weights, tokens):
+    body, length = functools.partial(_token, rule), len(tokens[1])
     block = max(1, int(length**0.5))
-    inputs = (query, key, value, beta, log_decay, reset)
-    blocks = jax.tree.map(lambda x: x[: length // block * block].reshape(-1, block, *x.shape[1:]), inputs)
-    rest = jax.tree.map(lambda x: x[length // block * block :], inputs)
-    fast_weights, reads = lax.scan(
-        jax.checkpoint(lambda w, x: lax.scan(body, w, x), prevent_cse=False), fast_weights, blocks
-    )
+    blocks = jax.tree.map(lambda x: x[: length // block * block].reshape(-1, block, *x.shape[1:]), tokens)
+    rest = jax.tree.map(lambda x: x[length // block * block :], tokens)
+    inner = jax.checkpoint(lambda fast_weights, tokens: lax.scan(body, fast_weights, tokens), prevent_cse=False)
+    fast_weights, reads = lax.scan(inner, fast_weights, blocks)
     fast_weights, last_reads = lax.scan(body, fast_weights, rest)
-    return jnp.concatenate([reads.reshape(-1, value.shape[-1]), last_reads]), fast_weights
+    return fast_weights, jnp.concatenate([reads.reshape(-1, reads.shape[-1]), last_reads])
+
+
+def _token(rule, fast_weights, token):
+    query, key, value, beta, log_decay, reset = token
+    if reset is not None:
+        fast_weights = jnp.where(reset, 0, fast_weights)
+    decay = None if log_decay is None else jnp.exp(log_decay)
+    fast_weights = _STEPS[rule](fast_weights, key, value, beta, decay)
+    return fast_weights, jnp.matmul(query, fast_weights, precision=HIGHEST)
 
 
 # --- many steps at once ----------------------------------------------------------------------------------------------
 
 
 def chunk(fast_weights, query, key, value, beta, log_decay=None, reset=None, *, rule: Rule, precision=HIGHEST):
-    """T steps at once (Yang et al. 2024; with decay, Yang et al. 2025), for T of the order of K.
+    """T steps at once (Yang et al. 2024; with decay, Yang et al. 2025): for all T the parallel form, O(T³) for delta.
 
     With D_ti = α_{i+1} ⋯ α_t, the decay from token i to token t, every token's write u_i solves
 
@@ -227,14 +238,6 @@ def advance(fast_weights, clip, query, key, value, beta, log_decay, reset, *, ru
         scale = jnp.where(left > 0, kept_start[-1] / jnp.where(left > 0, left, 1), 1)
         fast_weights, to_end, clip = left * fast_weights, kept[-1][:, None] / scale * to_end, Clip(scale, norm)
     return reads, fast_weights + matmul((key * to_end).T, writes), clip
-
-
-def parallel(fast_weights, query, key, value, beta, log_decay=None, reset=None, *, rule: Rule, precision=HIGHEST):
-    """One chunk of length T, the "attention" form: O(T²(K+V)), and for delta O(T³). For short T and for tests.
-
-    Arguments and results are those of ``chunk``; ``rule`` is "sum" or "delta".
-    """
-    return chunk(fast_weights, query, key, value, beta, log_decay, reset, rule=rule, precision=precision)
 
 
 def _decayed_products(left, key, log_alpha, epochs, mask, precision):
