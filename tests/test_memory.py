@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from cases import QUICK, Case, attend, compiled_attend, random_inputs
+from cases import QUICK, Case, attend, compiled_attend, outputs_and_gradients, random_inputs
 
 import fwt_jax
 from fwt_jax import memory, triangular
@@ -128,6 +128,29 @@ def test_chunks_of_the_delta_rule_bear_correlated_keys_and_strong_writes(kind, b
     scale = max(np.max(np.abs(want[0])), np.max(np.abs(want[1])))
     tolerance = 1e-5 if beta <= 1 else 1e-4  # as for the inverse
     chex.assert_trees_all_close((out[0, :, 0], fast_weights[0, 0]), want[:2], rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("chunk_size", [32, 64])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("beta", ["1", "2", "0 to 2"])
+def test_long_sequences_of_correlated_keys_keep_three_digits(kind, beta, chunk_size, x64):
+    """8192 tokens: reads, memory and gradients of float32 chunks against the float64 recurrence.
+
+    With β = 2 and one key for all, W → −(1 + 2ε) W + …, where ε is the rounding of ‖k‖², the same for all pairs of a
+    chunk: nothing decays, and 2εT = 1e-3 is what float32 can do.
+    """
+    random, shape = np.random.default_rng(2), (1, 8192, 1)
+    keys = unit_keys(kind, 8192)[None, :, None]
+    arrays = {"query": np.roll(keys, 1, axis=1), "key": keys, "value": random.normal(size=(*shape, 5))}
+    arrays["beta"] = random.uniform(0, 2, shape) if beta == "0 to 2" else np.full(shape, float(beta))
+    arrays = {name: np.float32(x) for name, x in arrays.items()}
+    cotangents = [random.normal(size=size) for size in ((*shape, 5), (1, 1, keys.shape[-1], 5), (1, 1, keys.shape[-1]))]
+    exact = {name: np.float64(x) for name, x in arrays.items()}
+    want = outputs_and_gradients(exact, cotangents, QUICK, rule="delta", form="recurrent")
+    got = outputs_and_gradients(arrays, [np.float32(x) for x in cotangents], QUICK, rule="delta", chunk_size=chunk_size)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        tolerance = 3e-3 if (beta, kind) == ("2", "equal") else 1e-3
+        chex.assert_trees_all_close(np.float64(x), np.float64(y), rtol=0, atol=tolerance * np.max(np.abs(y)))
 
 
 EXTREMES = [("sum", "recurrent"), ("sum", "chunkwise"), ("delta", "recurrent"), ("delta", "chunkwise")]
@@ -310,6 +333,29 @@ def test_no_array_of_a_gradient_holds_a_memory_per_token(rule, form):
     sizes = [np.prod([int(size) for size in shape.split(",")]) for shape in shapes]
     assert max(sizes) >= LENGTH * SIZE  # the inputs themselves: the pattern still finds shapes
     assert max(sizes) <= LENGTH * SIZE * SIZE / 8
+
+
+def test_a_gradient_through_131072_tokens_fits_in_two_gibibytes_and_grows_linearly():
+    """Of four heads with K = V = 64: the inputs are 0.4 GiB."""
+
+    def temporary(length):
+        tokens = jax.ShapeDtypeStruct((1, length, 4, 64), jnp.float32)
+        arrays = dict.fromkeys(("query", "key", "value"), tokens)
+        arrays["beta"] = jax.ShapeDtypeStruct((1, length, 4), jnp.float32)
+        return gradient_at_length("delta", "chunkwise").lower(arrays).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(8192) < temporary(131_072) < min(2**31, 16.5 * temporary(8192))
+
+
+def test_two_gradients_in_one_program_finish():
+    """Two triangular solves of XLA would dead-lock its thread pool on two cores (jaxlib 0.10)."""
+    inputs = float32_inputs(length=300)
+    gradient = gradient_at_length("delta", "chunkwise")
+    both = jax.jit(lambda a, b: (gradient(a), gradient(b)))
+    for _ in range(3):
+        first, second = both(inputs, jax.tree.map(lambda x: x / 2, inputs))
+    chex.assert_trees_all_close(first, gradient(inputs), rtol=1e-5, atol=1e-5)
+    chex.assert_tree_all_finite(second)
 
 
 @pytest.mark.parametrize("rule", ["sum", "delta", "fwm"])
