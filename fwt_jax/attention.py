@@ -92,7 +92,7 @@ def fast_weight_attention(
       chunk_size: tokens per chunk of the chunkwise form; None picks.
       implementation: "xla" is plain JAX, and what None picks; "pallas" is a kernel for TPU, of the chunkwise form of
         sum and delta with a decay per head or none. It must be inside ``jax.shard_map`` where the arrays are sharded,
-        and has first derivatives by reverse mode only. Elsewhere than on a TPU it is interpreted, for tests.
+        and has first derivatives by reverse mode only. On CPU it is interpreted, for tests.
       precision: of the matrix products of the chunkwise and parallel forms, as in ``jax.lax``. None: "highest", which
         keeps them exact where the hardware would round float32 to bfloat16 (TPU) or TF32 (GPU); but "default" if
         query, key and value are all bfloat16 or float16. A chunk's triangular system is solved more exactly.

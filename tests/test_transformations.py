@@ -102,6 +102,26 @@ def test_shards_of_the_batch_and_of_the_heads_give_the_same_numbers(options, x64
     chex.assert_trees_all_close(jit(mapped)(arrays, segment_ids), want, rtol=1e-10, atol=1e-12)
 
 
+def test_kernels_bear_vmap_and_checkpoint_and_refuse_what_they_do_not_have(monkeypatch):
+    x = jnp.asarray(np.random.default_rng(0).random((3, 2, 20, 2, 8)), jnp.float32)
+
+    def attention(x, implementation):
+        return fwt_jax.fast_weight_attention(x, x, x, jnp.full(x.shape[:3], 0.5), implementation=implementation)[0]
+
+    def gradient(x, implementation):
+        checkpointed = jax.checkpoint(functools.partial(attention, implementation=implementation))
+        return jax.grad(lambda x: jnp.sum(jnp.sin(checkpointed(x))))(x)
+
+    for function in (attention, gradient):
+        got, want = (jit(jax.vmap(functools.partial(function, implementation=i)))(x) for i in ("pallas", "xla"))
+        chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-5)
+    with pytest.raises(NotImplementedError, match=r'no derivative of its gradient; use implementation="xla"'):
+        jax.grad(lambda x: jnp.sum(gradient(x, "pallas")))(x[0])
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(ValueError, match=r'"pallas" is for TPU, got gpu; use implementation="xla"'):
+        attention(x[0], "pallas")
+
+
 def constants_and(x, segment_ids, options, start=True):
     """Gradient and outputs where β = 1/2 and an empty memory are made within."""
 

@@ -38,12 +38,14 @@ def chunkwise(fast_weights, query, key, value, beta, log_decay=None, reset=None,
         "highest". The inverse takes at least three.
 
     Returns:
-      The reads ``[B, T, H, V]`` in value's dtype and W_T ``[B, H, K, V]``. Derivatives of the gradient and forward mode
-      are not defined; the plain JAX form has them.
+      The reads ``[B, T, H, V]`` in value's dtype and W_T ``[B, H, K, V]``.
 
     Raises:
-      ValueError: anything else.
+      ValueError: anything else, or on a GPU.
+      NotImplementedError, TypeError: for the derivative of a gradient, for forward mode; the plain JAX form has both.
     """
+    if jax.default_backend() not in ("tpu", "cpu"):
+        raise ValueError(f'implementation="pallas" is for TPU, got {jax.default_backend()}; use implementation="xla"')
     if rule not in ("sum", "delta") or (log_decay is not None and log_decay.ndim != 3):
         decay = "a decay per key channel" if rule in ("sum", "delta") else f"rule {rule!r}"
         raise ValueError(f'implementation="pallas" has no {decay}; use implementation="xla"')
@@ -176,7 +178,15 @@ def _call(kernel, inputs, outs, name, backwards=False):
         at = (lambda head, i: (head, num_chunks - 1 - i, 0, 0)) if backwards else (lambda head, i: (head, i, 0, 0))
         return pl.BlockSpec((together, None, *x.shape[2:]), at)
 
-    return pl.pallas_call(
+    @jax.custom_jvp
+    def call(*inputs):
+        return pallas(*inputs)
+
+    @call.defjvp
+    def _(*_):
+        raise NotImplementedError('implementation="pallas" has no derivative of its gradient; use implementation="xla"')
+
+    pallas = pl.pallas_call(
         kernel,
         grid=(heads // together, num_chunks),
         in_specs=[spec(x) for x in inputs],
@@ -185,7 +195,8 @@ def _call(kernel, inputs, outs, name, backwards=False):
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=jax.default_backend() != "tpu",
         name=name,
-    )(*inputs)
+    )
+    return call(*inputs)
 
 
 # --- one chunk of one head -------------------------------------------------------------------------------------------
