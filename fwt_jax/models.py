@@ -1,0 +1,335 @@
+"""Language models of Schlag, Irie & Schmidhuber 2021 (section 6.3): a Transformer decoder around any attention layer.
+
+    model = DecoderLM(ModelConfig(vocab_size=1000, rule="delta"), rngs=nnx.Rngs(0))
+    logits, memory = model(tokens)                      # [B, T, V], and what the next call takes
+    losses, memory = model.losses(tokens, targets)      # [B, T], without the array of all logits
+
+Letters: B batch, T tokens, V vocabulary, D d_model, N tokens of all sequences.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from fwt_jax import feature_maps
+from fwt_jax.layers import FastWeightAttention, FavorPlus, SoftmaxAttention
+
+FEATURE_MAPS = ("identity", "relu", "relu_squared", "tanh", "elu_plus_one", "softmax", "taylor", "dpfp", "favor_plus")
+BLOCK = 1024  # tokens whose logits exist at once
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder. The defaults are the paper's small configuration of WikiText-103 with the delta rule.
+
+    Attributes:
+      vocab_size: V.
+      num_layers, d_model, d_ff: of the decoder; ``d_model`` is even.
+      num_heads, head_size: of the attention.
+      rule: "softmax", or the rule of a fast weight memory: "sum", "delta" or "fwm".
+      feature_map: φ, the name of a function of ``feature_maps``; "favor_plus" with the authors' constants.
+      feature_size: ν of "dpfp", M (half the number of features) of "favor_plus".
+      feature_normalization: None, "sum" (eq. 29, exactly) or "l2".
+      normalize, eps: attention normalisation, see ``fast_weight_attention``.
+      output_scale: of what is read; None: head_size**-0.5, as the authors' kernels have it.
+      positions: "descending" adds sinusoids of the number of tokens that follow in the call (the authors count so);
+        None adds nothing, which a memory that is carried from call to call needs.
+      norm: "post" (the paper), or "pre" as the authors' toolkit has it: the residual of an attention layer is what
+        its normalisation gives.
+      cutoffs: of an adaptive softmax: the first words of the clusters of rarer words; () for a plain softmax.
+      dropout: rate, after the embedding, the attention, inside and after the feed-forward layer, and before the output.
+      remat: recompute each block in the backward pass.
+      dtype: of the computation; float32 or bfloat16. Parameters, memories, normalisations and losses are float32.
+      implementation: of the memory, see ``fast_weight_attention``.
+    """
+
+    vocab_size: int
+    num_layers: int = 16
+    d_model: int = 128
+    d_ff: int = 2048
+    num_heads: int = 8
+    head_size: int = 16
+    rule: Literal["softmax", "sum", "delta", "fwm"] = "delta"
+    feature_map: str = "elu_plus_one"
+    feature_size: int = 1
+    feature_normalization: Literal[None, "sum", "l2"] = "sum"
+    normalize: Literal[False, "read", "retrieval"] = False
+    eps: float = 1e-5
+    output_scale: float | None = None
+    positions: Literal[None, "descending"] = "descending"
+    norm: Literal["post", "pre"] = "post"
+    cutoffs: tuple[int, ...] = ()
+    dropout: float = 0.1
+    remat: bool = False
+    dtype: str = "float32"
+    implementation: Literal[None, "xla", "pallas"] = None
+
+    def __post_init__(self):
+        def one_of(name, options):
+            if getattr(self, name) not in options:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {getattr(self, name)!r}")
+
+        one_of("rule", ("softmax", "sum", "delta", "fwm"))
+        one_of("feature_map", FEATURE_MAPS)
+        one_of("feature_normalization", (None, "sum", "l2"))
+        one_of("positions", (None, "descending"))
+        one_of("norm", ("post", "pre"))
+        one_of("dtype", ("float32", "bfloat16"))
+        for name in ("vocab_size", "num_layers", "d_model", "d_ff", "num_heads", "head_size", "feature_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.d_model % 2:
+            raise ValueError(f"d_model must be even, half of it sines and half cosines, got {self.d_model}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        bounds = (0, *self.cutoffs, self.vocab_size)
+        if any(low >= high for low, high in itertools.pairwise(bounds)):
+            raise ValueError(f"cutoffs must rise between 0 and vocab_size {self.vocab_size}, got {self.cutoffs}")
+
+    def make_attention(self, rngs: nnx.Rngs) -> FastWeightAttention | SoftmaxAttention:
+        """The attention layer of one block."""
+        shared = {"kernel_init": INIT, "use_bias": False, "dtype": jnp.dtype(self.dtype), "rngs": rngs}
+        if self.rule == "softmax":
+            return SoftmaxAttention(self.d_model, self.num_heads, self.head_size, **shared)
+        normalization = {
+            None: None,
+            "sum": functools.partial(feature_maps.sum_normalize, eps=0.0),
+            "l2": feature_maps.l2_normalize,
+        }[self.feature_normalization]
+        feature_map = getattr(feature_maps, self.feature_map)
+        if self.feature_map == "dpfp":
+            feature_map = functools.partial(feature_map, nu=self.feature_size)
+        elif self.feature_map == "favor_plus":
+            feature_map = FavorPlus(self.head_size, self.feature_size, orthogonal="columns", eps=1e-4, rngs=rngs)
+        return FastWeightAttention(
+            self.d_model,
+            self.num_heads,
+            self.head_size,
+            feature_map=feature_map,
+            feature_normalization=normalization,
+            rule=self.rule,
+            normalize=self.normalize,
+            eps=self.eps,
+            output_scale=self.head_size**-0.5 if self.output_scale is None else self.output_scale,
+            implementation=self.implementation,
+            **shared,
+        )
+
+
+INIT = nnx.initializers.normal(0.02)
+
+
+def _layer_norm(config, rngs):
+    scale_init = lambda *args: 1 + INIT(*args)  # noqa: E731
+    options = {"epsilon": 1e-5, "scale_init": scale_init, "use_fast_variance": False, "rngs": rngs}
+    return nnx.LayerNorm(config.d_model, **options)
+
+
+class FeedForward(nnx.Module):
+    """W₂ dropout(relu(W₁x + b₁)) + b₂ (Vaswani et al. 2017, eq. 2)."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        options = {"kernel_init": INIT, "dtype": jnp.dtype(config.dtype), "rngs": rngs}
+        self.hidden = nnx.Linear(config.d_model, config.d_ff, **options)
+        self.out = nnx.Linear(config.d_ff, config.d_model, **options)
+        self.dropout = config.dropout
+
+    def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
+        return self.out(_dropout(jax.nn.relu(self.hidden(x)), self.dropout, rngs))
+
+
+class Block(nnx.Module):
+    """An attention and a feed-forward layer, each with its residual connection and layer normalisation."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.attention = config.make_attention(rngs)
+        self.feed_forward = FeedForward(config, rngs)
+        self.attention_norm, self.feed_forward_norm = _layer_norm(config, rngs), _layer_norm(config, rngs)
+        self.norm, self.dropout = config.norm, config.dropout
+
+    def __call__(self, x: jax.Array, memory=None, *, segment_ids=None, rngs: nnx.Rngs | None = None):
+        """x ``[B, T, D]``, float32 -> the same, and the memory."""
+        if self.norm == "pre":
+            x = self.attention_norm(x)
+        options = {} if isinstance(self.attention, SoftmaxAttention) else {"rngs": rngs}
+        y, memory = self.attention(x, memory, segment_ids=segment_ids, **options)
+        x = x + _dropout(y.astype(jnp.float32), self.dropout, rngs)
+        if self.norm == "pre":
+            y = self.feed_forward(self.feed_forward_norm(x), rngs)
+            return x + _dropout(y.astype(jnp.float32), self.dropout, rngs), memory
+        x = self.attention_norm(x)
+        y = self.feed_forward(x, rngs)
+        return self.feed_forward_norm(x + _dropout(y.astype(jnp.float32), self.dropout, rngs)), memory
+
+
+class DecoderLM(nnx.Module):
+    """A causal language model whose output matrix is its embedding.
+
+    Attributes:
+      embedding: ``[V, D]``; output_bias ``[V]``.
+      cluster_kernel, cluster_bias: ``[c, D]`` and ``[c]``, of the adaptive softmax; None without.
+      blocks: of type ``Block``.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embedding = nnx.Param(INIT(rngs.params(), (config.vocab_size, config.d_model)))
+        self.output_bias = nnx.Param(jnp.zeros(config.vocab_size))
+        clusters = len(config.cutoffs)
+        self.cluster_kernel = nnx.Param(INIT(rngs.params(), (clusters, config.d_model))) if clusters else None
+        self.cluster_bias = nnx.Param(jnp.zeros(clusters)) if clusters else None
+        self.blocks = nnx.List([Block(config, rngs) for _ in range(config.num_layers)])
+
+    def __call__(self, tokens, memory=None, *, segment_ids=None, rngs=None):
+        """Log-probabilities of the token after each.
+
+        Args:
+          tokens: integers ``[B, T]``, from 0 to V − 1.
+          memory: what an earlier call returned, a tuple with one for each block; empty if not given.
+          segment_ids: integers ``[B, T]``, see ``fast_weight_attention``. (Positions do not start anew.)
+          rngs: for dropout, and for the projections of "favor_plus" (streams "dropout" and "projection", or
+            "default"); without, there is no dropout: evaluation.
+
+        Returns:
+          ``[B, T, V]``, float32, and the memories.
+
+        Raises:
+          ValueError: tokens that are not integers ``[B, T]``.
+        """
+        x, memory = self.hidden(tokens, memory, segment_ids=segment_ids, rngs=rngs)
+        out = _log_probabilities(x.reshape(-1, x.shape[-1]), self._output(), self.config.cutoffs)
+        return out.reshape(*tokens.shape, -1), memory
+
+    def losses(self, tokens, targets, memory=None, *, segment_ids=None, rngs=None):
+        """−log p of ``targets``, integers ``[B, T]``, after each token: ``[B, T]``, float32, and the memories.
+
+        Arguments as in ``__call__``. The logits exist for 1024 tokens at a time, those of a cluster of the adaptive
+        softmax only for blocks of tokens with a target in it: 2VD FLOPs per token, or with clusters of n words that
+        have a share p of the tokens 2D Σ pn.
+        """
+        if targets.shape != tokens.shape or not jnp.issubdtype(targets.dtype, jnp.integer):
+            raise ValueError(
+                f"targets must be integers as tokens, {list(tokens.shape)}, got {targets.dtype}{list(targets.shape)}"
+            )
+        x, memory = self.hidden(tokens, memory, segment_ids=segment_ids, rngs=rngs)
+        losses = _losses(x.reshape(-1, x.shape[-1]), targets.reshape(-1), self._output(), self.config.cutoffs)
+        return losses.reshape(targets.shape), memory
+
+    def hidden(self, tokens, memory=None, *, segment_ids=None, rngs=None):
+        """What the output layer sees, ``[B, T, D]``, and the memories. Arguments as in ``__call__``."""
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(f"tokens must be integers [B, T], got {tokens.dtype}{list(tokens.shape)}")
+        config = self.config
+        x = self.embedding[...][tokens] * config.d_model**0.5
+        if config.positions:
+            x = x + sinusoids(jnp.arange(tokens.shape[1])[::-1], config.d_model)[None]
+        x = _dropout(x, config.dropout, rngs)
+        memory = (None,) * config.num_layers if memory is None else memory
+        if len(memory) != config.num_layers:
+            raise ValueError(f"memory must have one for each of {config.num_layers} blocks, got {len(memory)}")
+        memories = []
+        for block, before in zip(self.blocks, memory, strict=True):
+            call = nnx.remat(_call_block) if config.remat else _call_block
+            x, after = call(block, x, before, segment_ids, rngs)
+            memories.append(after)
+        return _dropout(x, config.dropout, rngs), tuple(memories)
+
+    def init_memory(self, batch_size: int):
+        """Empty memories of all blocks. (Those of softmax attention need ``max_length``: use its own.)"""
+        return tuple(block.attention.init_memory(batch_size) for block in self.blocks)
+
+    def _output(self):
+        clusters = () if self.cluster_kernel is None else (self.cluster_kernel[...], self.cluster_bias[...])
+        return self.embedding[...], self.output_bias[...], *clusters
+
+
+def _call_block(block, x, memory, segment_ids, rngs):
+    return block(x, memory, segment_ids=segment_ids, rngs=rngs)
+
+
+def _dropout(x, rate, rngs):
+    if rngs is None or rate == 0:
+        return x
+    kept = jax.random.bernoulli(rngs.dropout(), 1 - rate, x.shape)
+    return jnp.where(kept, x / (1 - rate), 0)
+
+
+def sinusoids(positions: jax.Array, size: int) -> jax.Array:
+    """[sin(t ω); cos(t ω)] ``[T, size]`` of positions t ``[T]``, ωᵢ = 10000^(−2i/size) (Vaswani et al. 2017)."""
+    angles = jnp.outer(positions, 10000.0 ** (-jnp.arange(0, size, 2) / size))
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+# --- the output layer ------------------------------------------------------------------------------------------------
+
+
+def _head(x, output, cutoffs):
+    """log p of the frequent words and, in the toolkit's order, of the clusters: the last first."""
+    embedding, bias, *clusters = output
+    if cutoffs:
+        embedding = jnp.concatenate([embedding[: cutoffs[0]], clusters[0]])
+        bias = jnp.concatenate([bias[: cutoffs[0]], clusters[1]])
+    return _log_softmax(x, embedding, bias)
+
+
+def _log_softmax(x, embedding, bias):
+    logits = jnp.matmul(x, embedding.astype(x.dtype).T, preferred_element_type=jnp.float32) + bias[None]
+    return jax.nn.log_softmax(logits, axis=-1)
+
+
+def _clusters(cutoffs, vocab_size):
+    """The column of the head, the first and the last word (exclusive) of each cluster of rarer words."""
+    bounds = itertools.pairwise((*cutoffs, vocab_size) if cutoffs else ())
+    return [(-1 - i, low, high) for i, (low, high) in enumerate(bounds)]
+
+
+def _log_probabilities(x, output, cutoffs):
+    embedding, bias, *_ = output
+    head = _head(x, output, cutoffs)
+    parts = [head[:, : cutoffs[0]] if cutoffs else head]
+    for column, low, high in _clusters(cutoffs, len(embedding)):
+        parts.append(head[:, column, None] + _log_softmax(x, embedding[low:high], bias[low:high]))
+    return jnp.concatenate(parts, axis=-1)
+
+
+def _losses(x, targets, output, cutoffs):
+    """x ``[N, D]``, targets ``[N]`` -> −log p ``[N]`` (Grave et al. 2017)."""
+    embedding, bias, *_ = output
+    columns, rest = targets, jnp.zeros(len(targets))
+    for column, low, high in _clusters(cutoffs, len(embedding)):
+        member = (low <= targets) & (targets < high)
+        columns = jnp.where(member, cutoffs[0] + len(cutoffs) + column, columns)
+        rows = embedding[low:high], bias[low:high]
+        inside = jnp.clip(targets - low, 0, high - low - 1)
+        rest += _in_blocks(lambda x, rows: _log_softmax(x, *rows), x, inside, member, rows)
+    everything = jnp.ones(len(targets), bool)
+    return rest + _in_blocks(lambda x, output: _head(x, output, cutoffs), x, columns, everything, output)
+
+
+def _in_blocks(log_probabilities, x, columns, member, parameters):
+    """−log p in one column for the tokens that are members, else 0; only blocks with a member are computed."""
+    length = len(x)
+    order = jnp.argsort(~member)  # members first
+    padding = -length % min(BLOCK, length)
+    pad = lambda x: jnp.pad(x[order], ((0, padding), *((0, 0),) * (x.ndim - 1)))  # noqa: E731
+    blocks = jax.tree.map(lambda x: pad(x).reshape(-1, min(BLOCK, length), *x.shape[1:]), (x, columns, member))
+
+    @jax.checkpoint
+    def block(x, columns, member, parameters):
+        taken = jnp.take_along_axis(log_probabilities(x, parameters), columns[:, None], axis=-1)[:, 0]
+        return jnp.where(member, -taken, 0)
+
+    def body(_, inputs):
+        nothing = lambda x, columns, member, parameters: jnp.zeros(len(x))  # noqa: E731
+        return None, lax.cond(jnp.any(inputs[2]), block, nothing, *inputs, parameters)
+
+    _, losses = lax.scan(body, None, blocks)
+    return jnp.zeros(length).at[order].set(losses.reshape(-1)[:length])

@@ -1,0 +1,209 @@
+"""Language models: the authors' toolkit, parameter counts, the adaptive softmax."""
+
+import dataclasses
+import json
+import pathlib
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from fwt_jax import convert
+from fwt_jax.models import DecoderLM, ModelConfig
+
+GOLDEN = sorted((pathlib.Path(__file__).parent / "golden" / "lmtool").glob("*.npz"))
+
+
+def by_prefix(golden, prefix):
+    return {name.removeprefix(prefix): x for name, x in golden.items() if name.startswith(prefix)}
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_numbers_of_the_authors_toolkit(path):
+    """Losses of each token, gradients of all weights, memories, and the losses of a segment that goes on from them."""
+    golden = np.load(path)
+    arguments, state = json.loads(str(golden["config"])), by_prefix(golden, "state/")
+    projections = list(by_prefix(golden, "projection/").values()) or None
+    model = convert.from_toolkit(state, arguments, projections)
+    length, tokens = arguments["tgt_len"], jnp.asarray(golden["tokens"].T, jnp.int32)
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def mean(params, segment, memory=None):
+        here = slice(segment * length, (segment + 1) * length)
+        after = slice(segment * length + 1, (segment + 1) * length + 1)
+        losses, memory = nnx.merge(graph, params, rest).losses(tokens[:, here], tokens[:, after], memory)
+        return jnp.mean(losses), (losses, memory)
+
+    (loss, (losses, memory)), gradients = jax.jit(jax.value_and_grad(mean, has_aux=True), static_argnums=1)(params, 0)
+    chex.assert_trees_all_close(losses.T, golden["nll"], rtol=1e-5)
+    chex.assert_trees_all_close(float(loss), float(golden["loss"]), rtol=1e-5)
+    got, want = convert.gradients_to_toolkit(gradients, model, arguments), by_prefix(golden, "grad/")
+    assert set(want) == set(got) - {"crit.out_layers.0.weight"}
+    for name, x in want.items():
+        chex.assert_trees_all_close({name: got[name]}, {name: x}, rtol=0, atol=1e-5 * np.max(np.abs(x)))
+    for name, x in by_prefix(golden, "memory_after_first/").items():
+        layer, kind = name.split("/")
+        mine = memory[int(layer)].fast_weights if kind == "fast_weight" else memory[int(layer)].key_sum[:, :, None]
+        chex.assert_trees_all_close(mine, x, rtol=0, atol=1e-5 * np.max(np.abs(x)))
+    if "nll_second_segment" in golden:
+        _, (losses, _) = jax.jit(mean, static_argnums=1)(params, 1, memory)
+        chex.assert_trees_all_close(losses.T, golden["nll_second_segment"], rtol=1e-5)
+    back = convert.to_toolkit(model, arguments)
+    assert set(back) == set(state) - set(convert.DERIVED)
+    chex.assert_trees_all_equal(back, {name: state[name] for name in back})
+
+
+ARGUMENTS = json.loads(str(np.load(GOLDEN[0])["config"]))
+
+
+@pytest.mark.parametrize("attn_type", sorted(convert.ATTENTION))
+def test_weights_go_to_the_toolkit_and_back(attn_type):
+    arguments = ARGUMENTS | {"attn_type": attn_type, "cutoffs": [10, 30]}
+    model = DecoderLM(convert.config_from_toolkit(arguments), rngs=nnx.Rngs(1))
+    state = convert.to_toolkit(model, arguments)
+    again = convert.from_toolkit(state, arguments)
+    chex.assert_trees_all_equal(nnx.state(again, nnx.Param), nnx.state(model, nnx.Param))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"attn_type": 36}, r"attn_type must be one of \[2, 4, 5, .* got 36"),
+        ({"attn_type": 2, "pre_lnorm": True}, "pre_lnorm with attn_type 2 .* not queries"),
+        ({"n_layer": 3}, r"layers.2.dec_attn.qkvb_net.weight is missing; .*layers.2.pos_ff"),
+        ({"n_layer": 1}, "layers.1.dec_attn.qkvb_net.weight is not used; .*layers.1.pos_ff"),
+        ({"d_inner": 31}, r"layers.0.pos_ff.CoreNet.0.weight must be \[31, 16\], got \[32, 16\]"),
+    ],
+)
+def test_weights_that_do_not_fit_are_all_named(change, words):
+    state = by_prefix(np.load(GOLDEN[0]), "state/")
+    with pytest.raises(ValueError, match=words):
+        convert.from_toolkit(state, ARGUMENTS | change)
+
+
+def test_missing_arguments_and_untied_weights_are_named():
+    state = by_prefix(np.load(GOLDEN[0]), "state/")
+    with pytest.raises(ValueError, match="arguments lack n_head, cutoffs"):
+        convert.from_toolkit(state, {name: x for name, x in ARGUMENTS.items() if name not in ("n_head", "cutoffs")})
+    with pytest.raises(ValueError, match="only tied models"):
+        convert.from_toolkit(state | {"crit.out_layers.0.weight": state["crit.out_layers.0.weight"] + 1}, ARGUMENTS)
+
+
+SMALL = ModelConfig(vocab_size=267_735, cutoffs=(20_000, 40_000, 200_000))
+MEDIUM = dataclasses.replace(SMALL, d_model=256, head_size=32)
+
+
+@pytest.mark.parametrize(
+    ("config", "rule", "count"),
+    [
+        (SMALL, "softmax", 44_018_394),
+        (SMALL, "sum", 44_018_394),
+        (SMALL, "delta", 44_034_778),
+        (MEDIUM, "softmax", 89_833_434),
+        (MEDIUM, "delta", 89_866_202),
+    ],
+)
+def test_numbers_of_parameters_are_the_papers(config, rule, count):
+    make = lambda: DecoderLM(dataclasses.replace(config, rule=rule), rngs=nnx.Rngs(0))  # noqa: E731
+    params = nnx.state(nnx.eval_shape(make), nnx.Param)
+    assert sum(x.size for x in jax.tree.leaves(params)) == count
+
+
+TINY = ModelConfig(vocab_size=50, num_layers=2, d_model=16, d_ff=32, num_heads=2, head_size=8)
+
+
+def tokens_of(shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).integers(0, 50, shape), jnp.int32)
+
+
+@pytest.mark.parametrize("cutoffs", [(), (10,), (10, 30, 40)])
+@pytest.mark.parametrize("length", [7, 2000])
+def test_losses_are_those_of_the_log_probabilities(cutoffs, length):
+    """2000 tokens are two blocks; and all probabilities sum to one."""
+    model = DecoderLM(dataclasses.replace(TINY, num_layers=1, cutoffs=cutoffs), rngs=nnx.Rngs(0))
+    model.embedding[...] = 20 * model.embedding[...]
+    tokens, targets = tokens_of((1, length)), tokens_of((1, length), 1)
+    out, _ = model(tokens)
+    losses, _ = model.losses(tokens, targets)
+    chex.assert_trees_all_close(jnp.sum(jnp.exp(out), axis=-1), jnp.ones((1, length)), rtol=1e-5)
+    want = -jnp.take_along_axis(out, targets[..., None], axis=-1)[..., 0]
+    chex.assert_trees_all_close(losses, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["softmax", "sum", "delta", "fwm"])
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_a_memory_goes_on_where_the_last_call_ended(rule, norm):
+    config = dataclasses.replace(TINY, rule=rule, norm=norm, positions=None)
+    model, tokens = DecoderLM(config, rngs=nnx.Rngs(0)), tokens_of((2, 20))
+    want, _ = model(tokens)
+    memory = None
+    if rule == "softmax":
+        memory = tuple(block.attention.init_memory(2, 20) for block in model.blocks)
+    first, memory = model(tokens[:, :13], memory)
+    second, _ = model(tokens[:, 13:], memory)
+    chex.assert_trees_all_close(jnp.concatenate([first, second], axis=1), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["softmax", "delta"])
+def test_remat_changes_nothing_and_no_token_sees_a_later_one(rule):
+    tokens, targets = tokens_of((2, 12)), tokens_of((2, 12), 1)
+    gradients = []
+    for remat in (False, True):
+        model = DecoderLM(dataclasses.replace(TINY, rule=rule, remat=remat), rngs=nnx.Rngs(0))
+        loss = lambda model: jnp.mean(model.losses(tokens, targets, rngs=nnx.Rngs(3))[0])  # noqa: E731
+        gradients.append(nnx.jit(nnx.value_and_grad(loss))(model))
+    chex.assert_trees_all_close(*gradients, rtol=1e-5, atol=1e-7)
+    other = tokens.at[:, 8:].set(tokens[:, 8:] + 1)
+    chex.assert_trees_all_close(model(tokens)[0][:, :8], model(other)[0][:, :8], rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_is_of_training_alone_and_favor_plus_draws_there():
+    config = dataclasses.replace(TINY, feature_map="favor_plus", feature_size=4, dropout=0.5)
+    model, tokens = DecoderLM(config, rngs=nnx.Rngs(0)), tokens_of((1, 10))
+    chex.assert_trees_all_equal(model(tokens)[0], model(tokens)[0])
+    drawn = [model(tokens, rngs=nnx.Rngs(seed))[0] for seed in (0, 0, 1)]
+    chex.assert_trees_all_equal(drawn[0], drawn[1])
+    assert jnp.max(jnp.abs(drawn[0] - drawn[2])) > 1e-3
+    model = DecoderLM(dataclasses.replace(config, dropout=0.0), rngs=nnx.Rngs(0))
+    assert jnp.max(jnp.abs(model(tokens, rngs=nnx.Rngs(1))[0] - model(tokens)[0])) > 1e-6
+
+
+def test_bfloat16_keeps_parameters_memories_and_losses_in_float32():
+    models = [DecoderLM(dataclasses.replace(TINY, dtype=dtype), rngs=nnx.Rngs(0)) for dtype in ("float32", "bfloat16")]
+    tokens, targets = tokens_of((2, 12)), tokens_of((2, 12), 1)
+    (want, _), (losses, memory) = (model.losses(tokens, targets) for model in models)
+    assert {x.dtype for x in jax.tree.leaves((losses, memory, nnx.state(models[1], nnx.Param)))} == {
+        jnp.dtype("float32")
+    }
+    chex.assert_trees_all_close(losses, want, rtol=1e-2)
+    assert jnp.max(jnp.abs(losses - want)) > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rule": "hebb"}, "rule must be one of 'softmax', 'sum', 'delta', 'fwm', got 'hebb'"),
+        ({"feature_map": "cosine"}, "feature_map must be one of .*'dpfp'.* got 'cosine'"),
+        ({"d_model": 15}, "d_model must be even.* got 15"),
+        ({"num_heads": 0}, "num_heads must be at least 1, got 0"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"cutoffs": (30, 20)}, r"cutoffs must rise between 0 and vocab_size 50, got \(30, 20\)"),
+        ({"cutoffs": (50,)}, r"cutoffs must rise between 0 and vocab_size 50, got \(50,\)"),
+    ],
+)
+def test_configuration_mistakes(options, words):
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(TINY, **options)
+
+
+def test_calls_that_do_not_fit():
+    model, tokens = DecoderLM(TINY, rngs=nnx.Rngs(0)), tokens_of((2, 5))
+    with pytest.raises(ValueError, match=r"tokens must be integers \[B, T\], got float32\[2, 5\]"):
+        model(tokens.astype(jnp.float32))
+    with pytest.raises(ValueError, match=r"targets must be integers as tokens, \[2, 5\], got int32\[2, 4\]"):
+        model.losses(tokens, tokens[:, 1:])
+    with pytest.raises(ValueError, match="memory must have one for each of 2 blocks, got 1"):
+        model(tokens, model.init_memory(2)[:1])
