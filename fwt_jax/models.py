@@ -205,8 +205,7 @@ class DecoderLM(nnx.Module):
           ValueError: tokens that are not integers ``[B, T]``.
         """
         x, memory = self.hidden(tokens, memory, segment_ids=segment_ids, rngs=rngs)
-        out = _log_probabilities(x.reshape(-1, x.shape[-1]), self._output(), self.config.cutoffs)
-        return out.reshape(*tokens.shape, -1), memory
+        return self.log_probabilities(x), memory
 
     def losses(self, tokens, targets, memory=None, *, segment_ids=None, rngs=None):
         """−log p of ``targets``, integers ``[B, T]``, after each token: ``[B, T]``, float32, and the memories.
@@ -242,9 +241,15 @@ class DecoderLM(nnx.Module):
             memories.append(after)
         return _dropout(x, config.dropout, rngs), tuple(memories)
 
-    def init_memory(self, batch_size: int):
-        """Empty memories of all blocks. (Those of softmax attention need ``max_length``: use its own.)"""
-        return tuple(block.attention.init_memory(batch_size) for block in self.blocks)
+    def log_probabilities(self, hidden):
+        """What ``hidden`` returns, ``[..., D]``, to log p ``[..., V]``, float32."""
+        out = _log_probabilities(hidden.reshape(-1, hidden.shape[-1]), self._output(), self.config.cutoffs)
+        return out.reshape(*hidden.shape[:-1], -1)
+
+    def init_memory(self, batch_size: int, max_length: int | None = None):
+        """Empty memories of all blocks. max_length: tokens that softmax attention has room for; else without effect."""
+        sizes = (batch_size, max_length) if self.config.rule == "softmax" else (batch_size,)
+        return tuple(block.attention.init_memory(*sizes) for block in self.blocks)
 
     def _output(self):
         clusters = () if self.cluster_kernel is None else (self.cluster_kernel[...], self.cluster_bias[...])

@@ -141,7 +141,7 @@ def test_a_memory_goes_on_where_the_last_call_ended(rule, norm):
     want, _ = model(tokens)
     memory = None
     if rule == "softmax":
-        memory = tuple(block.attention.init_memory(2, 20) for block in model.blocks)
+        memory = model.init_memory(2, 20)
     first, memory = model(tokens[:, :13], memory)
     second, _ = model(tokens[:, 13:], memory)
     chex.assert_trees_all_close(jnp.concatenate([first, second], axis=1), want, rtol=1e-5, atol=1e-5)
