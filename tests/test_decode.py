@@ -23,12 +23,10 @@ def sharp(**options):
 PROMPTS = jnp.asarray(np.random.default_rng(0).integers(0, 30, (3, 9)), jnp.int32)
 
 
-@pytest.mark.parametrize(
-    "options", [{"rule": "softmax"}, {"rule": "sum"}, {"rule": "delta", "cutoffs": (10, 20)}], ids=str
-)
+@pytest.mark.parametrize("options", [{"rule": "softmax"}, {"rule": "delta", "cutoffs": (10, 20)}], ids=str)
 def test_the_likeliest_tokens_are_those_of_the_full_forward_pass_whatever_the_prompts_lengths(options):
     model, lengths = sharp(**options), jnp.array([9, 4, 1])
-    got = decode.generate(model, PROMPTS, 6, lengths=lengths, temperature=0)
+    got = decode.generate(model, PROMPTS, 4, lengths=lengths, temperature=0)
     forward = nnx.jit(lambda model, tokens: jnp.argmax(model(tokens)[0][0, -1]))
     for row, (prompt, length) in enumerate(zip(PROMPTS, lengths, strict=True)):
         tokens = prompt[-int(length) :]
