@@ -8,6 +8,7 @@ Letters: B batch, T tokens, H heads, K key features, V value size.
 from __future__ import annotations
 
 import functools
+from numbers import Integral
 from typing import Literal
 
 import jax
@@ -89,13 +90,14 @@ def fast_weight_attention(
       eps: see ``normalize``. 1e-6 in the authors' retrieval program, 1e-5 in their language models.
       form: "chunkwise" trains; "recurrent" is the definition, and right for T = 1; "parallel" (sum, delta) is one
         chunk. All give the same numbers up to rounding.
-      chunk_size: tokens per chunk of the chunkwise form; None picks.
+      chunk_size: tokens per chunk of the chunkwise form. None picks: on CPU, for K·V ≤ 4096, one token at a time where
+        no derivative is taken.
       implementation: "xla" is plain JAX, and what None picks; "pallas" is a kernel for TPU, of the chunkwise form of
         sum and delta with a decay per head or none. It must be inside ``jax.shard_map`` where the arrays are sharded,
         and has first derivatives by reverse mode only. On CPU it is interpreted, for tests.
       precision: of the matrix products of the chunkwise and parallel forms, as in ``jax.lax``. None: "highest", which
         keeps them exact where the hardware would round float32 to bfloat16 (TPU) or TF32 (GPU); but "default" if
-        query, key and value are all bfloat16 or float16. A chunk's triangular system is solved more exactly.
+        query, key and value are all bfloat16. A chunk's triangular system is solved more exactly.
 
     Returns:
       y ``[B, T, H, V]`` in value's dtype, and the memory after the last token: float32 (float64 for float64 inputs).
@@ -263,16 +265,16 @@ def _read(query, memory, normalize, eps, precision):
     dtype = memory.fast_weights.dtype
     out = jnp.einsum("bthk,bhkv->bthv", query.astype(dtype), memory.fast_weights, precision=precision)
     if normalize:
-        mass = jnp.einsum("bthk,bhk->bth", query.astype(dtype), memory.key_sum, precision=precision)
+        mass = jnp.einsum("bthk,bhk->bth", query.astype(dtype), memory.key_sum, precision=lax.Precision.HIGHEST)
         out = out / (mass[..., None] + eps)
     return out
 
 
 def products_precision(precision, *inputs):
-    """What None means: inputs of 16 bits are rounded already, and the hardware's products of them are fast."""
+    """What None means: bfloat16 inputs are rounded already, and the hardware's products of them are fast."""
     if precision is not None:
         return precision
-    rounded = all(x.dtype.itemsize == 2 for x in inputs)
+    rounded = all(x.dtype == jnp.bfloat16 for x in inputs)
     return lax.Precision.DEFAULT if rounded else lax.Precision.HIGHEST
 
 
@@ -325,7 +327,7 @@ def check_options(rule, form, normalize, implementation, beta, log_decay, chunk_
         raise ValueError(f'rule "fwm" clips its memory and has no attention normalisation, got normalize={normalize!r}')
     if rule == "sum" and normalize == "retrieval":
         raise ValueError('normalize="retrieval" is for rule "delta"; rule "sum" retrieves nothing by key, use "read"')
-    if chunk_size is not None and (form != "chunkwise" or not isinstance(chunk_size, int) or chunk_size < 1):
+    if chunk_size is not None and (form != "chunkwise" or not isinstance(chunk_size, Integral) or chunk_size < 1):
         raise ValueError(
             f'chunk_size must be an integer above 0 and goes with form="chunkwise", got {chunk_size} and form="{form}"'
         )
@@ -336,8 +338,8 @@ def _check_like(x, name, shapes):
         return
     if not hasattr(x, "shape") or x.shape not in shapes:
         expected = " or ".join(str(list(shape)) for shape in shapes)
-        got = list(x.shape) if hasattr(x, "shape") else repr(x)
-        raise ValueError(f"{name} must be {expected} to go with key, got {got}; jnp.full makes an array of one number")
+        got = list(x.shape) if hasattr(x, "shape") else f"{x!r}; jnp.full makes an array of one number"
+        raise ValueError(f"{name} must be {expected} to go with key, got {got}")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"{name} must be floating point, got {x.dtype}; cast it, e.g. {name}.astype(jnp.float32)")
 

@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from fwt_jax import memory
 
@@ -18,7 +19,7 @@ SMALL = 64 * 64  # numbers of a memory: on CPU it stays in the cache, and tokens
 def chunkwise(fast_weights, query, key, value, beta, log_decay=None, reset=None, *, rule, chunk_size=None, precision):
     """Advances the memories of a batch of heads over T tokens, chunk by chunk.
 
-    On CPU, without a ``chunk_size``, and for K·V ≤ 4096, only derivatives take chunks; else the tokens go one by one.
+    On CPU, without a ``chunk_size``, and for K·V ≤ 4096, tokens go one by one, and only derivatives take chunks.
 
     Args:
       fast_weights: W_0, ``[B, H, K, V]``, float32 or float64; all is computed in its dtype.
@@ -44,7 +45,15 @@ def chunkwise(fast_weights, query, key, value, beta, log_decay=None, reset=None,
         reads, end = over_heads(functools.partial(memory.recurrent, rule=rule))(*cast)
         return reads.astype(value.dtype), end
 
-    by_token.defjvp(lambda primals, tangents: jax.jvp(in_chunks, primals, tangents))
+    @functools.partial(by_token.defjvp, symbolic_zeros=True)
+    def _(primals, tangents):
+        moving = [i for i, x in enumerate(tangents) if not isinstance(x, (SymbolicZero, type(None)))]
+
+        def function(*moved):
+            return in_chunks(*(moved[moving.index(i)] if i in moving else x for i, x in enumerate(primals)))
+
+        return jax.jvp(function, [primals[i] for i in moving], [tangents[i] for i in moving])
+
     return by_token(*arrays)
 
 

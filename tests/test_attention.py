@@ -168,8 +168,10 @@ def test_dtypes_of_the_arguments_may_differ():
     """float32 decay and beta beside bfloat16 features are common; y has the dtype of value, the memory float32."""
     arrays = random_inputs(Case(length=4, decay="head"))
     dtypes = {"query": "bfloat16", "key": "bfloat16", "value": "float16", "beta": "float32", "log_decay": "float32"}
-    out, fast_weights, _ = attend({name: jnp.asarray(arrays[name], dtype) for name, dtype in dtypes.items()})
-    assert (out.dtype, fast_weights.dtype) == (jnp.float16, jnp.float32)
+    for chunk_size in (None, 3):
+        inputs = {name: jnp.asarray(arrays[name], dtype) for name, dtype in dtypes.items()}
+        out, fast_weights, _ = attend(inputs, chunk_size=chunk_size)
+        assert (out.dtype, fast_weights.dtype) == (jnp.float16, jnp.float32)
 
 
 @pytest.mark.parametrize("form", ["recurrent", "chunkwise"])
@@ -179,7 +181,8 @@ def test_a_memory_may_have_more_digits_than_what_is_written(rule, form, x64):
     (batch, _, heads, key_size), value_size = arrays["key"].shape, arrays["value"].shape[-1]
     memory = fwt_jax.init_memory(batch, heads, key_size, value_size, jnp.float64)
     inputs = [jnp.asarray(arrays[name], jnp.float32) for name in ("query", "key", "value", "beta")]
-    out, memory = fwt_jax.fast_weight_attention(*inputs, memory=memory, rule=rule, form=form)
+    chunk_size = 3 if form == "chunkwise" else None
+    out, memory = fwt_jax.fast_weight_attention(*inputs, memory=memory, rule=rule, form=form, chunk_size=chunk_size)
     assert (out.dtype, memory.fast_weights.dtype) == (jnp.float32, jnp.float64)
 
 

@@ -52,7 +52,7 @@ ATTENTION = {
     "chunk size in recurrent form": ({"form": "recurrent", "chunk_size": 16}, ["chunk_size", "chunkwise", "16"]),
     "chunk size 0": ({"chunk_size": 0}, ["chunk_size", "an integer above 0", "got 0"]),
     "floating chunk size": ({"chunk_size": 16.0}, ["chunk_size", "an integer above 0", "got 16.0"]),
-    "a number as beta": ({"beta": 0.5}, ["beta", "[2, 3, 2]", "got 0.5", "jnp.full"]),
+    "a number as beta": ({"beta": 0.5}, ["beta", "[2, 3, 2]", "got 0.5; jnp.full"]),
     "a tuple as memory": ({"memory": tuple(MEMORY)}, ["a Memory", "init_memory(2, 2, 4, 5)", "got tuple"]),
     "kernel of another form": (
         {"implementation": "pallas", "form": "recurrent"},
@@ -66,6 +66,10 @@ ATTENTION = {
     "kernel of float16": (
         {"implementation": "pallas", "value": VALUE.astype(jnp.float16)},
         ['"pallas"', "float32 and bfloat16", "got float16, float32", '"xla"'],
+    ),
+    "kernel with large keys": (
+        {"implementation": "pallas", "query": jnp.ones((B, T, H, 513)), "key": jnp.ones((B, T, H, 513))},
+        ['"pallas"', "K and V up to 512", "got K = 513, V = 5", '"xla"'],
     ),
     "kernel with chunks of 48": (
         {"implementation": "pallas", "chunk_size": 48},

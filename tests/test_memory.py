@@ -130,6 +130,24 @@ def test_chunks_of_the_delta_rule_bear_correlated_keys_and_strong_writes(kind, b
     chex.assert_trees_all_close((out[0, :, 0], fast_weights[0, 0]), want[:2], rtol=0, atol=tolerance * scale)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("beta", [1.0, 2.0])
+def test_kernels_bear_correlated_keys_and_strong_writes(kind, beta):
+    """Interpreted; bfloat16 inputs, and products of one pass but for the triangular system, to two digits."""
+    keys = unit_keys(kind, 256)[None, :, None]
+    value = np.random.default_rng(1).normal(size=(1, 256, 1, 5))
+    arrays = {"query": np.roll(keys, 1, axis=1), "key": keys, "value": value}
+    arrays = {name: jnp.asarray(x, jnp.bfloat16) for name, x in arrays.items()} | {"beta": jnp.full((1, 256, 1), beta)}
+    exact = {name: x.astype(jnp.float32) for name, x in arrays.items()}
+    shapes = jax.eval_shape(lambda arrays: attend(arrays, form="recurrent"), exact)
+    cotangents = [np.random.default_rng(3).normal(size=x.shape) for x in shapes]
+    want = outputs_and_gradients(exact, cotangents, QUICK, rule="delta", form="recurrent")
+    for inputs, precision, tolerance in ((arrays, None, 0.1 * beta), (exact, "highest", 5e-4 * beta)):
+        got = outputs_and_gradients(inputs, cotangents, QUICK, implementation="pallas", precision=precision)
+        for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            chex.assert_trees_all_close(np.float32(x), np.float32(y), rtol=0, atol=tolerance * np.max(np.abs(y)))
+
+
 @pytest.mark.parametrize("chunk_size", [32, 64])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("beta", ["1", "2", "0 to 2"])

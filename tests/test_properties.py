@@ -150,6 +150,10 @@ def test_no_gradient_flows_from_the_past_to_the_future_nor_across_documents(opti
             assert any(jnp.any(gradient != 0) for gradient in total.values())
 
 
+def in_form(form):
+    return {"form": form, "chunk_size": 3 if form == "chunkwise" else None}
+
+
 @pytest.mark.parametrize("form", ["recurrent", "chunkwise", "parallel"])
 @hypothesis.given(st.integers(0, 2**32 - 1))
 def test_orthonormal_keys_recall_their_values_exactly(form, seed):
@@ -160,7 +164,7 @@ def test_orthonormal_keys_recall_their_values_exactly(form, seed):
         value = rng.normal(size=(1, KEY_SIZE, 1, VALUE_SIZE))
         for rule in ("sum", "delta"):
             inputs = {"query": key, "key": key, "value": value, "beta": np.ones((1, KEY_SIZE, 1))}
-            out, fast_weights, key_sum = compiled_attend(rule=rule, form=form)(inputs)
+            out, fast_weights, key_sum = compiled_attend(rule=rule, **in_form(form))(inputs)
             recalled = fwt_jax.read(jnp.asarray(key), fwt_jax.Memory(fast_weights, key_sum))
             chex.assert_trees_all_close((out, recalled), (value, value), rtol=0, atol=1e-13)
 
@@ -173,11 +177,11 @@ def test_a_second_write_to_a_key_replaces_or_adds(form, arrays, last):
         key = np.eye(KEY_SIZE)[last % KEY_SIZE]
         arrays["key"][:, last] = arrays["query"][:, last] = key
         arrays["beta"][:, last] = 1
-        out, _, _ = compiled_attend(rule="delta", form=form)(arrays)
+        out, _, _ = compiled_attend(rule="delta", **in_form(form))(arrays)
         chex.assert_trees_all_close(out[:, last], arrays["value"][:, last], rtol=1e-9, atol=1e-9)
 
         arrays["query"][:, last - 1] = key
-        out, _, _ = compiled_attend(rule="sum", form=form)(arrays)
+        out, _, _ = compiled_attend(rule="sum", **in_form(form))(arrays)
         want = out[:, last - 1] + arrays["value"][:, last]
         chex.assert_trees_all_close(out[:, last], want, rtol=1e-9, atol=1e-9)
 

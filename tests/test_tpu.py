@@ -64,9 +64,41 @@ def test_a_gradient_compiles_and_shards_do_not_communicate(topology, options, im
     assert not [word for word in COLLECTIVES if word in text]
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize(("key_size", "value_size"), [(256, 256), (64, 256), (24, 40)])
-def test_kernels_compile_for_other_sizes_and_an_odd_number_of_heads(key_size, value_size, dtype, monkeypatch):
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+def test_gradients_are_added_up_where_values_alone_are_sharded(implementation, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+
+    def both(query, key, value, beta):
+        attention = functools.partial(fwt_jax.fast_weight_attention, implementation=implementation)
+        reads, pull = jax.vjp(lambda *inputs: attention(*inputs)[0], query, key, value, beta)
+        return reads, pull(reads)
+
+    two = mesh("v5e:2x2", (1, 2))
+    specs = (P(), P(), P(None, None, None, "heads"), P())
+    mapped = jax.shard_map(both, mesh=two, in_specs=specs, out_specs=(specs[2], specs))
+    shapes = ((1, 40, 1, 64),) * 3 + ((1, 40, 1),)
+    inputs = [
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(two, spec))
+        for shape, spec in zip(shapes, specs, strict=True)
+    ]
+    assert "all-reduce" in compiled_text(mapped, inputs, two)
+
+
+@pytest.mark.parametrize("matmul_precision", [None, "highest"])
+@pytest.mark.parametrize(
+    ("key_size", "value_size", "dtype"),
+    [
+        (256, 256, "bfloat16"),
+        (512, 512, "bfloat16"),
+        (24, 40, "bfloat16"),
+        (256, 256, "float32"),
+        (512, 128, "float32"),
+        (64, 256, "float32"),
+    ],
+)
+def test_kernels_compile_for_other_sizes_an_odd_number_of_heads_and_whatever_jax_is_configured_to(
+    key_size, value_size, dtype, matmul_precision, monkeypatch
+):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
 
     def both(query, value, beta):
@@ -76,4 +108,5 @@ def test_kernels_compile_for_other_sizes_and_an_odd_number_of_heads(key_size, va
     one = mesh("v5e:2x2", (1, 1))
     shapes = (1, 300, 3, key_size), (1, 300, 3, value_size), (1, 300, 3)
     inputs = [jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(one, P())) for shape in shapes]
-    assert compiled_text(both, inputs, one).count("tpu_custom_call") >= 2
+    with jax.default_matmul_precision(matmul_precision):
+        assert compiled_text(both, inputs, one).count("tpu_custom_call") >= 2

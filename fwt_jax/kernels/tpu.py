@@ -26,16 +26,17 @@ CHUNK_SIZES = (16, 32, 64, 128)  # 16: the rows of a tile of bfloat16. 128: the 
 def chunkwise(fast_weights, query, key, value, beta, log_decay=None, reset=None, *, rule, chunk_size=None, precision):
     """``chunkwise.chunkwise`` on a TPU, or interpreted, slowly, on CPU.
 
-    FLOPs per token and head for delta: 6KV + C(4K + 4V) and 8C² for the inverse forward, about three times that for the
-    gradient; 2(K + V) numbers of HBM traffic per token forward.
+    FLOPs per token and head for delta, forward: 6KV + C(4K + 4V), and 16C² for the inverse, of three passes at least;
+    about three times that for the gradient. 2(K + V) numbers of HBM traffic per token forward.
 
     Args:
-      fast_weights, query, key, value, beta, reset: see ``chunkwise.chunkwise``; float32 or bfloat16 inputs.
+      fast_weights, query, key, value, beta, reset: see ``chunkwise.chunkwise``; float32 or bfloat16 inputs, a query is
+        needed. K and V are at most 512, and for float32 K·V is at most 256².
       log_decay: None or ``[B, T, H]``.
       rule: "sum" or "delta".
       chunk_size: 16, 32, 64 or 128; None takes 128, or less if T is less.
       precision: of the products: one, three or six passes of the bfloat16 multiplier for "default", "high" and
-        "highest". The inverse takes at least three.
+        "highest". The triangular system takes at least three.
 
     Returns:
       The reads ``[B, T, H, V]`` in value's dtype and W_T ``[B, H, K, V]``.
@@ -60,6 +61,13 @@ def chunkwise(fast_weights, query, key, value, beta, log_decay=None, reset=None,
         raise ValueError(
             f'implementation="pallas" takes chunk_size {", ".join(map(str, CHUNK_SIZES))} or None, got {chunk_size}'
         )
+    key_size, value_size = fast_weights.shape[2:]
+    large = key_size * value_size > 256 * 256
+    if max(key_size, value_size) > 512 or (large and jnp.dtype(jnp.float32) in (query.dtype, key.dtype, value.dtype)):
+        raise ValueError(
+            'implementation="pallas" takes K and V up to 512, and K·V up to 256² for float32, which fit on the chip; '
+            f'got K = {key_size}, V = {value_size}; use implementation="xla"'
+        )
     num_chunks = -(-length // chunk_size)
     padding = num_chunks * chunk_size - length
 
@@ -80,7 +88,10 @@ def chunkwise(fast_weights, query, key, value, beta, log_decay=None, reset=None,
     gates = jnp.stack([gates[0], *(jnp.cumsum(x, axis=-1) for x in gates[1:])], axis=2)  # [B·H, n, 1 to 3, C]
     settings = _Settings(rule, log_decay is not None, resets is not None, _canonical(precision))
     start = fast_weights.reshape(batch * heads, *fast_weights.shape[2:])
-    reads, end = _attention(settings, start, *map(split, (query, key, value)), gates)
+    inputs = (start, *map(split, (query, key, value)), gates)
+    # In shard_map all results vary over the mesh as any of these does, and so must all of them.
+    zero = sum(jnp.zeros_like(x[(0,) * x.ndim], jnp.float32) for x in inputs)
+    reads, end = _attention(settings, *(x + zero.astype(x.dtype) for x in inputs))
     reads = jnp.moveaxis(reads.reshape(batch, heads, -1, value.shape[-1]), 1, 2)[:, :length]
     return reads, end.reshape(fast_weights.shape)
 
@@ -170,7 +181,8 @@ def _shape_like(x, shape=None):
 def _call(kernel, inputs, outs, name, backwards=False):
     """Runs a kernel for each chunk of each pair of heads. What has a memory's three axes stays; the rest is cut."""
     heads, num_chunks = inputs[1].shape[:2]
-    together = 2 - heads % 2  # two heads keep the multiplier busy while one waits for its result
+    small = inputs[1].shape[-1] * inputs[3].shape[-1] <= 256 * 256
+    together = 2 if small and heads % 2 == 0 else 1  # two keep the multiplier busy while one waits for its result
 
     def spec(x):
         if x.ndim == 3:
@@ -238,9 +250,10 @@ def _chunk(settings, fast_weights, query, key, value, gates):
 def _product(kind, precision, a, b):
     """A product of two matrices in float32: "n" as they are, "t" transposed; "nt" is A Bᵀ."""
     axes = (((1 if kind[0] == "n" else 0,), (0 if kind[1] == "n" else 1,)), ((), ()))
-    dot = functools.partial(lax.dot_general, dimension_numbers=axes, preferred_element_type=jnp.float32)
+    options = {"dimension_numbers": axes, "preferred_element_type": jnp.float32}
     if precision == HIGHEST:
-        return dot(a, b, precision=HIGHEST)
+        return lax.dot_general(a, b, precision=HIGHEST, **options)
+    dot = functools.partial(lax.dot_general, precision=DEFAULT, **options)  # whatever JAX is configured to
     a_high, b_high = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
     if precision == DEFAULT:
         return dot(a_high, b_high)
@@ -267,20 +280,27 @@ _dot.defvjp(lambda kind, precision, a, b: (_product(kind, precision, a, b), (a, 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _unit_lower_solve(precision, lower, right):
-    """(I + L)⁻¹ R for a strictly lower triangular L: ``triangular.unit_lower_solve`` with the whole inverse."""
-    return _product("nn", precision, _unit_lower_inverse(precision, lower), right)
+    """(I + L)⁻¹ R for a strictly lower triangular L: ``triangular.unit_lower_solve`` with the whole inverse.
+
+    Its entries cancel where keys are correlated, so that one pass would lose what the delta rule corrects.
+    """
+    return _product("nn", _at_least_high(precision), _unit_lower_inverse(precision, lower), right)
+
+
+def _at_least_high(precision):
+    return HIGH if precision == DEFAULT else precision
 
 
 def _unit_lower_solve_forward(precision, lower, right):
     inverse = _unit_lower_inverse(precision, lower)
-    solution = _product("nn", precision, inverse, right)
+    solution = _product("nn", _at_least_high(precision), inverse, right)
     return solution, (inverse, solution)
 
 
 def _unit_lower_solve_backward(precision, kept, bar):
     inverse, solution = kept
-    right_bar = _product("tn", precision, inverse, bar)
-    return -_product("nt", precision, right_bar, solution), right_bar
+    right_bar = _product("tn", _at_least_high(precision), inverse, bar)
+    return -_product("nt", _at_least_high(precision), right_bar, solution), right_bar
 
 
 _unit_lower_solve.defvjp(_unit_lower_solve_forward, _unit_lower_solve_backward)
@@ -290,7 +310,7 @@ def _unit_lower_inverse(precision, lower):
     """By doubling, from the inverses of two neighbouring blocks of half the size: see ``triangular._invert``."""
     size, half = len(lower), 1
     row, column = (lax.broadcasted_iota(jnp.int32, lower.shape, axis) for axis in (0, 1))
-    dot = functools.partial(_product, "nn", HIGHEST if precision == HIGHEST else HIGH)
+    dot = functools.partial(_product, "nn", _at_least_high(precision))
     inverse = jnp.where(row == column, 1.0, 0.0)
     while half < size:
         corners = jnp.where((row // half % 2 == 1) & (row // half - 1 == column // half), lower, 0)
