@@ -68,6 +68,15 @@ def test_weights_go_to_the_toolkit_and_back(attn_type):
     chex.assert_trees_all_equal(nnx.state(again, nnx.Param), nnx.state(model, nnx.Param))
 
 
+def test_projections_of_the_toolkit_are_taken_over():
+    arguments = ARGUMENTS | {"attn_type": 25}
+    state = convert.to_toolkit(DecoderLM(convert.config_from_toolkit(arguments), rngs=nnx.Rngs(1)), arguments)
+    projections = np.random.default_rng(0).normal(size=(2, 8, 8)).astype(np.float32)  # [layers, d_head, m]
+    model = convert.from_toolkit(state, arguments, list(projections))
+    for block, projection in zip(model.blocks, projections, strict=True):
+        chex.assert_trees_all_equal(block.attention.feature_map.projection[...], projection.T)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
