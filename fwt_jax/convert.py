@@ -113,7 +113,8 @@ DERIVED = ("pos_emb.inv_freq",)  # a constant
 
 
 def to_toolkit(model: DecoderLM, arguments: Mapping) -> dict[str, np.ndarray]:
-    """The toolkit's state_dict of a model, arrays by name. ``arguments``: attn_type at least."""
+    """The toolkit's state_dict of a model: float32 arrays by name. ``arguments``: by the toolkit's names, of which
+    attn_type alone is used. ``from_toolkit`` is its inverse."""
     state = {}
     for name, variable, _, put in _table(model, arguments):
         array = np.asarray(variable[...])

@@ -49,6 +49,10 @@ class ModelConfig:
       remat: recompute each block in the backward pass.
       dtype: of the computation; float32 or bfloat16. Parameters, memories, normalisations and losses are float32.
       implementation: of the memory, see ``fast_weight_attention``.
+
+    Raises:
+      ValueError: an unknown name, a size below 1, an odd d_model, a dropout outside of [0, 1), cutoffs that do not rise
+        between 0 and V.
     """
 
     vocab_size: int
@@ -202,7 +206,7 @@ class DecoderLM(nnx.Module):
           ``[B, T, V]``, float32, and the memories.
 
         Raises:
-          ValueError: tokens that are not integers ``[B, T]``.
+          ValueError: tokens that are not integers ``[B, T]``, another number of memories than blocks.
         """
         x, memory = self.hidden(tokens, memory, segment_ids=segment_ids, rngs=rngs)
         return self.log_probabilities(x), memory
@@ -212,7 +216,10 @@ class DecoderLM(nnx.Module):
 
         Arguments as in ``__call__``. The logits exist for 1024 tokens at a time, those of a cluster of the adaptive
         softmax only for blocks of tokens with a target in it: 2VD FLOPs per token, or with clusters of n words that
-        have a share p of the tokens 2D Σ pn.
+        have a share p of the tokens 2D Σ pn (Grave et al. 2017).
+
+        Raises:
+          ValueError: targets that are not integers of the shape of tokens, and as ``__call__``.
         """
         if targets.shape != tokens.shape or not jnp.issubdtype(targets.dtype, jnp.integer):
             raise ValueError(

@@ -318,6 +318,14 @@ def test_the_clips_of_fwm_are_found_once_and_not_again_for_the_gradient():
     assert jaxpr.count("rsqrt") == 1  # one for each clip, and nowhere else
 
 
+def test_on_cpu_small_memories_go_token_by_token_but_for_derivatives():
+    inputs = float32_inputs(length=64)
+    forward = lambda arrays: attend(arrays, form="chunkwise")[0]  # noqa: E731
+    gradient = jax.grad(lambda arrays: jnp.sum(forward(arrays)))
+    lengths = [set(re.findall(r"length=(\d+)", str(jax.make_jaxpr(f)(inputs)))) for f in (forward, gradient)]
+    assert lengths == [{"64"}, {"2"}]
+
+
 @pytest.mark.parametrize("backend", ["cpu", "tpu"])
 def test_on_cpu_no_loop_over_chunks_reads_or_writes_slices_of_bfloat16(backend, monkeypatch):
     """XLA's CPU backend would widen the whole array for each slice that is written, and time would go with T²."""
