@@ -21,9 +21,10 @@ from jax import lax
 
 from fwt_jax import feature_maps
 from fwt_jax.layers import FastWeightAttention, FavorPlus, SoftmaxAttention
+from fwt_jax.sharding import over_batch
 
 FEATURE_MAPS = ("identity", "relu", "relu_squared", "tanh", "elu_plus_one", "softmax", "taylor", "dpfp", "favor_plus")
-BLOCK = 1024  # tokens whose logits exist at once
+BLOCK = 256  # tokens whose logits exist at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +215,7 @@ class DecoderLM(nnx.Module):
     def losses(self, tokens, targets, memory=None, *, segment_ids=None, rngs=None):
         """−log p of ``targets``, integers ``[B, T]``, after each token: ``[B, T]``, float32, and the memories.
 
-        Arguments as in ``__call__``. The logits exist for 1024 tokens at a time, those of a cluster of the adaptive
+        Arguments as in ``__call__``. The logits exist for 256 tokens at a time, those of a cluster of the adaptive
         softmax only for blocks of tokens with a target in it: 2VD FLOPs per token, or with clusters of n words that
         have a share p of the tokens 2D Σ pn (Grave et al. 2017).
 
@@ -226,8 +227,17 @@ class DecoderLM(nnx.Module):
                 f"targets must be integers as tokens, {list(tokens.shape)}, got {targets.dtype}{list(targets.shape)}"
             )
         x, memory = self.hidden(tokens, memory, segment_ids=segment_ids, rngs=rngs)
-        losses = _losses(x.reshape(-1, x.shape[-1]), targets.reshape(-1), self._output(), self.config.cutoffs)
-        return losses.reshape(targets.shape), memory
+        return self.losses_of(x, targets), memory
+
+    def losses_of(self, hidden, targets):
+        """What ``hidden`` returns, or a part of it, ``[B, T, D]``, to −log p of ``targets``: ``[B, T]``, float32."""
+
+        def of_rows(rows, output):
+            x, targets = rows
+            losses = _losses(x.reshape(-1, x.shape[-1]), targets.reshape(-1), output, self.config.cutoffs)
+            return losses.reshape(targets.shape)
+
+        return over_batch(of_rows, (hidden, targets), self._output())
 
     def hidden(self, tokens, memory=None, *, segment_ids=None, rngs=None):
         """What the output layer sees, ``[B, T, D]``, and the memories. Arguments as in ``__call__``."""
@@ -340,7 +350,7 @@ def _in_blocks(log_probabilities, x, columns, member, parameters):
         return jnp.where(member, -taken, 0)
 
     def body(_, inputs):
-        nothing = lambda x, columns, member, parameters: jnp.zeros(len(x))  # noqa: E731
+        nothing = lambda x, columns, *_: 0.0 * columns  # noqa: E731 -- of each device, as columns
         return None, lax.cond(jnp.any(inputs[2]), block, nothing, *inputs, parameters)
 
     _, losses = lax.scan(body, None, blocks)

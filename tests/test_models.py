@@ -131,7 +131,7 @@ def tokens_of(shape, seed=0):
 @pytest.mark.parametrize("cutoffs", [(), (10,), (10, 30, 40)])
 @pytest.mark.parametrize("length", [7, 2000])
 def test_losses_are_those_of_the_log_probabilities(cutoffs, length):
-    """2000 tokens are two blocks; and all probabilities sum to one."""
+    """2000 tokens are eight blocks; and all probabilities sum to one."""
     model = DecoderLM(dataclasses.replace(TINY, num_layers=1, cutoffs=cutoffs), rngs=nnx.Rngs(0))
     model.embedding[...] = 20 * model.embedding[...]
     tokens, targets = tokens_of((1, length)), tokens_of((1, length), 1)

@@ -1,0 +1,95 @@
+"""Evaluation of language models: what tables 2 to 5 of the paper measure (section 6.3 and appendix F).
+
+All three give the mean of −log p over the tokens that they score, in nats; its exponential is the perplexity.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from experiments.text import Segments, windows
+from experiments.training import place
+from fwt_jax.models import DecoderLM
+
+
+def segments(
+    model: DecoderLM,
+    tokens: np.ndarray,
+    length: int,
+    batch_size: int = 10,
+    *,
+    carry: bool = False,
+    mesh: Mesh | None = None,
+) -> float:
+    """In segments of their own, as during training; fast. ``carry``: the memory goes on from one to the next.
+
+    ``batch_size`` rows are read at once, each a contiguous part of the tokens; what is left over is not scored.
+    """
+    batches = Segments(tokens, batch_size, length)
+    memory = model.init_memory(batch_size) if carry else None
+    total, count = 0.0, 0
+    for _ in range(len(batches)):
+        batch = next(batches)
+        placed = place({name: batch[name] for name in ("tokens", "targets")}, mesh)
+        loss, memory = _segment_loss(model, placed["tokens"], placed["targets"], memory)
+        memory = memory if carry else None
+        total, count = total + loss, count + batch["targets"].size
+    return float(total) / count
+
+
+@nnx.jit
+def _segment_loss(model, tokens, targets, memory):
+    losses, memory = model.losses(tokens, targets, memory)
+    return jnp.sum(losses), memory
+
+
+def carried(model: DecoderLM, tokens: np.ndarray, length: int) -> float:
+    """All in one piece: consecutive segments of ``length`` tokens, the memory of each where the next one starts.
+
+    All tokens but the first are scored: table 4.
+    """
+    return segments(model, tokens, length, batch_size=1, carry=True)
+
+
+def sliding_window(
+    model: DecoderLM,
+    tokens: np.ndarray,
+    length: int,
+    batch_size: int = 64,
+    *,
+    mesh: Mesh | None = None,
+    progress: bool = False,
+) -> float:
+    """Each token from the ``length`` tokens before it, and from an empty memory: tables 2, 3 and 5.
+
+    The first window scores all its tokens, every other one its last. The authors read one window at a time; here
+    ``batch_size`` of them go at once, and the output layer sees their last tokens alone. The cost is that of reading
+    ``length`` tokens for each token that is scored.
+
+    Raises:
+      ValueError: fewer than two tokens.
+    """
+    (first, targets), rest, number = windows(tokens, length, batch_size)
+    loss, _ = _segment_loss(model, jnp.asarray(first), jnp.asarray(targets), None)
+    losses = [loss]
+    for batch in tqdm(rest, "sliding window", number, unit="batch", disable=not progress, dynamic_ncols=True):
+        batch = place(batch, mesh)
+        losses.append(_last_loss(model, batch["tokens"], batch["targets"], batch["weights"]))
+    return float(np.sum([np.float64(loss) for loss in losses])) / (len(tokens) - 1)
+
+
+@nnx.jit
+def _last_loss(model, tokens, targets, weights):
+    hidden, _ = model.hidden(tokens)
+    return jnp.sum(weights * model.losses_of(hidden[:, -1:], targets[:, None])[:, 0])
+
+
+def with_config(model: DecoderLM, config) -> DecoderLM:
+    """The same parameters in a model that reads otherwise, for instance with a longer memory."""
+    other = nnx.eval_shape(lambda: DecoderLM(config, rngs=nnx.Rngs(0)))
+    graph, _ = nnx.split(other)
+    return nnx.merge(graph, nnx.state(model))

@@ -1,0 +1,104 @@
+"""The language models of the paper, tables 2 to 5, row by row, and what can be trained on a laptop."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from experiments.training import TrainConfig
+from fwt_jax.models import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """A model, how it is trained and evaluated, and what the paper has for it."""
+
+    model: ModelConfig
+    training: TrainConfig
+    batch_size: int
+    length: int  # tokens of a segment in training, and of a window in evaluation
+    data: Literal["wikitext-103", "demo"] = "wikitext-103"
+    vocabulary: Literal["word", "character", "sentencepiece"] = "word"
+    evaluation: Literal["sliding_window", "carried"] = "sliding_window"
+    carry: bool = False  # whether a segment starts from the memory of the one before it
+    table: int = 0  # of the paper
+    paper: tuple[float, float] | None = None  # perplexity, validation and test
+
+
+SMALL = ModelConfig(vocab_size=267_735, cutoffs=(20_000, 40_000, 200_000))
+MEDIUM = dataclasses.replace(SMALL, d_model=256, head_size=32)
+
+# rule, feature map, normalisation of the features and of attention: four independent choices
+SOFTMAX = {"rule": "softmax"}
+SUM = {"rule": "sum", "feature_normalization": None, "normalize": "read"}
+DELTA = {"rule": "delta", "feature_normalization": "sum", "normalize": False}
+NORMALIZED = {"normalize": "retrieval"}  # attention normalisation for the delta rule, eq. 27 and 28
+NO_POSITIONS = {"positions": None}
+
+
+def performer(m):
+    """FAVOR+ with 2m features."""
+    return {"feature_map": "favor_plus", "feature_size": m}
+
+
+def dpfp(nu):
+    """DPFP with 2ν · head_size features."""
+    return {"feature_map": "dpfp", "feature_size": nu}
+
+
+def _small(table, paper, *choices):
+    model = dataclasses.replace(SMALL, **{name: x for choice in choices for name, x in choice.items()})
+    return Preset(model, TrainConfig(steps=500_000), 96, 256, table=table, paper=paper)
+
+
+def _medium(table, paper, *choices, training=None, **options):
+    model = dataclasses.replace(MEDIUM, **{name: x for choice in choices for name, x in choice.items()})
+    training = TrainConfig(steps=400_000) if training is None else training
+    return Preset(model, training, 56, 384, table=table, paper=paper, **options)
+
+
+WHOLE = {"carry": True, "evaluation": "carried"}
+DEMO_MODEL = ModelConfig(
+    vocab_size=100, num_layers=3, d_model=128, d_ff=512, num_heads=4, head_size=32, **DELTA, **dpfp(1), **NO_POSITIONS
+)
+DEMO_TRAINING = TrainConfig(
+    steps=600, learning_rate=2e-3, schedule="cosine", warmup=50, eval_every=100, save_every=100, log_every=10, clip=1.0
+)
+
+PRESETS = {
+    "demo": Preset(DEMO_MODEL, DEMO_TRAINING, 8, 256, data="demo", vocabulary="character"),
+    # table 2
+    "small-softmax": _small(2, (33.0, 34.1), SOFTMAX),
+    "small-sum": _small(2, (37.1, 38.3), SUM),
+    "small-delta": _small(2, (34.1, 35.5), DELTA),
+    "small-performer-sum": _small(2, (39.0, 39.6), SUM, performer(8)),
+    "small-performer-delta": _small(2, (36.1, 37.2), DELTA, performer(8)),
+    "medium-softmax": _medium(2, (27.9, 29.6), SOFTMAX),
+    "medium-sum": _medium(2, (31.1, 33.0), SUM),
+    "medium-delta": _medium(2, (29.7, 31.5), DELTA),
+    "medium-performer-sum": _medium(2, (32.2, 33.8), SUM, performer(16)),
+    "medium-performer-delta": _medium(2, (30.0, 31.8), DELTA, performer(16)),
+    # table 3; its third row is medium-delta
+    "medium-delta-normalized": _medium(3, (30.4, 32.1), DELTA, NORMALIZED),
+    "medium-delta-normalized-nopos": _medium(3, (29.2, 31.2), DELTA, NORMALIZED, NO_POSITIONS),
+    "medium-delta-nopos": _medium(3, (28.1, 31.1), DELTA, NO_POSITIONS),
+    # table 4: the whole text as one sequence (of the sum rule the paper has "> 260")
+    "medium-sum-whole": _medium(4, (260.0, 260.0), SUM, NO_POSITIONS, **WHOLE),
+    "medium-delta-whole": _medium(4, (27.8, 29.4), DELTA, NO_POSITIONS, **WHOLE),
+    # table 5
+    "small-performer16-sum": _small(5, (38.0, 38.8), SUM, performer(16)),
+    "small-performer16-delta": _small(5, (36.0, 37.0), DELTA, performer(16)),
+    "small-dpfp-sum": _small(5, (37.7, 38.8), SUM, dpfp(1)),
+    "small-dpfp-delta": _small(5, (33.9, 35.0), DELTA, dpfp(1)),
+}
+
+
+def find(name: str) -> Preset:
+    """The preset of a name.
+
+    Raises:
+      ValueError: a name that is none.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+    return PRESETS[name]

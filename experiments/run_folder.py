@@ -1,0 +1,207 @@
+"""The folder of a run: checkpoints that are complete or not there, metrics that people read, and what the run is."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import shutil
+import time
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def checkpoints(out: pathlib.Path) -> ocp.CheckpointManager:
+    """The checkpoints of a run, of which the last two and the best stay. They appear whole or not at all."""
+    best = preservation_policy.BestN(get_metric_fn=_loss, reverse=True, n=1)
+    keep = preservation_policy.AnyPreservationPolicy([preservation_policy.LatestN(2), best])
+    options = ocp.CheckpointManagerOptions(
+        best_fn=_loss, best_mode="min", preservation_policy=keep, cleanup_tmp_directories=True
+    )
+    return ocp.CheckpointManager(out / "checkpoints", options=options)
+
+
+def _loss(metrics):
+    return metrics["loss"]
+
+
+def best_step(manager: ocp.CheckpointManager) -> int | None:
+    """The step of the smallest loss, the latest of those that are equal; None without checkpoints."""
+    return min(manager.all_steps(), key=lambda step: (_loss(manager.metrics(step)), -step), default=None)
+
+
+def save(manager: ocp.CheckpointManager, state: Any, host: Any, loss: float = math.inf):
+    """Begins to write a checkpoint; the arrays may be donated after it returns.
+
+    Args:
+      state: a named tuple of arrays, with "step", "params" and "constants".
+      host: what else to keep, as JSON has it.
+      loss: on which the best is chosen; ∞ where it was not measured.
+    """
+    arrays = state._asdict()
+    model = {name: arrays.pop(name) for name in ("params", "constants")}
+    items = {name: ocp.args.StandardSave(tree) for name, tree in (("model", model), ("rest", arrays))}
+    items["host"] = ocp.args.JsonSave(host)
+    manager.save(int(state.step), args=ocp.args.Composite(**items), metrics={"loss": loss})
+
+
+def restore(manager: ocp.CheckpointManager, abstract: Any) -> tuple[Any, Any]:
+    """The newest checkpoint that can be read, as (state, host), or (None, None). Broken ones are moved out of the way.
+
+    Args:
+      abstract: the state as ``ShapeDtypeStruct`` with shardings.
+    """
+    for step in sorted(manager.all_steps(), reverse=True):
+        try:
+            return _read(manager, step, abstract)
+        except Exception as error:
+            aside = manager.directory.parent / f"broken-checkpoint-{step}-{int(time.time())}"
+            print(f"checkpoint {step} of {manager.directory} cannot be read; it is now {aside.name}. {_line(error)}")
+            if jax.process_index() == 0:
+                shutil.move(manager.directory / str(step), aside)
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices("broken checkpoint")
+            manager.reload()
+    return None, None
+
+
+def _read(manager, step, abstract):
+    arrays = abstract._asdict()
+    model = {name: arrays.pop(name) for name in ("params", "constants")}
+    items = {name: ocp.args.StandardRestore(tree) for name, tree in (("model", model), ("rest", arrays))}
+    items["host"] = ocp.args.JsonRestore()
+    restored = manager.restore(step, args=ocp.args.Composite(**items))
+    return type(abstract)(**restored["model"], **restored["rest"]), restored["host"]
+
+
+def _line(error):
+    return f"{type(error).__name__}: {(str(error) or 'no message').strip().splitlines()[0][:200]}"
+
+
+# --- what people read ------------------------------------------------------------------------------------------------
+
+
+def check_identity(path: pathlib.Path, identity: dict[str, Any]):
+    """Writes down the settings of a new run; of one that goes on, they must be what they were.
+
+    Raises:
+      ValueError: other settings, with each that differs.
+    """
+    identity = json.loads(json.dumps(identity))
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        names = sorted(name for name in {*before, *identity} if before.get(name) != identity.get(name))
+        if names:
+            changes = "; ".join(_difference(name, before.get(name), identity.get(name)) for name in names)
+            raise ValueError(f"{path.parent} holds another run: {changes}. Name another folder, or delete this one")
+        return
+    write_atomically(path, json.dumps(identity, indent=1))
+
+
+def _difference(name, before, now):
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+        return "; ".join(_difference(f"{name}.{key}", before.get(key), now.get(key)) for key in keys)
+    return f"{name} was {before!r} and is {now!r}"
+
+
+def write_atomically(path: pathlib.Path, text: str):
+    """Writes a file whole and then puts it in place, so that at any moment there is a complete one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class Log:
+    """The metrics of a run: progress bar, JSON lines, TensorBoard. Only the first process writes."""
+
+    def __init__(self, out, step, config, host):
+        self.config, self.out, self.step = config, out, step
+        self.window, self.tokens, self.seconds = list(host["window"]), host["tokens"], host["seconds"]
+        self.first = jax.process_index() == 0
+        self.started = self.logged = time.perf_counter()
+        self.logged_tokens = self.tokens
+
+    def __enter__(self):
+        if self.first:
+            path = self.out / "metrics.jsonl"
+            lines = [line for line in read_metrics(path) if line["step"] <= self.step]
+            write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
+            self.file = path.open("a", encoding="utf-8")
+            self.board = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.step + 1)
+        self.bar = tqdm(
+            total=self.config.steps, initial=self.step, unit="step", dynamic_ncols=True, disable=not self.first
+        )
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+        if self.first:
+            self.file.close()
+            self.board.close()
+
+    def host(self):
+        """What a checkpoint keeps of it."""
+        seconds = self.seconds + time.perf_counter() - self.started
+        return {"window": self.window, "tokens": self.tokens, "seconds": seconds}
+
+    def read(self, step, metrics):
+        """Waits for the metrics of a step, unless it was read."""
+        if step <= self.step:
+            return
+        metrics = {name: float(x) for name, x in metrics.items()}
+        bad = [name for name in ("loss", "gradient_norm") if not math.isfinite(metrics[name])]
+        if bad:
+            raise FloatingPointError(
+                f"{bad[0]} is {metrics[bad[0]]} in step {step}; the last checkpoint in {self.out} is from before it. "
+                "A lower learning rate, more warmup or a normalisation of the features may help"
+            )
+        self.step, self.tokens = step, self.tokens + metrics["tokens"]
+        self.window = [self.window[0] + metrics["loss"], self.window[1] + metrics["gradient_norm"], self.window[2] + 1]
+        self.bar.update(step - self.bar.n)
+        if step % self.config.log_every and step != self.config.steps:
+            return
+        now, (loss, norm, count) = time.perf_counter(), self.window
+        speed = (self.tokens - self.logged_tokens) / (now - self.logged)
+        self.bar.set_postfix_str(f"loss {loss / count:.4f}, {speed:,.0f} tokens/s")
+        line = {"loss": loss / count, "gradient_norm": norm / count, "learning_rate": metrics["learning_rate"]}
+        line |= {"tokens": self.tokens, "tokens_per_second": round(speed, 1)}
+        self._write(step, line | {"seconds": round(self.host()["seconds"], 2)})
+        self.window, self.logged, self.logged_tokens = [0.0, 0.0, 0], now, self.tokens
+
+    def write_evaluation(self, step, measured):
+        self._write(step, {f"validation_{name}": value for name, value in measured.items()})
+        numbers = ", ".join(f"{name} {value:.4f}" for name, value in measured.items())
+        self.bar.write(f"step {step}: validation {numbers}")
+        self.logged = time.perf_counter()
+
+    def _write(self, step, line):
+        if not self.first:
+            return
+        self.file.write(json.dumps({"step": step} | line) + "\n")
+        self.file.flush()
+        for name, value in line.items():
+            self.board.add_scalar(name, value, step)
+
+
+def read_metrics(path: pathlib.Path) -> list[dict[str, float]]:
+    """The lines of a metrics file, without a last one that was cut off; none if there is no file."""
+    lines = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                lines.append(json.loads(line))
+    return lines

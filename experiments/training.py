@@ -1,0 +1,364 @@
+"""Training: one loop for every experiment. It survives interruption at any moment, and goes on bit for bit.
+
+    state, run folder:  train(make_model, loss, batches, config, out, ...)
+    out/checkpoints/    the last two and the best, by orbax: model, optimizer, memory, position in the data
+    out/metrics.jsonl   one line for every ``log_every`` steps and every evaluation; out/tensorboard/ has the same
+    out/run.json        what the run is: a run with other settings is refused, not mixed with it
+
+Step n is dispatched before the loss of step n − 1 is read, so that the device does not wait for the host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+import pathlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple, Protocol
+
+import filelock
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.sharding import Mesh
+
+from experiments import run_folder
+from fwt_jax import sharding
+
+Metrics = dict[str, float]
+
+
+class Batches(Protocol):
+    """An iterator over batches, dicts of NumPy arrays, that can say where it is; those of grain are such."""
+
+    def __next__(self) -> dict[str, np.ndarray]: ...
+
+    def get_state(self) -> Any: ...  # of what JSON can hold
+
+    def set_state(self, state: Any) -> None: ...
+
+
+# (model, batch, memory, rngs) -> the sum of the losses of all tokens, the number of tokens, the memory of the next step
+Loss = Callable[[nnx.Module, Any, Any, nnx.Rngs], tuple[jax.Array, jax.Array, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How to train. The defaults are the paper's small language models (section 6.3): Adam, clipped, without decay."""
+
+    steps: int = 500_000
+    """Updates of the parameters."""
+    learning_rate: float = 2.5e-4
+    """The highest."""
+    schedule: Literal["authors", "cosine", "inverse_sqrt", "constant"] = "authors"
+    """After warmup: a cosine to 0 ("authors": as their toolkit has it, see ``learning_rate``), 1/√step, or constant."""
+    warmup: int = 2000
+    """Updates in which the learning rate rises linearly."""
+    clip: float = 0.25
+    """Largest norm of the gradient; 0: none."""
+    b1: float = 0.9
+    """Of Adam."""
+    b2: float = 0.999
+    """Of Adam."""
+    eps: float = 1e-8
+    """Of Adam."""
+    weight_decay: float = 0.0
+    """Of AdamW, on matrices and embeddings; biases and normalisations have none."""
+    accumulate: int = 1
+    """Parts that a batch is computed in, one after another, to need less memory; the update is the same."""
+    eval_every: int = 4000
+    """Steps between evaluations, each followed by a checkpoint."""
+    save_every: int = 1000
+    """Steps between checkpoints."""
+    log_every: int = 100
+    """Steps that a line of the metrics is the mean of."""
+    seed: int = 1111
+    """Of the parameters and of dropout."""
+
+    def __post_init__(self):
+        for name, least in (("steps", 1), ("accumulate", 1), ("eval_every", 1), ("save_every", 1), ("log_every", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name in ("learning_rate", "warmup", "clip", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+def learning_rate(config: TrainConfig) -> Callable[[jax.Array], jax.Array]:
+    """The learning rate of update number t = 0, 1, ... ``[]`` -> ``[]``.
+
+    "authors" is what the toolkit does, which sets the rate after each update: the first has the full rate, then
+    rate · t/warmup, and from t = warmup on rate · (1 + cos(πt/steps))/2, as if there had been no warmup.
+    """
+    rate, warmup, steps = config.learning_rate, config.warmup, config.steps
+
+    def authors(t):
+        cosine = rate / 2 * (1 + jnp.cos(jnp.pi * t / steps))
+        return jnp.where(t == 0, rate, jnp.where(t < warmup, rate * t / max(warmup, 1), cosine))
+
+    def inverse_sqrt(t):
+        t = t + 1
+        return rate * jnp.minimum(t / max(warmup, 1), jnp.sqrt(max(warmup, 1) / t))
+
+    return {
+        "authors": authors,
+        "cosine": optax.warmup_cosine_decay_schedule(0.0, rate, warmup, max(steps, warmup + 1)),
+        "inverse_sqrt": inverse_sqrt,
+        "constant": lambda t: rate * jnp.minimum(1.0, (t + 1) / max(warmup, 1)),
+    }[config.schedule]
+
+
+def optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """Clipping, Adam, and decay of the matrices."""
+    matrices = functools.partial(
+        jax.tree_util.tree_map_with_path, lambda path, _: str(getattr(path[-1], "key", "")) in MATRICES
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
+        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        optax.add_decayed_weights(config.weight_decay, matrices) if config.weight_decay else optax.identity(),
+        optax.scale_by_learning_rate(learning_rate(config)),
+    )
+
+
+MATRICES = ("kernel", "embedding", "cluster_kernel")
+
+
+# --- one step --------------------------------------------------------------------------------------------------------
+
+
+class State(NamedTuple):
+    """Everything that a step changes, and the arrays of the model that are not trained."""
+
+    step: jax.Array
+    params: Any
+    constants: Any
+    optimizer: Any
+    memory: Any
+
+
+def initial_state(make_model: Callable[[], nnx.Module], config: TrainConfig, memory: Any = None) -> State:
+    """Of a new model. ``memory``: what the loss takes in its first step."""
+    _, params, constants = nnx.split(make_model(), nnx.Param, ...)
+    params, constants = (nnx.to_pure_dict(nnx.as_pure(state)) for state in (params, constants))
+    return State(jnp.zeros((), jnp.int32), params, constants, optimizer(config).init(params), memory)
+
+
+def graph_of(make_model: Callable[[], nnx.Module]) -> nnx.GraphDef:
+    """The model without its arrays."""
+    graph, _, _ = nnx.split(nnx.eval_shape(make_model), nnx.Param, ...)
+    return graph
+
+
+def model_of(graph: nnx.GraphDef, state: State) -> nnx.Module:
+    """The model with the parameters of a state."""
+    return nnx.merge(graph, nnx.State(state.params), nnx.State(state.constants))
+
+
+def make_step(graph: nnx.GraphDef, loss: Loss, config: TrainConfig):
+    """The function (state, batch) -> (state, metrics), to be jitted; the first argument may be donated."""
+    update, rate = optimizer(config).update, learning_rate(config)
+
+    def gradient(params, state, batch, memory, key):
+        def total(params):
+            model = model_of(graph, state._replace(params=params))
+            losses, count, after = loss(model, batch, memory, nnx.Rngs(key))
+            return losses, (count, after)
+
+        (losses, (count, after)), gradients = jax.value_and_grad(total, has_aux=True)(params)
+        return gradients, losses, count.astype(jnp.float32), after
+
+    def step(state, batch):
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        if config.accumulate == 1:
+            gradients, losses, count, memory = gradient(state.params, state, batch, state.memory, key)
+        else:
+
+            def part(sums, inputs):
+                *sums_of_part, memory = gradient(state.params, state, *inputs)
+                return jax.tree.map(jnp.add, sums, tuple(sums_of_part)), memory
+
+            inputs = (*_parts((batch, state.memory), config.accumulate), jax.random.split(key, config.accumulate))
+            zeros = (jax.tree.map(jnp.zeros_like, state.params), jnp.zeros(()), jnp.zeros(()))
+            (gradients, losses, count), memory = jax.lax.scan(part, zeros, inputs)
+            memory = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), memory)
+        gradients = jax.tree.map(lambda x: x / count, gradients)
+        updates, moments = update(gradients, state.optimizer, state.params)
+        metrics = {
+            "loss": losses / count,
+            "tokens": count,
+            "gradient_norm": optax.tree.norm(gradients),
+            "learning_rate": rate(state.step),
+        }
+        params = optax.apply_updates(state.params, updates)
+        return State(state.step + 1, params, state.constants, moments, memory), metrics
+
+    return step
+
+
+def _parts(tree, count):
+    """Every count-th row makes a part, so that rows stay on their devices; a number goes into all parts."""
+
+    def split(x):
+        if not x.ndim:
+            return jnp.broadcast_to(x, (count,))
+        if x.shape[0] % count:
+            raise ValueError(f"accumulate must divide the batch of {x.shape[0]} rows, got {count}")
+        return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(split, tree)
+
+
+# --- the loop --------------------------------------------------------------------------------------------------------
+
+
+def train(
+    make_model: Callable[[], nnx.Module],
+    loss: Loss,
+    batches: Batches,
+    config: TrainConfig,
+    out: pathlib.Path,
+    *,
+    memory: Any = None,
+    evaluate: Callable[[nnx.Module], Metrics] | None = None,
+    identity: dict[str, Any] | None = None,
+    mesh: Mesh | None = None,
+) -> nnx.Module:
+    """Trains a model, or goes on where ``out`` ends.
+
+    Args:
+      make_model: makes the model, the same in every call.
+      loss: of the model, a batch, the memory of the step before and random streams: the sum of the losses, the number
+        of tokens, and the memory. Without rngs' streams it is evaluation.
+      batches: what to train on; its position is saved.
+      config: how.
+      out: the folder of the run.
+      memory: of the first step, a tree of arrays whose first axis is the batch; None for losses that need none.
+      evaluate: of the model to numbers by name, among them "loss", whose smallest value makes the best checkpoint.
+      identity: what else makes this run what it is, as far as JSON can say it: of the model, the vocabulary, ...
+      mesh: of ``fwt_jax.sharding.make_mesh``; one device if not given.
+
+    Returns:
+      The model after the last step; ``load`` has the best.
+
+    Raises:
+      ValueError: a folder of another run, or in use by one; a batch that the mesh does not divide.
+      FloatingPointError: a loss or gradient that is not finite; the last checkpoint is from before it.
+      KeyboardInterrupt: asked to stop (SIGINT, SIGTERM); a checkpoint of the last step was written.
+    """
+    out = pathlib.Path(out).absolute()
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(filelock.FileLock(out / "lock", timeout=0))
+            except filelock.Timeout as error:
+                raise ValueError(f"another run trains in {out}: wait for its end, or name another folder") from error
+            run_folder.check_identity(out / "run.json", {"training": dataclasses.asdict(config), **(identity or {})})
+        if mesh is not None:
+            stack.enter_context(jax.set_mesh(mesh))
+        manager = stack.enter_context(run_folder.checkpoints(out))
+        init = functools.partial(initial_state, make_model, config, memory)
+        state, host = run_folder.restore(manager, _abstract(jax.eval_shape(init), mesh))
+        if state is None:
+            shardings = None if mesh is None else sharding.partition(mesh, jax.eval_shape(init)._asdict())
+            state = jax.jit(init, out_shardings=None if mesh is None else State(**shardings))()
+            host = {"batches": batches.get_state(), "window": [0.0, 0.0, 0], "tokens": 0.0, "seconds": 0.0}
+        batches.set_state(host["batches"])
+        log = stack.enter_context(run_folder.Log(out, int(state.step), config, host))
+        return _loop(graph_of(make_model), loss, batches, config, evaluate, mesh, manager, state, log, stack)
+
+
+def _loop(graph, loss, batches, config, evaluate, mesh, manager, state, log, stack):
+    step_function = jax.jit(make_step(graph, loss, config), donate_argnums=0)
+    asked_to_stop = stack.enter_context(_signals())
+    pending = None  # the metrics of the last step, which are read when the next is under way
+    first = int(state.step)
+    for step in range(first + 1, config.steps + 1):
+        batch = place(next(batches), mesh)
+        state, metrics = step_function(state, batch)
+        if pending is not None:
+            log.read(*pending)
+        pending = (step, metrics)
+        last = step == config.steps
+        stop = manager.reached_preemption(step) if jax.process_count() > 1 else asked_to_stop.is_set()
+        if not (last or stop or step % config.eval_every == 0 or step % config.save_every == 0):
+            continue
+        log.read(*pending)  # nothing is saved that is not finite
+        pending, measured = None, {}
+        if evaluate is not None and (last or step % config.eval_every == 0):
+            measured = evaluate(model_of(graph, state))
+            log.write_evaluation(step, measured)
+        host = {"batches": batches.get_state(), **log.host()}
+        run_folder.save(manager, state, host, measured.get("loss", math.inf))
+        if stop and not last:
+            manager.wait_until_finished()
+            raise KeyboardInterrupt(f"stopped after step {step}, which is saved; the same command goes on from there")
+    manager.wait_until_finished()
+    return model_of(graph, state)
+
+
+def place(batch: dict[str, np.ndarray], mesh: Mesh | None) -> dict[str, jax.Array]:
+    """The arrays of a batch on the devices of a mesh, each process its part; all processes have the whole batch."""
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, batch)
+    batch = jax.tree.map(np.asarray, batch)
+    shardings = sharding.batch_partition(mesh, batch)
+    return jax.tree.map(lambda x, s: jax.make_array_from_callback(x.shape, s, lambda i: x[i]), batch, shardings)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[threading.Event]:
+    """An event that is set by the first SIGINT or SIGTERM; a second one interrupts at once."""
+    event, before = threading.Event(), {}
+
+    def handle(number, frame):
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _abstract(state, mesh):
+    """The shapes of a state, on the devices that it is for."""
+    if mesh is None:
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shardings = jax.tree.map(lambda _: here, state._asdict())
+    else:
+        shardings = sharding.partition(mesh, state._asdict())
+    put = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
+    return State(**jax.tree.map(put, state._asdict(), shardings))
+
+
+def load(out: pathlib.Path, make_model: Callable[[], nnx.Module], *, best: bool = True) -> tuple[nnx.Module, int]:
+    """The best model of a run (the last, where nothing was evaluated, or if not ``best``), and its step.
+
+    Raises:
+      ValueError: a folder without checkpoints.
+    """
+    out = pathlib.Path(out).absolute()
+    if not (out / "checkpoints").is_dir():
+        raise ValueError(f"{out} has no checkpoints; train first, or name the folder of a run")
+    config = TrainConfig(steps=1)
+    with run_folder.checkpoints(out) as manager:
+        step = run_folder.best_step(manager) if best else manager.latest_step()
+        if step is None:
+            raise ValueError(f"{out / 'checkpoints'} is empty; train first, or name the folder of a run")
+        state = _abstract(jax.eval_shape(functools.partial(initial_state, make_model, config)), None)
+        model = {"params": state.params, "constants": state.constants}
+        restored = manager.restore(step, args=ocp.args.Composite(model=ocp.args.StandardRestore(model)))["model"]
+    return model_of(graph_of(make_model), state._replace(**restored)), step

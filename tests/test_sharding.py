@@ -1,0 +1,124 @@
+"""The mesh, the table of partitions, and that eight devices give the numbers of one."""
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from experiments import training
+from fwt_jax import sharding
+from fwt_jax.models import DecoderLM, ModelConfig
+
+TINY = ModelConfig(vocab_size=96, cutoffs=(32,), num_layers=2, d_model=32, d_ff=64, num_heads=4, head_size=8, dropout=0)
+CONFIG = training.TrainConfig(steps=5, learning_rate=1e-2, schedule="constant", warmup=1)
+MESHES = [{}, {"fsdp": 8}, {"fsdp": 2, "tensor": 2}, {"data": 2, "tensor": 4}]
+
+
+def loss(model, batch, memory, rngs):
+    losses, after = model.losses(batch["tokens"], batch["targets"], memory, rngs=rngs)
+    return jnp.sum(losses), jnp.asarray(losses.size), None if memory is None else after
+
+
+def batch_of(seed, rows=8):
+    tokens = np.random.default_rng(seed).integers(0, 96, (rows, 25), np.int32)
+    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
+
+
+def maker(config):
+    return lambda: DecoderLM(config, rngs=nnx.Rngs(0))
+
+
+def three_steps(config, mesh):
+    """Losses, and what is left behind, of a model that carries its memory, where that is of constant size."""
+    make = maker(config)
+    memory = None if config.rule == "softmax" else make().init_memory(8)
+    state = training.initial_state(make, CONFIG, memory)
+    if mesh is not None:
+        state = training.State(**jax.device_put(state._asdict(), sharding.partition(mesh, state._asdict())))
+    step = jax.jit(training.make_step(training.graph_of(make), loss, CONFIG))
+    losses = []
+    with jax.set_mesh(mesh) if mesh is not None else jax.default_device(jax.devices()[0]):
+        for number in range(3):
+            state, metrics = step(state, training.place(batch_of(number), mesh))
+            losses.append(metrics["loss"])
+    return losses, state
+
+
+on_one_device = functools.cache(lambda config: three_steps(config, None))
+
+
+@pytest.mark.parametrize(("axes", "rule"), [*((axes, "delta") for axes in MESHES), (MESHES[2], "softmax")], ids=str)
+def test_eight_devices_train_as_one(axes, rule):
+    config = dataclasses.replace(TINY, rule=rule, positions=None)
+    want, state = on_one_device(config)
+    got, sharded = three_steps(config, sharding.make_mesh(**axes))
+    chex.assert_trees_all_close(got, want, rtol=1e-5)
+    chex.assert_trees_all_close(jax.device_get(sharded.memory), jax.device_get(state.memory), rtol=1e-3, atol=1e-4)
+    chex.assert_trees_all_close(jax.device_get(sharded.params), jax.device_get(state.params), atol=1e-3)
+
+
+def test_parameters_moments_and_memories_are_split_by_the_table():
+    mesh = sharding.make_mesh(fsdp=2, tensor=2)
+    make = maker(TINY)
+    state = jax.eval_shape(lambda: training.initial_state(make, CONFIG, make().init_memory(8)))
+    specs = jax.tree.map(lambda s: s.spec, sharding.partition(mesh, state._asdict()))
+    attention, feed_forward = (specs["params"]["blocks"][0][name] for name in ("attention", "feed_forward"))
+    assert attention["query"]["kernel"] == P("fsdp", "tensor", None)
+    assert attention["out"]["kernel"] == P("tensor", None, "fsdp")
+    assert attention["beta"]["kernel"] == P("fsdp", "tensor")
+    assert feed_forward["hidden"]["kernel"] == P("fsdp", "tensor")
+    assert feed_forward["out"]["kernel"] == P("tensor", "fsdp")
+    assert specs["params"]["embedding"] == P("tensor", "fsdp")
+    assert specs["memory"][0].fast_weights == P(("data", "fsdp"), "tensor")
+    moments = [s for s in jax.tree.leaves(specs["optimizer"], is_leaf=lambda s: isinstance(s, P)) if s != P()]
+    assert len(moments) == 2 * sum(s != P() for s in jax.tree.leaves(specs["params"]))
+
+
+def test_a_vocabulary_that_cannot_be_split_stays_whole():
+    mesh = sharding.make_mesh(fsdp=2, tensor=4)
+    shapes = {"embedding": jax.ShapeDtypeStruct((267_735, 256), jnp.float32)}
+    assert sharding.partition(mesh, shapes)["embedding"].spec == P(None, "fsdp")
+
+
+def test_the_output_layer_is_computed_once_for_each_row():
+    """Each device has an eighth of the products, or the scan over blocks would run on all of them."""
+
+    def flops(mesh):
+        config = dataclasses.replace(TINY, num_layers=1, vocab_size=2000, cutoffs=())
+        params = nnx.as_pure(nnx.state(DecoderLM(config, rngs=nnx.Rngs(0)), nnx.Param))
+        graph = training.graph_of(maker(config))
+        mean = lambda params, batch: jnp.mean(nnx.merge(graph, params).losses(**batch)[0])  # noqa: E731
+        batch = training.place(batch_of(0), mesh)
+        with jax.set_mesh(mesh) if mesh is not None else jax.default_device(jax.devices()[0]):
+            return jax.jit(jax.grad(mean)).lower(params, batch).compile().cost_analysis()["flops"]
+
+    assert flops(sharding.make_mesh()) < flops(None) / 6
+
+
+@pytest.mark.parametrize(
+    ("axes", "words"),
+    [
+        ({"fsdp": 3}, r"must be the number of devices, 8, got 2 · 3 · 1"),
+        ({"data": 4}, r"must be the number of devices, 8, got 4 · 1 · 1"),
+        ({"tensor": 0}, "must be at least 1, got .*tensor=0"),
+    ],
+)
+def test_meshes_that_cannot_be(axes, words):
+    with pytest.raises(ValueError, match=words):
+        sharding.make_mesh(**axes)
+
+
+def test_a_batch_that_the_mesh_cannot_split():
+    with pytest.raises(ValueError, match=r"the batch has 6 rows, which the mesh of data=4 and fsdp=2 cannot .* of 8"):
+        training.place(batch_of(0, rows=6), sharding.make_mesh(fsdp=2))
+
+
+def test_a_rule_with_more_axes_than_its_array():
+    with pytest.raises(ValueError, match=r"a/b is split by .*, and has only 1 axes, \[8\]"):
+        sharding.partition(sharding.make_mesh(), {"a": {"b": jnp.ones(8)}}, [("b$", P("data", "tensor"))])

@@ -1,0 +1,318 @@
+"""Training: bit-exact resume after a kill, schedules, accumulation, broken checkpoints, what is refused."""
+
+import dataclasses
+import functools
+import pathlib
+import subprocess
+import sys
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from experiments import run_folder, text, training
+from fwt_jax.models import DecoderLM, ModelConfig
+
+TINY = ModelConfig(vocab_size=64, num_layers=1, d_model=16, d_ff=32, num_heads=2, head_size=8, positions=None)
+CONFIG = training.TrainConfig(
+    steps=12, learning_rate=1e-2, schedule="constant", warmup=3, save_every=4, eval_every=6, log_every=5, seed=3
+)
+
+
+def make_model(config=TINY):
+    return DecoderLM(config, rngs=nnx.Rngs(0))
+
+
+def loss(model, batch, memory, rngs):
+    if memory is not None:
+        memory = jax.tree.map(lambda x: jnp.where(batch["start"], jnp.zeros_like(x), x), memory)
+    losses, after = model.losses(batch["tokens"], batch["targets"], memory, rngs=rngs)
+    return jnp.sum(losses), jnp.asarray(losses.size), None if memory is None else after
+
+
+def batches():
+    return text.Segments(np.random.default_rng(0).integers(0, 64, 8 * 61), 8, 16)  # four a epoch, the last of 12 tokens
+
+
+def evaluate(model):
+    tokens = jnp.arange(20)[None]
+    return {"loss": float(jnp.mean(model.losses(tokens[:, :-1], tokens[:, 1:])[0]))}
+
+
+def run(out, config=CONFIG, loss=loss, **options):
+    options = {"memory": make_model().init_memory(8), "evaluate": evaluate} | options
+    return training.train(make_model, loss, batches(), config, out, **options)
+
+
+def losses_of(out):
+    skip = ("seconds", "tokens_per_second")
+    lines = run_folder.read_metrics(out / "metrics.jsonl")
+    return [{name: x for name, x in line.items() if name not in skip} for line in lines]
+
+
+def saved_steps(out):
+    """Of complete checkpoints."""
+    return sorted(int(path.name) for path in (out / "checkpoints").iterdir() if path.name.isdigit())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that was never interrupted."""
+    out = tmp_path_factory.mktemp("whole")
+    return out, nnx.state(run(out))
+
+
+# --- interruption ----------------------------------------------------------------------------------------------------
+
+PROGRAM = """
+import os, pathlib, signal, sys
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+from tests import test_training
+from experiments import text
+kind, at, out = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3])
+batches = test_training.batches()
+following = batches.__class__.__next__
+def count(self):
+    if self.step == at:
+        os.kill(os.getpid(), getattr(signal, kind))
+    return following(self)
+text.Segments.__next__ = count
+test_training.run(out)
+"""
+
+
+@pytest.mark.parametrize(("kind", "at"), [("SIGKILL", 2), ("SIGKILL", 4), ("SIGKILL", 9), ("SIGTERM", 9)])
+def test_a_run_that_was_killed_goes_on_bit_for_bit(kind, at, whole, tmp_path):
+    command = [sys.executable, "-c", PROGRAM, kind, str(at), str(tmp_path)]
+    ended = subprocess.run(command, cwd=pathlib.Path(__file__).parent.parent, capture_output=True, text=True)
+    assert ended.returncode != 0, ended.stderr
+    steps = saved_steps(tmp_path)
+    if kind == "SIGTERM":
+        assert steps[-1] == 10 and "stopped after step 10, which is saved" in ended.stderr
+    else:
+        assert all(step <= at for step in steps)
+    chex.assert_trees_all_equal(nnx.state(run(tmp_path)), whole[1])
+    assert losses_of(tmp_path) == losses_of(whole[0])
+
+
+def test_a_finished_run_is_not_repeated(whole):
+    before = losses_of(whole[0])
+    chex.assert_trees_all_equal(nnx.state(run(whole[0])), whole[1])
+    assert losses_of(whole[0]) == before
+
+
+def test_the_last_two_checkpoints_and_the_best_stay(tmp_path):
+    measured = iter([3.0, 1.0, 2.0, 4.0])
+    config = dataclasses.replace(CONFIG, steps=24, eval_every=6, save_every=4)
+    run(tmp_path, config, evaluate=lambda model: {"loss": next(measured)})
+    assert saved_steps(tmp_path) == [12, 20, 24]
+    assert training.load(tmp_path, make_model)[1] == 12
+    assert training.load(tmp_path, make_model, best=False)[1] == 24
+
+
+def test_load_gives_the_last_model_where_nothing_was_evaluated(tmp_path):
+    model = run(tmp_path, dataclasses.replace(CONFIG, steps=5), evaluate=None)
+    loaded, step = training.load(tmp_path, make_model)
+    assert step == 5
+    chex.assert_trees_all_equal(nnx.state(loaded), nnx.state(model))
+    with pytest.raises(ValueError, match="nowhere has no checkpoints; train first"):
+        training.load(tmp_path / "nowhere", make_model)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "delete"])
+def test_a_broken_checkpoint_falls_back_to_the_one_before(damage, whole, tmp_path, capsys):
+    run(tmp_path, dataclasses.replace(CONFIG, steps=12))
+    last = tmp_path / "checkpoints" / "12"
+    files = [path for path in (last / "model").rglob("*") if path.is_file() and path.stat().st_size > 0]
+    for path in files:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]) if damage == "truncate" else path.unlink()
+    chex.assert_trees_all_equal(nnx.state(run(tmp_path)), whole[1])
+    assert "checkpoint 12 of" in (printed := capsys.readouterr().out) and "cannot be read; it is now" in printed
+    assert list(tmp_path.glob("broken-checkpoint-12-*"))
+    assert losses_of(tmp_path) == losses_of(whole[0])
+
+
+def test_a_metrics_line_that_was_cut_off_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    assert run_folder.read_metrics(path) == [{"step": 1, "loss": 2.0}]
+
+
+def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_good_checkpoint(tmp_path):
+    def explodes(model, batch, memory, rngs):
+        total, count, memory = loss(model, batch, memory, rngs)
+        return jnp.where(jnp.any(batch["tokens"] == 64), jnp.nan, 1.0) * total, count, memory
+
+    tokens = np.random.default_rng(0).integers(0, 64, 8 * 200)
+    tokens[6 * 16 + 3] = 64  # in step 7
+    with pytest.raises(FloatingPointError, match=r"loss is nan in step 7; the last checkpoint in .* is from before it"):
+        training.train(make_model, explodes, text.Segments(tokens, 8, 16), CONFIG, tmp_path)
+    assert training.load(tmp_path, make_model)[1] == 6
+
+
+# --- what a step does ------------------------------------------------------------------------------------------------
+
+
+def test_accumulated_parts_make_the_same_step():
+    states = []
+    for accumulate in (1, 4):
+        config = dataclasses.replace(CONFIG, accumulate=accumulate, eps=1e-3)
+        model = dataclasses.replace(TINY, dropout=0.0)
+        make = functools.partial(make_model, model)
+        state = training.initial_state(make, config, make().init_memory(8))
+        step, data = jax.jit(training.make_step(training.graph_of(make), loss, config)), batches()
+        for _ in range(2):
+            state, metrics = step(state, training.place(next(data), None))
+        states.append((state, metrics))
+    chex.assert_trees_all_close(*states, rtol=1e-4, atol=1e-5)
+
+
+def test_carried_memory_is_that_of_the_text_read_so_far():
+    """Three segments one after another leave the memory of their concatenation, with a learning rate of 0."""
+    config = dataclasses.replace(CONFIG, learning_rate=0.0)
+    make = lambda: DecoderLM(dataclasses.replace(TINY, dropout=0.0), rngs=nnx.Rngs(0))  # noqa: E731
+    state = training.initial_state(make, config, make().init_memory(8))
+    step, data = jax.jit(training.make_step(training.graph_of(make), loss, config)), batches()
+    read = [next(data) for _ in range(3)]
+    for batch in read:
+        state, _ = step(state, training.place(batch, None))
+    _, want = make()(jnp.concatenate([batch["tokens"] for batch in read], axis=1))
+    chex.assert_trees_all_close(state.memory, want, rtol=1e-4, atol=1e-5)
+    next(data)
+    state, _ = step(state, training.place(next(data), None))  # the first of the next epoch
+    _, want = make()(jnp.asarray(read[0]["tokens"]))
+    chex.assert_trees_all_close(state.memory, want, rtol=1e-4, atol=1e-5)
+
+
+def test_the_authors_schedule():
+    rate = training.learning_rate(training.TrainConfig(steps=1000, learning_rate=2.0, warmup=100))
+    got = [float(rate(t)) for t in (0, 1, 50, 99, 100, 500, 1000)]
+    want = [2.0, 0.02, 1.0, 1.98, *(1 + np.cos(np.pi * np.array([0.1, 0.5, 1.0])))]
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "want"), [("cosine", [0, 1, 0]), ("inverse_sqrt", [0.1, 1, 0.5]), ("constant", [0.1, 1, 1])]
+)
+def test_other_schedules(schedule, want):
+    config = training.TrainConfig(steps=40, learning_rate=1.0, warmup=10, schedule=schedule)
+    rate = training.learning_rate(config)
+    got = [float(rate(t)) for t in (0, 10 if schedule == "cosine" else 9, 40 if schedule == "cosine" else 39)]
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_weight_decay_is_of_matrices_alone():
+    decayed, plain = (
+        training.optimizer(dataclasses.replace(CONFIG, weight_decay=x, clip=0.0, warmup=0)) for x in (0.5, 0.0)
+    )
+    state = training.initial_state(make_model, CONFIG)
+    params = jax.tree.map(jnp.ones_like, state.params)
+    gradients = jax.tree.map(jnp.ones_like, params)
+    updates = [t.update(gradients, t.init(params), params)[0] for t in (decayed, plain)]
+    changed = jax.tree_util.tree_map_with_path(
+        lambda path, a, b: (path[-1].key in ("kernel", "embedding")) == bool(jnp.any(a != b)), *updates
+    )
+    assert all(jax.tree.leaves(changed))
+
+
+def test_the_gradient_is_clipped():
+    config = dataclasses.replace(CONFIG, clip=1e-3)
+    gradients = {"kernel": jnp.full(4, 7.0)}
+    clipped = training.optimizer(config)
+    small, _ = clipped.update(gradients, clipped.init(gradients), gradients)
+    plain = training.optimizer(dataclasses.replace(config, clip=0.0))
+    same, _ = plain.update({"kernel": jnp.full(4, 5e-4)}, plain.init(gradients), gradients)
+    chex.assert_trees_all_close(small, same, rtol=1e-5)
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_another_run_in_the_folder_is_refused_with_every_difference(whole):
+    out, _ = whole
+    with pytest.raises(ValueError, match=r"holds another run: training.clip was 0.25 and is 1.0; training.seed was 3"):
+        run(out, dataclasses.replace(CONFIG, clip=1.0, seed=4))
+    with pytest.raises(ValueError, match=r"vocabulary was None and is \{'size': 9\}. Name another folder"):
+        run(out, identity={"vocabulary": {"size": 9}})
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    import filelock
+
+    with filelock.FileLock(tmp_path / "lock"), pytest.raises(ValueError, match="another run trains in"):
+        run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"accumulate": 0}, "accumulate must be at least 1"),
+        ({"learning_rate": -1.0}, "learning_rate must not be negative, got -1.0"),
+    ],
+)
+def test_settings_that_cannot_be(options, words):
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(CONFIG, **options)
+
+
+def test_parts_that_do_not_divide_the_batch(tmp_path):
+    with pytest.raises(ValueError, match="accumulate must divide the batch of 8 rows, got 3"):
+        run(tmp_path, dataclasses.replace(CONFIG, accumulate=3))
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+PROCESS = """
+import os, pathlib, sys
+number, port, steps, out = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), pathlib.Path(sys.argv[4])
+import jax
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=number)
+import dataclasses
+from fwt_jax import sharding
+from tests import test_training as t
+following = t.text.Segments.__next__
+def count(self):
+    if self.step == steps:
+        os._exit(1)
+    return following(self)
+t.text.Segments.__next__ = count
+t.run(out, mesh=sharding.make_mesh(fsdp=4), evaluate=None)
+"""
+
+
+def test_two_processes_train_checkpoint_and_go_on_together(tmp_path):
+    """Four devices each; both are killed in step 7 and go on from the checkpoint of step 4."""
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def both(steps):
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", PROCESS, str(number), str(port), str(steps), str(tmp_path / "two")],
+                cwd=pathlib.Path(__file__).parent.parent,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for number in range(2)
+        ]
+        return [(process.communicate()[1], process.returncode) for process in processes]
+
+    killed = both(7)
+    assert all(code for _, code in killed), killed
+    assert saved_steps(tmp_path / "two") == [4]
+    ended = both(99)
+    assert not any(code for _, code in ended), ended
+    model = run(tmp_path / "one", evaluate=None)
+    loaded, step = training.load(tmp_path / "two", make_model)
+    assert step == CONFIG.steps
+    chex.assert_trees_all_close(nnx.state(loaded), nnx.state(model), rtol=1e-3, atol=1e-4)
