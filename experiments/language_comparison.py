@@ -45,6 +45,7 @@ MODELS = {
 # Test perplexities of the small configuration: tables 2 and 5, where DPFP-1 is beside m = 16 as here beside m = 8.
 PAPER = dict(zip(MODELS, (34.1, 38.3, 35.5, 38.8, 35.0, 39.6, 37.2), strict=True))
 BASE = ModelConfig(vocab_size=1, num_layers=4, d_model=128, d_ff=512, num_heads=8, head_size=16)
+CUTOFFS = (2000, 10_000)
 BATCH, LENGTH, MIN_COUNT, WINDOWS = 8, 256, 3, 10_000
 
 
@@ -69,8 +70,13 @@ class Config:
 
 
 def words_of(path: pathlib.Path) -> str:
-    """A text with spaces between words and signs. WikiText's marks for signs inside words are taken out."""
-    content = re.sub(r" @([-,.])@ ", r"\1", text.read_files([path]))
+    """A file with spaces between words and signs."""
+    return separate(text.read_files([path]))
+
+
+def separate(content: str) -> str:
+    """Puts spaces between words and signs; WikiText's marks for signs inside words are taken out."""
+    content = re.sub(r" @([-,.])@ ", r"\1", content)
     return "\n".join(" ".join(re.findall(r"<unk>|\w+|[^\w\s]", line)) for line in content.splitlines()) + "\n"
 
 
@@ -81,8 +87,7 @@ def run(config: Config, name: str, seed: int) -> dict:
         return json.loads((out / "results.json").read_text(encoding="utf-8"))
     train, validation = words_of(config.train), words_of(config.validation)
     vocabulary = text.Vocabulary.words(train, min_count=MIN_COUNT)
-    options = {"vocab_size": len(vocabulary), "cutoffs": (2000, 10_000)}
-    model_options = dataclasses.replace(BASE, **options, **MODELS[name])
+    model_options = dataclasses.replace(BASE, vocab_size=len(vocabulary), cutoffs=CUTOFFS, **MODELS[name])
     settings = training.TrainConfig(
         steps=config.steps, learning_rate=1e-3, schedule="cosine", warmup=100, eval_every=200, save_every=100, seed=seed
     )

@@ -27,14 +27,15 @@ def segments(
 ) -> float:
     """In segments of their own, as during training; fast. ``carry``: the memory goes on from one to the next.
 
-    ``batch_size`` rows are read at once, each a contiguous part of the tokens; what is left over is not scored.
+    ``batch_size`` rows are read at once, each a contiguous part of the tokens; what is left over is not scored. On a
+    mesh every device reads all rows: it is a small part of the time.
     """
     batches = Segments(tokens, batch_size, length)
     memory = model.init_memory(batch_size) if carry else None
     total, count = 0.0, 0
     for _ in range(len(batches)):
         batch = next(batches)
-        placed = place({name: batch[name] for name in ("tokens", "targets")}, mesh)
+        placed = place({name: batch[name] for name in ("tokens", "targets")}, mesh, whole=True)
         loss, memory = _segment_loss(model, placed["tokens"], placed["targets"], memory)
         memory = memory if carry else None
         total, count = total + loss, count + batch["targets"].size
@@ -47,12 +48,12 @@ def _segment_loss(model, tokens, targets, memory):
     return jnp.sum(losses), memory
 
 
-def carried(model: DecoderLM, tokens: np.ndarray, length: int) -> float:
+def carried(model: DecoderLM, tokens: np.ndarray, length: int, *, mesh: Mesh | None = None) -> float:
     """All in one piece: consecutive segments of ``length`` tokens, the memory of each where the next one starts.
 
     All tokens but the first are scored: table 4.
     """
-    return segments(model, tokens, length, batch_size=1, carry=True)
+    return segments(model, tokens, length, batch_size=1, carry=True, mesh=mesh)
 
 
 def sliding_window(
@@ -74,7 +75,8 @@ def sliding_window(
       ValueError: fewer than two tokens.
     """
     (first, targets), rest, number = windows(tokens, length, batch_size)
-    loss, _ = _segment_loss(model, jnp.asarray(first), jnp.asarray(targets), None)
+    first = place({"tokens": first, "targets": targets}, mesh, whole=True)
+    loss, _ = _segment_loss(model, first["tokens"], first["targets"], None)
     losses = [loss]
     for batch in tqdm(rest, "sliding window", number, unit="batch", disable=not progress, dynamic_ncols=True):
         batch = place(batch, mesh)

@@ -12,6 +12,7 @@ Times and numbers, and on what machine: experiments/README.md. The rows are in l
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -159,7 +160,7 @@ def run(config: Config) -> dict:
         return DecoderLM(model_options, rngs=nnx.Rngs(preset.training.seed))
 
     def evaluate(model):
-        nats = evaluation.segments(model, data.validation, preset.length, carry=preset.carry)
+        nats = evaluation.segments(model, data.validation, preset.length, carry=preset.carry, mesh=mesh)
         return {"loss": nats, "perplexity": math.exp(nats)}
 
     identity = {
@@ -173,12 +174,16 @@ def run(config: Config) -> dict:
     batches = text.Segments(data.train, preset.batch_size, preset.length)
     options = {"memory": memory, "evaluate": evaluate, "identity": identity, "mesh": mesh}
     training.train(make_model, loss, batches, preset.training, out, **options)
-    model, step = training.load(out, make_model)
-    results = _evaluate(config, preset, data, model) | {"step": step}
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        model, step = training.load(out, make_model, mesh=mesh)
+        results = _evaluate(config, preset, data, model, mesh) | {"step": step}
+        sample = _sample(config, data, model, mesh)
     if jax.process_index() == 0:
         run_folder.write_atomically(out / "results.json", json.dumps(results, indent=1))
         draw(run_folder.read_metrics(out / "metrics.jsonl"), out / "loss.png", config.preset)
-        _sample(config, data, model, out)
+        if sample:
+            run_folder.write_atomically(out / "samples.txt", sample)
+            print(f"--- a sample: what stands before | was given\n{sample}---")
         print(table([results]))
         print(f"wrote {out}/: results.json, loss.png, metrics.jsonl, checkpoints")
     return results
@@ -196,14 +201,16 @@ def _describe(config, preset, data, options, out):
     )
 
 
-def _evaluate(config, preset, data, model):
+def _evaluate(config, preset, data, model, mesh):
     """The numbers of the paper's tables, for the best checkpoint."""
     results = {"preset": config.preset, "vocabulary": data.vocabulary.kind, "evaluation": preset.evaluation}
     for name, tokens, words in (("validation", data.validation, data.words[0]), ("test", data.test, data.words[1])):
-        if preset.evaluation == "carried":
-            nats = evaluation.carried(model, tokens, preset.length)
+        if preset.evaluation == "sliding_window":
+            nats = evaluation.sliding_window(model, tokens, preset.length, mesh=mesh, progress=True)
+        elif preset.evaluation == "carried":
+            nats = evaluation.carried(model, tokens, preset.length, mesh=mesh)
         else:
-            nats = evaluation.sliding_window(model, tokens, preset.length, progress=True)
+            nats = evaluation.segments(model, tokens, preset.length, mesh=mesh)
         results[name] = {
             "nats": nats,
             "perplexity": math.exp(nats),
@@ -213,15 +220,14 @@ def _evaluate(config, preset, data, model):
     return results
 
 
-def _sample(config, data, model, out):
+def _sample(config, data, model, mesh):
     """Continues the first lines of the test text."""
     if model.config.positions == "descending" or config.sample == 0:
-        return
+        return None
     prompt = data.test[: min(len(data.test), 128)]
-    tokens = decode.generate(model, jnp.asarray(prompt)[None], config.sample, key=jax.random.key(0), temperature=0.8)
-    sample = f"{data.vocabulary.decode(prompt)}|{data.vocabulary.decode(np.asarray(tokens[0]))}\n"
-    run_folder.write_atomically(out / "samples.txt", sample)
-    print(f"--- a sample: what stands before | was given\n{sample}---")
+    prompts = training.place({"prompts": prompt[None]}, mesh, whole=True)["prompts"]
+    tokens = decode.generate(model, prompts, config.sample, key=jax.random.key(0), temperature=0.8)
+    return f"{data.vocabulary.decode(prompt)}|{data.vocabulary.decode(np.asarray(tokens[0]))}\n"
 
 
 def draw(lines: list[dict], path: pathlib.Path, title: str):

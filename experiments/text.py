@@ -115,7 +115,7 @@ class Vocabulary:
         if self.kind == "sentencepiece":
             end = self._processor.eos_id()
             for line in _lines(text):
-                out.extend(self._processor.encode(line))
+                out.extend(self._processor.encode(line.rstrip("\n")))
                 out.append(end)
             return np.asarray(out, np.int32)
         unknown = numbers.get(UNKNOWN)

@@ -27,7 +27,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments import run_folder
 from fwt_jax import sharding
@@ -305,12 +305,13 @@ def _loop(graph, loss, batches, config, evaluate, mesh, manager, state, log, sta
     return model_of(graph, state)
 
 
-def place(batch: dict[str, np.ndarray], mesh: Mesh | None) -> dict[str, jax.Array]:
-    """The arrays of a batch on the devices of a mesh, each process its part; all processes have the whole batch."""
+def place(batch: dict[str, np.ndarray], mesh: Mesh | None, *, whole: bool = False) -> dict[str, jax.Array]:
+    """The arrays of a batch on the devices of a mesh, split over them or ``whole``; all processes have all rows."""
     if mesh is None:
         return jax.tree.map(jnp.asarray, batch)
     batch = jax.tree.map(np.asarray, batch)
-    shardings = sharding.batch_partition(mesh, batch)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    shardings = jax.tree.map(lambda _: everywhere, batch) if whole else sharding.batch_partition(mesh, batch)
     return jax.tree.map(lambda x, s: jax.make_array_from_callback(x.shape, s, lambda i: x[i]), batch, shardings)
 
 
@@ -344,7 +345,9 @@ def _abstract(state, mesh):
     return State(**jax.tree.map(put, state._asdict(), shardings))
 
 
-def load(out: pathlib.Path, make_model: Callable[[], nnx.Module], *, best: bool = True) -> tuple[nnx.Module, int]:
+def load(
+    out: pathlib.Path, make_model: Callable[[], nnx.Module], *, best: bool = True, mesh: Mesh | None = None
+) -> tuple[nnx.Module, int]:
     """The best model of a run (the last, where nothing was evaluated, or if not ``best``), and its step.
 
     Raises:
@@ -358,7 +361,7 @@ def load(out: pathlib.Path, make_model: Callable[[], nnx.Module], *, best: bool 
         step = run_folder.best_step(manager) if best else manager.latest_step()
         if step is None:
             raise ValueError(f"{out / 'checkpoints'} is empty; train first, or name the folder of a run")
-        state = _abstract(jax.eval_shape(functools.partial(initial_state, make_model, config)), None)
+        state = _abstract(jax.eval_shape(functools.partial(initial_state, make_model, config)), mesh)
         model = {"params": state.params, "constants": state.constants}
         restored = manager.restore(step, args=ocp.args.Composite(model=ocp.args.StandardRestore(model)))["model"]
     return model_of(graph_of(make_model), state._replace(**restored)), step

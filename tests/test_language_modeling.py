@@ -1,0 +1,198 @@
+"""The language-model experiments: evaluation, presets of the paper, the command line from a text to its results."""
+
+import dataclasses
+import itertools
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import matplotlib.image
+import numpy as np
+import pytest
+import tyro
+from flax import nnx
+
+from experiments import language_comparison as comparison
+from experiments import language_model_evaluation as evaluation
+from experiments import language_modeling as lm
+from experiments import text
+from experiments.language_model_presets import PRESETS, Preset
+from fwt_jax.models import DecoderLM, ModelConfig
+
+TINY = ModelConfig(vocab_size=30, cutoffs=(10,), num_layers=2, d_model=16, d_ff=32, num_heads=2, head_size=8)
+
+
+def tokens_of(count):
+    return np.random.default_rng(0).integers(0, 30, count).astype(np.int32)
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def tiny_model(**options):
+    model = DecoderLM(dataclasses.replace(TINY, **options), rngs=nnx.Rngs(0))
+    model.embedding[...] = 20 * model.embedding[...]
+    for block in model.blocks:  # so that the memory matters
+        for layer in (block.attention.key, block.attention.value, block.attention.out):
+            layer.kernel[...] = 30 * layer.kernel[...]
+    return model
+
+
+def one_by_one(model, tokens, length):
+    """The authors' evaluation, a window at a time."""
+    losses = []
+    for start in range(len(tokens) - length):
+        window = jnp.asarray(tokens[None, start : start + length + 1])
+        loss, _ = model.losses(window[:, :-1], window[:, 1:])
+        losses += [*np.asarray(loss[0])] if start == 0 else [float(loss[0, -1])]
+    assert len(losses) == len(tokens) - 1
+    return np.mean(losses)
+
+
+@pytest.mark.parametrize("rule", ["softmax", "delta"])
+@pytest.mark.parametrize("batch_size", [3, 64])
+def test_sliding_windows_in_batches_are_the_authors_one_by_one(rule, batch_size):
+    model, tokens = tiny_model(rule=rule), tokens_of(40)
+    got = evaluation.sliding_window(model, tokens, 8, batch_size)
+    np.testing.assert_allclose(got, one_by_one(model, tokens, 8), rtol=1e-5)
+
+
+def test_a_memory_that_is_carried_reads_the_text_as_one_sequence():
+    model, tokens = tiny_model(positions=None), tokens_of(60)
+    losses, _ = model.losses(jnp.asarray(tokens[None, :-1]), jnp.asarray(tokens[None, 1:]))
+    np.testing.assert_allclose(evaluation.carried(model, tokens, 7), np.mean(losses), rtol=1e-5)
+    assert abs(evaluation.segments(model, tokens, 7, 1) - np.mean(losses)) > 1e-3
+
+
+def test_segments_are_read_by_themselves():
+    model, tokens = tiny_model(), tokens_of(47)
+    rows = tokens[:46].reshape(2, 23)
+    want = []
+    for start, end in ((0, 8), (8, 16), (16, 22)):
+        losses, _ = model.losses(jnp.asarray(rows[:, start:end]), jnp.asarray(rows[:, start + 1 : end + 1]))
+        want += [*np.asarray(losses).ravel()]
+    np.testing.assert_allclose(evaluation.segments(model, tokens, 8, 2), np.mean(want), rtol=1e-5)
+
+
+# --- the paper's rows ------------------------------------------------------------------------------------------------
+
+
+def test_the_presets_are_the_rows_of_the_paper():
+    counts = {}
+    for name, preset in PRESETS.items():
+        model = nnx.eval_shape(lambda config=preset.model: DecoderLM(config, rngs=nnx.Rngs(0)))
+        counts[name] = sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+        if preset.table:
+            small = name.startswith("small")
+            assert (preset.batch_size, preset.length) == ((96, 256) if small else (56, 384)), name
+            assert preset.training.steps == (500_000 if small else 400_000), name
+            delta = preset.model.rule == "delta"
+            assert counts[name] == (44_018_394 + 16_384 * delta if small else 89_833_434 + 32_768 * delta), name
+    assert [sum(p.table == table for p in PRESETS.values()) for table in (2, 3, 4, 5)] == [10, 3, 2, 4]
+
+
+def test_an_unknown_preset_names_all():
+    with pytest.raises(ValueError, match=r"preset must be one of demo, small-softmax, .*, got 'small'"):
+        lm.main(lm.Config(preset="small"))
+
+
+# --- from a text to its results --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_demo(monkeypatch):
+    """The demo, shrunk to seconds."""
+    demo = PRESETS["demo"]
+    training = dataclasses.replace(demo.training, steps=6, warmup=2, eval_every=3, save_every=3, log_every=2)
+    model = dataclasses.replace(demo.model, num_layers=1, d_model=16, d_ff=32, num_heads=2, head_size=8)
+    monkeypatch.setitem(PRESETS, "demo", Preset(model, training, 8, 16, "demo", "character", "sliding_window"))
+
+
+@pytest.fixture
+def book(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text("".join(f"the {i} cats sat on mat {i * 7 % 10}\n" for i in range(400)))
+    return path
+
+
+def test_a_run_from_a_text_to_results_plot_and_sample(small_demo, book, tmp_path, capsys):
+    config = lm.Config(text=(book,), vocabulary="sentencepiece", vocabulary_size=300, out=tmp_path / "run", sample=20)
+    lm.main(config)
+    out, printed = tmp_path / "run", capsys.readouterr().out
+    results = json.loads((out / "results.json").read_text())
+    assert "parameters, 1 layers, rule delta" in printed and "(sentencepiece)" in printed
+    assert "word_perplexity" in results["test"] and results["step"] in (3, 6)
+    parts = text.split(book.read_text())
+    data = lm.read_data(config, lm.settings(config), out)
+    assert results["test"]["tokens"] == len(data.vocabulary.encode(parts["test"])) - 1
+    words = text.count_words(parts["test"])
+    nats = results["test"]["nats"] * results["test"]["tokens"]
+    assert results["test"]["word_perplexity"] == pytest.approx(math.exp(min(700, nats / words)), rel=1e-6)
+    prompt, sample = (out / "samples.txt").read_text().split("|")
+    assert len(prompt) and len(sample)
+    assert matplotlib.image.imread(out / "loss.png").std() > 0.01
+    before = (out / "metrics.jsonl").read_text()
+    lm.main(config)  # nothing is trained again
+    assert (out / "metrics.jsonl").read_text() == before
+
+
+def test_a_run_with_another_vocabulary_is_refused(small_demo, book, tmp_path):
+    config = lm.Config(text=(book,), out=tmp_path / "run", sample=0)
+    lm.main(config)
+    book.write_text("zebra?\n" * 100 + book.read_text())
+    with pytest.raises(ValueError, match=r"holds another run: .*vocabulary.size was 26 and is"):
+        lm.main(config)
+
+
+def test_runs_on_a_mesh_and_refuses_batches_that_do_not_fit(small_demo, book, tmp_path):
+    with pytest.raises(ValueError, match="the batch has 6 rows, which the mesh of data=8"):
+        lm.main(lm.Config(text=(book,), out=tmp_path / "six", batch_size=6))
+
+
+def test_data_that_are_missing_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"WikiText-103 is not in .*: put wiki.train.tokens"):
+        lm.main(lm.Config(preset="small-delta", wikitext=tmp_path, out=tmp_path / "run"))
+    with pytest.raises(ValueError, match=r"no.txt is not there"):
+        lm.main(lm.Config(text=(tmp_path / "no.txt",), out=tmp_path / "run"))
+
+
+def test_the_command_line_changes_the_preset():
+    arguments = ["--preset", "medium-delta", "--steps", "7", "--batch-size", "16", "--dtype", "bfloat16", "--seed", "5"]
+    preset = lm.settings(tyro.cli(lm.Config, args=arguments))
+    assert (preset.training.steps, preset.training.seed, preset.batch_size, preset.length) == (7, 5, 16, 384)
+    assert preset.model == dataclasses.replace(PRESETS["medium-delta"].model, dtype="bfloat16")
+    assert lm.model_config(preset, 30_000).cutoffs == (20_000,)
+
+
+def test_the_table_has_the_papers_numbers_beside_ours():
+    numbers = {"nats": 3.5, "perplexity": 33.25, "word_perplexity": 33.25, "tokens": 9}
+    row = {"preset": "small-delta", "vocabulary": "word", "evaluation": "sliding_window", "step": 4}
+    lines = lm.table([row | {"validation": numbers, "test": numbers}]).splitlines()
+    assert lines[1].split() == ["small-delta", "2", "sliding_window", "33.25", "33.25", "34.1", "35.5", "4"]
+
+
+# --- the comparison --------------------------------------------------------------------------------------------------
+
+
+def test_the_comparison_trains_every_model_and_goes_on(tmp_path, monkeypatch):
+    model = dataclasses.replace(comparison.BASE, num_layers=1, d_model=16, d_ff=16, num_heads=2, head_size=4)
+    monkeypatch.setattr(comparison, "BASE", model)
+    monkeypatch.setattr(comparison, "LENGTH", 8)
+    monkeypatch.setattr(comparison, "CUTOFFS", (5, 12))
+    paths = [tmp_path / f"{name}.txt" for name in ("train", "valid", "test")]
+    for path in paths:
+        path.write_text("".join(f"The cat @-@ no. {i % 10} <unk> , sat on its mat .\n" for i in range(60)))
+    config = comparison.Config(paths[0], paths[1], (paths[2],), tmp_path / "out", steps=2)
+    results = [comparison.run(config, name, 1) for name in itertools.islice(comparison.MODELS, 3)]
+    assert comparison.run(config, "softmax", 1) == results[0]
+    assert all(1 < row["test"]["sliding_window"] < 100 and row["tokens"] == 2 * 8 * 8 for row in results)
+    lines = comparison.table(results, ["valid", "test"]).splitlines()
+    assert len(lines) == 5 and lines[2].startswith("| softmax |") and lines[2].endswith("| 1 | 34.1 |")
+    comparison.draw(results, ["test"], tmp_path / "plot.png")
+    assert matplotlib.image.imread(tmp_path / "plot.png").std() > 0.01
+
+
+def test_words_and_signs_are_taken_apart():
+    content = "A well @-@ known 1 @,@ 000 m (3.5 ft) <unk> , it's.\n"
+    assert comparison.separate(content) == "A well - known 1 , 000 m ( 3 . 5 ft ) <unk> , it ' s .\n"
