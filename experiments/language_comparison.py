@@ -46,7 +46,7 @@ MODELS = {
 PAPER = dict(zip(MODELS, (34.1, 38.3, 35.5, 38.8, 35.0, 39.6, 37.2), strict=True))
 BASE = ModelConfig(vocab_size=1, num_layers=4, d_model=128, d_ff=512, num_heads=8, head_size=16)
 CUTOFFS = (2000, 10_000)
-BATCH, LENGTH, MIN_COUNT, WINDOWS = 8, 256, 3, 10_000
+BATCH, LENGTH, MIN_COUNT, WINDOWS = 8, 256, 3, 3000
 
 
 @dataclasses.dataclass(frozen=True)
