@@ -16,7 +16,7 @@ import multiprocessing
 import os
 import pathlib
 import re
-import signal
+import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -152,9 +152,14 @@ def draw(results: list[dict], texts: list[str], path: pathlib.Path):
 
 
 def _start_worker(cores):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {cores.get()})
+
+
+def _end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)  # checkpoints are complete or not there
 
 
 def main(config: Config):

@@ -3,12 +3,22 @@
 config = config_from_toolkit(arguments)             # the toolkit's own: attn_type, n_layer, d_model, ...
 model = from_toolkit(state_dict, arguments)         # arrays by the toolkit's names
 state_dict = to_toolkit(model, arguments)
+
+model = load("model.safetensors")                   # what the toolkit saved, or save(model, path) of this file
+python -m fwt_jax.convert SRC DST                   # the toolkit's .pt, .npz or .safetensors to ours, or ours back
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
 from collections.abc import Mapping
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -193,3 +203,194 @@ def _one_after_another(index, count, heads):
         return whole
 
     return take, put
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def load(path: str | os.PathLike, arguments: Mapping | None = None) -> DecoderLM:
+    """A model from a file: what ``save`` wrote, or weights of the toolkit.
+
+    Args:
+      path: .npz or .safetensors, arrays by name (the toolkit's also behind "state/") and "config", a text of JSON; or
+        .pt, which takes PyTorch to read: a state_dict, or a dict of "state_dict" and "config".
+      arguments: of the toolkit, where the file does not have them as "config".
+
+    Raises:
+      ValueError: a file of another kind, without arguments, or whose names and shapes do not fit them, all named.
+    """
+    path = pathlib.Path(path)
+    arrays, config = _read(path)
+    config = arguments or config
+    if config is None:
+        raise ValueError(f"{path} has no arguments of the toolkit; give them as JSON with --config")
+    if "attn_type" in config:
+        state = {name.removeprefix("state/").removeprefix("module."): x for name, x in arrays.items()}
+        projections = [state.pop(name) for name in sorted(state, key=_number) if name.startswith("projection/")]
+        others = ("grad/", "memory_after_first/")  # of goldens
+        weights = {name: x for name, x in state.items() if "." in name and not name.startswith(others)}
+        return from_toolkit(weights, config, projections or None)
+    model = DecoderLM(ModelConfig(**config | {"cutoffs": tuple(config["cutoffs"])}), rngs=nnx.Rngs(0))
+    variables = _by_name(model)
+    wrong = [f"{name} is missing" for name in variables if name not in arrays]
+    wrong += [f"{name} is not used" for name in arrays if name not in variables]
+    wrong += [
+        f"{name} must be {list(x.shape)}, got {list(arrays[name].shape)}"
+        for name, x in variables.items()
+        if name in arrays and x.shape != arrays[name].shape
+    ]
+    if wrong:
+        raise ValueError(f"{path} does not fit its config: " + "; ".join(wrong))
+    for name, variable in variables.items():
+        variable[...] = jnp.asarray(arrays[name], variable.dtype)
+    return model
+
+
+def save(model: DecoderLM, path: str | os.PathLike, *, toolkit: bool = False):
+    """Writes a model as .npz or .safetensors, whole or not at all.
+
+    Args:
+      toolkit: with the names and arguments of the authors' toolkit.
+
+    Raises:
+      ValueError: another suffix; a model that the toolkit does not have.
+    """
+    if toolkit:
+        config = arguments_of(model.config)
+        arrays = to_toolkit(model, config)
+    else:
+        config = dataclasses.asdict(model.config)
+        arrays = {name: np.asarray(variable[...]) for name, variable in _by_name(model).items()}
+    path = pathlib.Path(path)
+    if path.suffix not in (".npz", ".safetensors"):
+        raise ValueError(f"{path} must end in .npz or .safetensors")
+    temporary = path.with_name(path.name + ".tmp" + path.suffix)
+    if path.suffix == ".npz":
+        np.savez(temporary, config=json.dumps(config), **arrays)
+    else:
+        _safetensors().numpy.save_file(arrays, temporary, metadata={"config": json.dumps(config)})
+    os.replace(temporary, path)
+
+
+def arguments_of(config: ModelConfig) -> dict[str, Any]:
+    """The toolkit's arguments of a model.
+
+    Raises:
+      ValueError: a model that no attn_type is.
+    """
+    sizes = {"performer_proj_dim": config.feature_size, "dpfp_n_roll": config.feature_size}
+    arguments = {
+        "n_layer": config.num_layers,
+        "n_head": config.num_heads,
+        "d_model": config.d_model,
+        "d_head": config.head_size,
+        "d_inner": config.d_ff,
+        "n_token": config.vocab_size,
+        "cutoffs": list(config.cutoffs),
+        "dropout": config.dropout,
+        "no_pos": config.positions is None,
+        "pre_lnorm": config.norm == "pre",
+    }
+    same = ("rule", "normalize", "feature_map", "feature_normalization", "output_scale", "eps", "norm")
+    if config.rule == "softmax":
+        same = ("rule", "norm")
+    for attn_type in sorted(ATTENTION, key=lambda attn_type: (attn_type < 20, attn_type)):
+        for skip in (False, True):
+            given = arguments | sizes | {"attn_type": attn_type, "skip_attn_normalization": skip}
+            if attn_type < 20 and given["pre_lnorm"]:
+                continue
+            other = config_from_toolkit(given)
+            if all(_plain(config, name) == _plain(other, name) for name in same):
+                return given
+    asked = ", ".join(f"{name}={getattr(config, name)!r}" for name in same)
+    raise ValueError(f"the toolkit has no such model: {asked}")
+
+
+def _plain(config, name):
+    value = getattr(config, name)
+    if name == "output_scale" and value is None:
+        return config.head_size**-0.5
+    if name == "eps" and not config.normalize:
+        return None
+    return value
+
+
+def _by_name(model):
+    """Every variable of a model, the random projections too."""
+    leaves = jax.tree_util.tree_leaves_with_path(nnx.state(model), is_leaf=lambda x: isinstance(x, nnx.Variable))
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+    flat = dict(nnx.to_flat_state(nnx.state(model)))
+    return dict(zip(names, flat.values(), strict=True))
+
+
+def _number(name):
+    tail = name.rpartition("/")[2]
+    return (int(tail), name) if tail.isdigit() else (-1, name)
+
+
+def _read(path):
+    """The arrays and the config of a file."""
+    if not path.is_file():
+        raise ValueError(f"{path} is not there")
+    if path.suffix == ".npz":
+        with np.load(path) as file:
+            arrays = {name: file[name] for name in file.files}
+        config = arrays.pop("config", None)
+        return arrays, None if config is None else json.loads(str(config))
+    if path.suffix == ".safetensors":
+        with _safetensors().safe_open(path, "numpy") as file:
+            metadata = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}
+        return arrays, json.loads(metadata["config"]) if "config" in metadata else None
+    if path.suffix in (".pt", ".pth"):
+        return _read_torch(path)
+    raise ValueError(f"{path} must end in .pt, .npz or .safetensors")
+
+
+def _read_torch(path):
+    try:
+        import torch
+    except ImportError as error:
+        raise ValueError(f"{path} takes PyTorch to read: pip install 'fwt-jax[convert]'") from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"{path} is not a state_dict. The toolkit saves the whole module: in its folder, load it and write "
+            "torch.save({'state_dict': model.state_dict(), 'config': {'attn_type': ..., ...}}, path). "
+            f"({type(error).__name__})"
+        ) from error
+    state = content.get("state_dict", content.get("model_state_dict", content))
+    return {name: x.float().numpy() for name, x in state.items() if hasattr(x, "numpy")}, content.get("config")
+
+
+def _safetensors():
+    try:
+        import safetensors
+        import safetensors.numpy
+    except ImportError as error:
+        raise ValueError("this file takes safetensors: pip install 'fwt-jax[convert]'") from error
+    return safetensors
+
+
+def main(args: list[str] | None = None):
+    """The command line: SRC to DST, each in its own format; of ours, to the toolkit's."""
+    parser = argparse.ArgumentParser("python -m fwt_jax.convert", description=main.__doc__)
+    parser.add_argument("source", type=pathlib.Path, help="the toolkit's .pt, .npz or .safetensors, or one of ours")
+    parser.add_argument("destination", type=pathlib.Path, help=".npz or .safetensors")
+    parser.add_argument("--config", type=pathlib.Path, help="JSON of the toolkit's arguments, if SRC has none")
+    options = parser.parse_args(args)
+    try:
+        arguments = None if options.config is None else json.loads(options.config.read_text(encoding="utf-8"))
+        _, config = _read(options.source)
+        model = load(options.source, arguments)
+        back = "attn_type" not in (arguments or config)
+        save(model, options.destination, toolkit=back)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    count = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    print(f"wrote {options.destination}: {count:,} parameters, {'of the toolkit' if back else 'of fwt_jax'}")
+
+
+if __name__ == "__main__":
+    main()

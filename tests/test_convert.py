@@ -1,0 +1,128 @@
+"""Files of weights: the toolkit's and ours, there and back, and what is refused."""
+
+import dataclasses
+import json
+import pathlib
+import sys
+
+import chex
+import numpy as np
+import pytest
+from flax import nnx
+
+from fwt_jax import convert
+from fwt_jax.models import DecoderLM, ModelConfig
+
+GOLDEN = sorted((pathlib.Path(__file__).parent / "golden" / "lmtool").glob("*.npz"))
+TINY = ModelConfig(vocab_size=20, num_layers=2, d_model=8, d_ff=8, num_heads=2, head_size=4)
+FAVOR = dataclasses.replace(TINY, feature_map="favor_plus", feature_size=3, cutoffs=(5, 9))
+
+
+def equal(model, other):
+    assert model.config == other.config
+    chex.assert_trees_all_equal(nnx.state(model), nnx.state(other))
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_the_command_converts_the_toolkits_weights_there_and_back(path, tmp_path, capsys):
+    ours, back = tmp_path / "ours.safetensors", tmp_path / "back.npz"
+    convert.main([str(path), str(ours)])
+    convert.main([str(ours), str(back)])
+    assert "parameters, of fwt_jax" in (printed := capsys.readouterr().out) and "parameters, of the toolkit" in printed
+    golden, got = np.load(path), np.load(back)
+    names = [name for name in got.files if name != "config"]
+    assert {f"state/{name}" for name in names} == {
+        name for name in golden.files if name.startswith("state/") and "inv_freq" not in name
+    }
+    for name in names:
+        np.testing.assert_array_equal(got[name], golden[f"state/{name}"])
+    model = convert.load(path)
+    equal(convert.load(ours), model)
+
+
+@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+@pytest.mark.parametrize("config", [TINY, FAVOR], ids=["elu", "favor_plus"])
+def test_ours_are_saved_whole_with_their_random_projections(config, suffix, tmp_path):
+    model = DecoderLM(config, rngs=nnx.Rngs(7))
+    convert.save(model, tmp_path / f"model.{suffix}")
+    equal(convert.load(tmp_path / f"model.{suffix}"), model)
+    assert [path.name for path in tmp_path.iterdir()] == [f"model.{suffix}"]
+
+
+def toolkit_arrays():
+    golden = np.load(GOLDEN[0])
+    arrays = {name[6:]: golden[name] for name in golden.files if name.startswith("state/")}
+    return arrays, json.loads(str(golden["config"]))
+
+
+def test_arguments_may_come_from_a_file_of_their_own(tmp_path):
+    arrays, arguments = toolkit_arrays()
+    source, config = tmp_path / "state.npz", tmp_path / "config.json"
+    np.savez(source, **{f"module.{name}": x for name, x in arrays.items()})  # as DataParallel names them
+    config.write_text(json.dumps(arguments))
+    convert.main([str(source), str(tmp_path / "ours.npz"), "--config", str(config)])
+    equal(convert.load(tmp_path / "ours.npz"), convert.load(GOLDEN[0]))
+    with pytest.raises(ValueError, match=r"state.npz has no arguments of the toolkit; give them as JSON with --config"):
+        convert.load(source)
+
+
+@pytest.mark.parametrize("attn_type", sorted(convert.ATTENTION))
+@pytest.mark.parametrize("skip", [False, True])
+def test_every_model_of_the_toolkit_has_its_arguments(attn_type, skip):
+    arguments = toolkit_arrays()[1] | {"attn_type": attn_type, "skip_attn_normalization": skip, "dpfp_n_roll": 3}
+    config = convert.config_from_toolkit(arguments)
+    assert convert.config_from_toolkit(convert.arguments_of(config)) == config
+
+
+@pytest.mark.parametrize("options", [{"rule": "fwm"}, {"feature_normalization": "l2"}, {"output_scale": 2.0}])
+def test_models_that_the_toolkit_does_not_have(options, tmp_path):
+    model = DecoderLM(dataclasses.replace(TINY, **options), rngs=nnx.Rngs(0))
+    (name, value) = next(iter(options.items()))
+    with pytest.raises(ValueError, match=f"the toolkit has no such model: .*{name}={value!r}"):
+        convert.save(model, tmp_path / "x.npz", toolkit=True)
+
+
+def test_names_and_shapes_that_do_not_fit_are_all_named(tmp_path):
+    path = tmp_path / "model.npz"
+    convert.save(DecoderLM(TINY, rngs=nnx.Rngs(0)), path)
+    arrays = dict(np.load(path))
+    arrays["more"] = arrays.pop("embedding")
+    arrays["output_bias"] = np.zeros(3, np.float32)
+    np.savez(path, **arrays)
+    words = r"embedding is missing; more is not used; output_bias must be \[20\], got \[3\]"
+    with pytest.raises(ValueError, match=words):
+        convert.load(path)
+
+
+def test_files_that_are_none(tmp_path, capsys):
+    (tmp_path / "weights.bin").write_bytes(b"")
+    for path, words in (("nothing.npz", "is not there"), ("weights.bin", "must end in .pt, .npz or .safetensors")):
+        with pytest.raises(ValueError, match=words):
+            convert.load(tmp_path / path)
+    with pytest.raises(ValueError, match=r"model.pt must end in .npz or .safetensors"):
+        convert.save(DecoderLM(TINY, rngs=nnx.Rngs(0)), tmp_path / "model.pt")
+    with pytest.raises(SystemExit):
+        convert.main([str(tmp_path / "nothing.npz"), str(tmp_path / "x.npz")])
+    assert "nothing.npz is not there" in capsys.readouterr().err
+
+
+def test_a_file_of_pytorch_without_pytorch_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "model.pt").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ValueError, match=r"takes PyTorch to read: pip install 'fwt-jax\[convert\]'"):
+        convert.load(tmp_path / "model.pt")
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ValueError, match=r"takes safetensors: pip install 'fwt-jax\[convert\]'"):
+        convert.save(DecoderLM(TINY, rngs=nnx.Rngs(0)), tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_file_of_pytorch(wrapped, tmp_path):
+    torch = pytest.importorskip("torch", reason="pip install torch")
+    arrays, arguments = toolkit_arrays()
+    state = {name: torch.tensor(x) for name, x in arrays.items()}
+    torch.save({"state_dict": state, "config": arguments} if wrapped else state, tmp_path / "model.pt")
+    equal(convert.load(tmp_path / "model.pt", None if wrapped else arguments), convert.load(GOLDEN[0]))
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pt")
+    with pytest.raises(ValueError, match=r"is not a state_dict. The toolkit saves the whole module: in its folder"):
+        convert.load(tmp_path / "module.pt")
