@@ -85,8 +85,9 @@ def fast_weight_attention(
       normalize: attention normalisation, with z_t = α_t z_{t−1} + k_t (+ β_t k_t for "sum"), which only calls that
         normalise advance: do not mix them. False; "read" divides the read by z_tᵀq_t + eps
         (eq. 28); "retrieval" (delta only) also divides what the key recalls, (α_t W_{t−1})ᵀk_t, by (α_t z_{t−1})ᵀk_t
-        + eps (eq. 27). A sum d of 0, as at the first token, counts as 1; and the write is weakened by d/(d + eps), as
-        in the authors' kernels: where a strong decay makes d tiny, take eps = 0.
+        + eps (eq. 27), where that is d + eps. At the first token, where z is 0, d counts as 1; and the write is
+        weakened by d/(d + eps), as in the authors' kernels. So a key that shares no feature with those before it is not
+        written, and one that a strong decay leaves little of hardly is: eps = 0 writes them, with d = 0 as 1.
       eps: see ``normalize``. 1e-6 in the authors' retrieval program, 1e-5 in their language models.
       form: "chunkwise" trains; "recurrent" is the definition, and right for T = 1; "parallel" (sum, delta) is one
         chunk. All give the same numbers up to rounding.
@@ -147,7 +148,8 @@ def fast_weight_attention(
     if normalize == "retrieval":
         # To divide by d what k recalls, and nothing else, is the plain rule with the key k/d and the strength βd.
         mass = jnp.sum(found * key, axis=-1)
-        divisor, mass = jnp.where(mass == 0, 1, mass + eps), jnp.where(mass == 0, 1, mass)
+        counts_as_one = (mass == 0) if eps == 0 else jnp.all(found == 0, axis=-1)
+        divisor, mass = jnp.where(counts_as_one, 1, mass + eps), jnp.where(counts_as_one, 1, mass)
         write_key, beta = key / divisor[..., None], beta * mass
     inputs = (memory.fast_weights, query, write_key, value, beta, log_decay, reset)
     if form == "chunkwise":

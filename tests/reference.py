@@ -46,9 +46,10 @@ def attention(
             recalled = W @ k  # eq. 20
             if normalize == "retrieval":
                 # Eq. 27 with the authors' eps: k/(d + eps) retrieves and is written, with the strength βd. For eps = 0
-                # that is v̄ = Wk/d and a write of β(v − v̄) ⊗ k. Where d = 0 nothing is divided.
+                # that is v̄ = Wk/d and a write of β(v − v̄) ⊗ k. At the first token, and for eps = 0 wherever d = 0,
+                # nothing is divided.
                 d = z @ k
-                if np.real(d) != 0:
+                if (np.real(d) != 0) if eps == 0 else np.any(np.real(z) != 0):
                     recalled, strength = recalled / (d + eps), strength * d / (d + eps)
             W = W + strength * np.outer(v - recalled, k)  # eq. 24
         if rule == "fwm":
