@@ -21,6 +21,7 @@ class Preset:
     vocabulary: Literal["word", "character", "sentencepiece"] = "word"
     evaluation: Literal["sliding_window", "carried", "segments"] = "sliding_window"
     carry: bool = False  # whether a segment starts from the memory of the one before it
+    contexts: tuple[tuple[int, int, tuple[float, float]], ...] = ()  # also read with (memory, length): the paper's
     table: int = 0  # of the paper
     paper: tuple[float, float] | None = None  # perplexity, validation and test
 
@@ -97,6 +98,15 @@ PRESETS = {
     # table 4: the whole text as one sequence (of the sum rule the paper has "> 260")
     "medium-sum-whole": _medium(4, (260.0, 260.0), SUM, NO_POSITIONS, **WHOLE),
     "medium-delta-whole": _medium(4, (27.8, 29.4), DELTA, NO_POSITIONS, **WHOLE),
+    "medium-xl": _medium(
+        4,
+        (24.6, 25.5),
+        SOFTMAX,
+        {"positions": "relative", "memory_length": 384},
+        training=TrainConfig(steps=200_000, warmup=1000),
+        contexts=((15, 1, (65.7, 65.5)), (64, 64, (29.3, 30.1)), (128, 128, (26.4, 27.4))),
+        **WHOLE,
+    ),
     # table 5
     "small-performer16-sum": _small(5, (38.0, 38.8), SUM, performer(16)),
     "small-performer16-delta": _small(5, (36.0, 37.0), DELTA, performer(16)),

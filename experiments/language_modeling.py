@@ -36,6 +36,7 @@ from experiments.language_model_presets import PRESETS, Preset, find
 from fwt_jax import decode, sharding
 from fwt_jax.models import DecoderLM, ModelConfig
 
+PARTS = ("validation", "test")
 RUNS = pathlib.Path("runs/language_modeling")
 
 
@@ -217,6 +218,10 @@ def _evaluate(config, preset, data, model, mesh):
             "word_perplexity": math.exp(min(700.0, nats * (len(tokens) - 1) / words)),
             "tokens": len(tokens) - 1,
         }
+        for memory_length, length, _ in preset.contexts:
+            other = evaluation.with_config(model, dataclasses.replace(model.config, memory_length=memory_length))
+            nats = evaluation.carried(other, tokens, length, mesh=mesh)
+            results[name][f"perplexity, memory {memory_length}, length {length}"] = math.exp(nats)
     return results
 
 
@@ -250,9 +255,12 @@ def table(results: list[dict]) -> str:
     for row in results:
         preset = PRESETS.get(row["preset"])
         paper = preset.paper if preset and preset.paper and row["vocabulary"] == "word" else ("", "")
-        ours = (f"{row[name]['perplexity']:.2f}" for name in ("validation", "test"))
+        ours = (f"{row[name]['perplexity']:.2f}" for name in PARTS)
         number = preset.table if preset and preset.table else ""
         rows.append((row["preset"], number, row["evaluation"], *ours, *paper, row["step"]))
+        for memory, length, paper in preset.contexts if preset else ():
+            ours = (f"{row[name][f'perplexity, memory {memory}, length {length}']:.2f}" for name in PARTS)
+            rows.append((row["preset"], number, f"memory {memory}, length {length}", *ours, *paper, row["step"]))
     widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(str(x).ljust(width) for x, width in zip(row, widths, strict=True)) for row in rows)
 

@@ -26,7 +26,7 @@ from flax import nnx
 from fwt_jax.models import DecoderLM, ModelConfig
 
 # attn_type -> rule, feature map, whether features are normalised by their sum, attention normalisation
-ATTENTION = {2: ("softmax", "elu_plus_one", False, False)}
+ATTENTION = {0: ("softmax", "elu_plus_one", False, False), 2: ("softmax", "elu_plus_one", False, False)}
 for _last, _map in ((4, "elu_plus_one"), (5, "favor_plus"), (6, "dpfp")):
     ATTENTION[_last] = ("sum", _map, False, "read")
     ATTENTION[20 + _last] = ("delta", _map, True, "read")
@@ -40,7 +40,8 @@ def config_from_toolkit(arguments: Mapping) -> ModelConfig:
 
     Args:
       arguments: by the toolkit's names: attn_type, n_layer, n_head, d_model, d_head, d_inner, n_token, cutoffs, and
-        where they matter pre_lnorm, no_pos, skip_attn_normalization, performer_proj_dim, dpfp_n_roll, dropout.
+        where they matter pre_lnorm, no_pos, skip_attn_normalization, performer_proj_dim, dpfp_n_roll, mem_len,
+        clamp_len, dropout.
 
     Raises:
       ValueError: an attn_type that is none of the paper's, an argument that is missing.
@@ -60,6 +61,9 @@ def config_from_toolkit(arguments: Mapping) -> ModelConfig:
             f"pre_lnorm with attn_type {arguments['attn_type']} normalises keys and values but not queries; "
             "there is no such model here"
         )
+    if relative := arguments["attn_type"] == 0:
+        clamp_length = max(0, arguments.get("clamp_len", 0))  # -1 is none, too
+        scale = {"memory_length": arguments.get("mem_len", 0), "clamp_length": clamp_length}
     size = {"favor_plus": "performer_proj_dim", "dpfp": "dpfp_n_roll"}.get(feature_map)
     return ModelConfig(
         vocab_size=arguments["n_token"],
@@ -73,7 +77,7 @@ def config_from_toolkit(arguments: Mapping) -> ModelConfig:
         feature_size=arguments[size] if size else 1,
         feature_normalization="sum" if by_sum else None,
         normalize=normalize,
-        positions=None if arguments.get("no_pos") else "descending",
+        positions="relative" if relative else None if arguments.get("no_pos") else "descending",
         norm="pre" if arguments.get("pre_lnorm") else "post",
         cutoffs=tuple(arguments["cutoffs"]),
         dropout=arguments.get("dropout", 0.1),
@@ -144,13 +148,16 @@ def _table(model, arguments):
     transposed = (lambda x: x.T, lambda x, _: x.T)
     yield "word_emb.emb_layers.0.weight", model.embedding, *same
     yield "crit.out_layers.0.bias", model.output_bias, *same
+    if model.content_bias is not None:
+        yield "r_w_bias", model.content_bias, *same
+        yield "r_r_bias", model.position_bias, *same
     if model.cluster_kernel is not None:
         yield "crit.cluster_weight", model.cluster_kernel, *same
         yield "crit.cluster_bias", model.cluster_bias, *same
     for i, block in enumerate(model.blocks):
         attention, layer = block.attention, f"layers.{i}."
         heads, size = attention.query.kernel.shape[1:]
-        separate = arguments["attn_type"] < 20  # q_net and kv_net, else one matrix, head by head
+        separate = 0 < arguments["attn_type"] < 20  # q_net and kv_net, else one matrix, head by head
         parts = [("query", size), ("key", size), ("value", size)]
         parts += [("beta", 1)] if getattr(attention, "beta", None) is not None else []
         for index, (part, rows) in enumerate(parts):
@@ -159,7 +166,11 @@ def _table(model, arguments):
             if separate:
                 name = f"{layer}dec_attn." + ("q" if part == "query" else "kv") + "_net.weight"
                 take, put = _one_after_another(max(0, index - 1), 1 if part == "query" else 2, heads)
+            elif arguments["attn_type"] == 0:
+                take, put = _one_after_another(index, 3, heads)
             yield name, getattr(attention, part).kernel, take, put
+        if arguments["attn_type"] == 0:
+            yield f"{layer}dec_attn.r_net.weight", attention.position.kernel, *_one_after_another(0, 1, heads)
         yield (
             f"{layer}dec_attn.o_net.weight",
             attention.out.kernel,
@@ -225,11 +236,11 @@ def load(path: str | os.PathLike, arguments: Mapping | None = None) -> DecoderLM
     if config is None:
         raise ValueError(f"{path} has no arguments of the toolkit; give them as JSON with --config")
     if "attn_type" in config:
-        state = {name.removeprefix("state/").removeprefix("module."): x for name, x in arrays.items()}
-        projections = [state.pop(name) for name in sorted(state, key=_number) if name.startswith("projection/")]
-        others = ("grad/", "memory_after_first/")  # of goldens
-        weights = {name: x for name, x in state.items() if "." in name and not name.startswith(others)}
-        return from_toolkit(weights, config, projections or None)
+        projections = [arrays[name] for name in sorted(arrays, key=_number) if name.startswith("projection/")]
+        prefix = "state/" if any(name.startswith("state/") for name in arrays) else ""
+        state = {name.removeprefix(prefix): x for name, x in arrays.items() if name.startswith(prefix)}
+        state = {name.removeprefix("module."): x for name, x in state.items() if not name.startswith("projection/")}
+        return from_toolkit(state, config, projections or None)
     model = DecoderLM(ModelConfig(**config | {"cutoffs": tuple(config["cutoffs"])}), rngs=nnx.Rngs(0))
     variables = _by_name(model)
     wrong = [f"{name} is missing" for name in variables if name not in arrays]
@@ -289,11 +300,13 @@ def arguments_of(config: ModelConfig) -> dict[str, Any]:
         "cutoffs": list(config.cutoffs),
         "dropout": config.dropout,
         "no_pos": config.positions is None,
+        "mem_len": config.memory_length,
+        "clamp_len": config.clamp_length,
         "pre_lnorm": config.norm == "pre",
     }
     same = ("rule", "normalize", "feature_map", "feature_normalization", "output_scale", "eps", "norm")
     if config.rule == "softmax":
-        same = ("rule", "norm")
+        same = ("rule", "norm", "positions")
     for attn_type in sorted(ATTENTION, key=lambda attn_type: (attn_type < 20, attn_type)):
         for skip in (False, True):
             given = arguments | sizes | {"attn_type": attn_type, "skip_attn_normalization": skip}

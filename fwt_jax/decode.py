@@ -29,7 +29,7 @@ def generate(
     T + max_new_tokens). The prompt takes the chunkwise form.
 
     Args:
-      model: with ``positions=None``: what it has read must not depend on what follows.
+      model: with ``positions`` None or "relative": what it has read must not depend on what follows.
       prompts: integers ``[B, T]``; those shorter than T end at its end: ``prompts[b, -lengths[b]:]`` counts.
       max_new_tokens: at least 1.
       lengths: integers ``[B]``, from 1 to T; T if not given.
@@ -43,14 +43,16 @@ def generate(
       The new tokens, int32 ``[B, max_new_tokens]``.
 
     Raises:
-      ValueError: a model with positions, numbers out of their ranges, a temperature above 0 without a key, prompts
-        that are not integers ``[B, T]``.
+      ValueError: a model with positions "descending", lengths with "relative", numbers out of their ranges, a
+        temperature above 0 without a key, prompts that are not integers ``[B, T]``.
     """
-    if model.config.positions is not None:
+    if model.config.positions == "descending":
         raise ValueError(
-            f"generate needs a model with positions=None, got {model.config.positions!r}, which counts the tokens that "
+            "generate needs a model with positions=None or 'relative', got 'descending', which counts the tokens that "
             "follow, so that each new one would change what all before it wrote"
         )
+    if model.config.positions == "relative" and lengths is not None:
+        raise ValueError('lengths are not for positions="relative", whose memory is not cut; take equal prompts')
     if prompts.ndim != 2 or 0 in prompts.shape or not jnp.issubdtype(prompts.dtype, jnp.integer):
         raise ValueError(f"prompts must be integers [B, T], T ≥ 1, got {prompts.dtype}{list(prompts.shape)}")
     if lengths is not None and (lengths.shape != prompts.shape[:1] or not jnp.issubdtype(lengths.dtype, jnp.integer)):
@@ -80,6 +82,7 @@ def _generate(model, prompts, lengths, key, temperature, max_new_tokens, greedy,
     batch, length = prompts.shape
     # What stands before a prompt is a document of its own, which its first token drops.
     segment_ids = (jnp.arange(length)[None] >= length - lengths[:, None]).astype(jnp.int32)
+    segment_ids = None if model.config.positions == "relative" else segment_ids
     memory = model.init_memory(batch, length + max_new_tokens)
     hidden, memory = model.hidden(prompts, memory, segment_ids=segment_ids)
     graph, state = nnx.split(model)

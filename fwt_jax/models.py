@@ -21,6 +21,7 @@ from jax import lax
 
 from fwt_jax import feature_maps
 from fwt_jax.layers import FastWeightAttention, FavorPlus, SoftmaxAttention
+from fwt_jax.relative import RelativeAttention
 from fwt_jax.sharding import over_batch
 
 FEATURE_MAPS = ("identity", "relu", "relu_squared", "tanh", "elu_plus_one", "softmax", "taylor", "dpfp", "favor_plus")
@@ -42,7 +43,10 @@ class ModelConfig:
       normalize, eps: attention normalisation, see ``fast_weight_attention``.
       output_scale: of what is read; None: head_size**-0.5, as the authors' kernels have it.
       positions: "descending" adds sinusoids of the number of tokens that follow in the call (the authors count so);
-        None adds nothing, which a memory that is carried from call to call needs.
+        None adds nothing, which a memory that is carried from call to call needs; "relative", of rule "softmax", is
+        Transformer-XL (Dai et al. 2019).
+      memory_length, clamp_length: of "relative": tokens seen beside those of the call, and the largest distance that
+        is told apart (0: all are).
       norm: "post" (the paper), or "pre" as the authors' toolkit has it: the residual of an attention layer is what
         its normalisation gives.
       cutoffs: of an adaptive softmax: the first words of the clusters of rarer words; () for a plain softmax.
@@ -69,7 +73,9 @@ class ModelConfig:
     normalize: Literal[False, "read", "retrieval"] = False
     eps: float = 1e-5
     output_scale: float | None = None
-    positions: Literal[None, "descending"] = "descending"
+    positions: Literal[None, "descending", "relative"] = "descending"
+    memory_length: int = 0
+    clamp_length: int = 0
     norm: Literal["post", "pre"] = "post"
     cutoffs: tuple[int, ...] = ()
     dropout: float = 0.1
@@ -85,12 +91,25 @@ class ModelConfig:
         one_of("rule", ("softmax", "sum", "delta", "fwm"))
         one_of("feature_map", FEATURE_MAPS)
         one_of("feature_normalization", (None, "sum", "l2"))
-        one_of("positions", (None, "descending"))
+        one_of("positions", (None, "descending", "relative"))
         one_of("norm", ("post", "pre"))
         one_of("dtype", ("float32", "bfloat16"))
         for name in ("vocab_size", "num_layers", "d_model", "d_ff", "num_heads", "head_size", "feature_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if min(self.memory_length, self.clamp_length) < 0:
+            raise ValueError(
+                f"memory_length and clamp_length must not be negative, got {self.memory_length}, {self.clamp_length}"
+            )
+        relative = self.positions == "relative"
+        if (relative and (self.rule != "softmax" or self.norm != "post")) or (
+            not relative and (self.memory_length or self.clamp_length)
+        ):
+            raise ValueError(
+                'positions="relative", memory_length and clamp_length belong together, to rule="softmax" and '
+                f'norm="post"; got positions={self.positions!r}, rule={self.rule!r}, norm={self.norm!r}, '
+                f"memory_length={self.memory_length}, clamp_length={self.clamp_length}"
+            )
         if self.d_model % 2:
             raise ValueError(f"d_model must be even, half of it sines and half cosines, got {self.d_model}")
         if not 0 <= self.dropout < 1:
@@ -99,8 +118,11 @@ class ModelConfig:
         if any(low >= high for low, high in itertools.pairwise(bounds)):
             raise ValueError(f"cutoffs must rise between 0 and vocab_size {self.vocab_size}, got {self.cutoffs}")
 
-    def make_attention(self, rngs: nnx.Rngs) -> FastWeightAttention | SoftmaxAttention:
+    def make_attention(self, rngs: nnx.Rngs) -> FastWeightAttention | SoftmaxAttention | RelativeAttention:
         """The attention layer of one block."""
+        if self.positions == "relative":
+            sizes = (self.d_model, self.num_heads, self.head_size, self.memory_length, self.clamp_length)
+            return RelativeAttention(*sizes, dtype=jnp.dtype(self.dtype), kernel_init=INIT, rngs=rngs)
         shared = {"kernel_init": INIT, "use_bias": False, "dtype": jnp.dtype(self.dtype), "rngs": rngs}
         if self.rule == "softmax":
             return SoftmaxAttention(self.d_model, self.num_heads, self.head_size, **shared)
@@ -160,12 +182,13 @@ class Block(nnx.Module):
         self.attention_norm, self.feed_forward_norm = _layer_norm(config, rngs), _layer_norm(config, rngs)
         self.norm, self.dropout = config.norm, config.dropout
 
-    def __call__(self, x: jax.Array, memory=None, *, segment_ids=None, rngs: nnx.Rngs | None = None):
-        """x ``[B, T, D]``, float32 -> the same, and the memory."""
+    def __call__(self, x: jax.Array, memory=None, *, rngs: nnx.Rngs | None = None, **options):
+        """x ``[B, T, D]``, float32 -> the same, and the memory. ``options``: of the attention layer."""
         if self.norm == "pre":
             x = self.attention_norm(x)
-        options = {} if isinstance(self.attention, SoftmaxAttention) else {"rngs": rngs}
-        y, memory = self.attention(x, memory, segment_ids=segment_ids, **options)
+        if isinstance(self.attention, FastWeightAttention):
+            options["rngs"] = rngs
+        y, memory = self.attention(x, memory, **options)
         x = x + _dropout(y.astype(jnp.float32), self.dropout, rngs)
         if self.norm == "pre":
             y = self.feed_forward(self.feed_forward_norm(x), rngs)
@@ -181,6 +204,7 @@ class DecoderLM(nnx.Module):
     Attributes:
       embedding: ``[V, D]``; output_bias ``[V]``.
       cluster_kernel, cluster_bias: ``[c, D]`` and ``[c]``, of the adaptive softmax; None without.
+      content_bias, position_bias: ``[H, head_size]``, of positions "relative"; None without.
       blocks: of type ``Block``.
     """
 
@@ -191,6 +215,9 @@ class DecoderLM(nnx.Module):
         clusters = len(config.cutoffs)
         self.cluster_kernel = nnx.Param(INIT(rngs.params(), (clusters, config.d_model))) if clusters else None
         self.cluster_bias = nnx.Param(jnp.zeros(clusters)) if clusters else None
+        bias = lambda: nnx.Param(INIT(rngs.params(), (config.num_heads, config.head_size)))  # noqa: E731
+        self.content_bias = bias() if config.positions == "relative" else None
+        self.position_bias = bias() if config.positions == "relative" else None
         self.blocks = nnx.List([Block(config, rngs) for _ in range(config.num_layers)])
 
     def __call__(self, tokens, memory=None, *, segment_ids=None, rngs=None):
@@ -245,16 +272,19 @@ class DecoderLM(nnx.Module):
             raise ValueError(f"tokens must be integers [B, T], got {tokens.dtype}{list(tokens.shape)}")
         config = self.config
         x = self.embedding[...][tokens] * config.d_model**0.5
-        if config.positions:
+        if config.positions == "descending":
             x = x + sinusoids(jnp.arange(tokens.shape[1])[::-1], config.d_model)[None]
         x = _dropout(x, config.dropout, rngs)
+        options = {"segment_ids": segment_ids}
+        if config.positions == "relative":
+            options = self._relative_options(tokens.shape[1], segment_ids, rngs)
         memory = (None,) * config.num_layers if memory is None else memory
         if len(memory) != config.num_layers:
             raise ValueError(f"memory must have one for each of {config.num_layers} blocks, got {len(memory)}")
         memories = []
         for block, before in zip(self.blocks, memory, strict=True):
             call = nnx.remat(_call_block) if config.remat else _call_block
-            x, after = call(block, x, before, segment_ids, rngs)
+            x, after = call(block, x, before, options, rngs)
             memories.append(after)
         return _dropout(x, config.dropout, rngs), tuple(memories)
 
@@ -265,16 +295,27 @@ class DecoderLM(nnx.Module):
 
     def init_memory(self, batch_size: int, max_length: int | None = None):
         """Empty memories of all blocks. max_length: tokens that softmax attention has room for; else without effect."""
-        sizes = (batch_size, max_length) if self.config.rule == "softmax" else (batch_size,)
+        cached = self.config.rule == "softmax" and self.config.positions != "relative"
+        sizes = (batch_size, max_length) if cached else (batch_size,)
         return tuple(block.attention.init_memory(*sizes) for block in self.blocks)
+
+    def _relative_options(self, num_tokens, segment_ids, rngs):
+        if segment_ids is not None:
+            raise ValueError('segment_ids are not for positions="relative", whose memory is not cut; leave them out')
+        positions = sinusoids(self.blocks[0].attention.distances(num_tokens), self.config.d_model)
+        return {
+            "positions": _dropout(positions, self.config.dropout, rngs),
+            "content_bias": self.content_bias[...],
+            "position_bias": self.position_bias[...],
+        }
 
     def _output(self):
         clusters = () if self.cluster_kernel is None else (self.cluster_kernel[...], self.cluster_bias[...])
         return self.embedding[...], self.output_bias[...], *clusters
 
 
-def _call_block(block, x, memory, segment_ids, rngs):
-    return block(x, memory, segment_ids=segment_ids, rngs=rngs)
+def _call_block(block, x, memory, options, rngs):
+    return block(x, memory, rngs=rngs, **options)
 
 
 def _dropout(x, rate, rngs):

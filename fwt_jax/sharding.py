@@ -25,7 +25,7 @@ BATCH = ("data", "fsdp")  # the axes of the mesh that the batch is split over
 # what no row fits is whole on every device. Moments of an optimizer have the paths of their parameters at their end.
 RULES: tuple[tuple[str, P], ...] = (
     (r"(^|/)embedding$", P("tensor", "fsdp")),  # [V, D]
-    (r"/(query|key|value)/kernel$", P("fsdp", "tensor", None)),  # [D, H, K]
+    (r"/(query|key|value|position)/kernel$", P("fsdp", "tensor", None)),  # [D, H, K]
     (r"/beta/kernel$", P("fsdp", "tensor")),  # [D, H]
     (r"attention/out/kernel$", P("tensor", None, "fsdp")),  # [H, V, D]
     (r"/hidden/kernel$", P("fsdp", "tensor")),  # [D, F]

@@ -14,6 +14,7 @@ from fwt_jax import convert
 from fwt_jax.models import DecoderLM, ModelConfig
 
 GOLDEN = sorted((pathlib.Path(__file__).parent / "golden" / "lmtool").glob("*.npz"))
+TYPE24 = next(path for path in GOLDEN if path.stem == "type24")
 TINY = ModelConfig(vocab_size=20, num_layers=2, d_model=8, d_ff=8, num_heads=2, head_size=4)
 FAVOR = dataclasses.replace(TINY, feature_map="favor_plus", feature_size=3, cutoffs=(5, 9))
 
@@ -50,7 +51,7 @@ def test_ours_are_saved_whole_with_their_random_projections(config, suffix, tmp_
 
 
 def toolkit_arrays():
-    golden = np.load(GOLDEN[0])
+    golden = np.load(TYPE24)
     arrays = {name[6:]: golden[name] for name in golden.files if name.startswith("state/")}
     return arrays, json.loads(str(golden["config"]))
 
@@ -61,7 +62,7 @@ def test_arguments_may_come_from_a_file_of_their_own(tmp_path):
     np.savez(source, **{f"module.{name}": x for name, x in arrays.items()})  # as DataParallel names them
     config.write_text(json.dumps(arguments))
     convert.main([str(source), str(tmp_path / "ours.npz"), "--config", str(config)])
-    equal(convert.load(tmp_path / "ours.npz"), convert.load(GOLDEN[0]))
+    equal(convert.load(tmp_path / "ours.npz"), convert.load(TYPE24))
     with pytest.raises(ValueError, match=r"state.npz has no arguments of the toolkit; give them as JSON with --config"):
         convert.load(source)
 
@@ -122,7 +123,7 @@ def test_a_file_of_pytorch(wrapped, tmp_path):
     arrays, arguments = toolkit_arrays()
     state = {name: torch.tensor(x) for name, x in arrays.items()}
     torch.save({"state_dict": state, "config": arguments} if wrapped else state, tmp_path / "model.pt")
-    equal(convert.load(tmp_path / "model.pt", None if wrapped else arguments), convert.load(GOLDEN[0]))
+    equal(convert.load(tmp_path / "model.pt", None if wrapped else arguments), convert.load(TYPE24))
     torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pt")
     with pytest.raises(ValueError, match=r"is not a state_dict. The toolkit saves the whole module: in its folder"):
         convert.load(tmp_path / "module.pt")

@@ -35,6 +35,17 @@ def test_the_likeliest_tokens_are_those_of_the_full_forward_pass_whatever_the_pr
             tokens = jnp.append(tokens, token)
 
 
+def test_transformer_xl_goes_on_from_its_memory_and_refuses_lengths():
+    model = sharp(rule="softmax", positions="relative", memory_length=15)
+    got = decode.generate(model, PROMPTS, 4, temperature=0)
+    tokens, forward = PROMPTS, nnx.jit(lambda model, tokens: jnp.argmax(model(tokens)[0][:, -1], axis=-1))
+    for i in range(4):
+        chex.assert_trees_all_equal(got[:, i], forward(model, tokens).astype(jnp.int32))
+        tokens = jnp.concatenate([tokens, got[:, i, None]], axis=1)
+    with pytest.raises(ValueError, match=r"lengths are not for positions=.relative., .*; take equal prompts"):
+        decode.generate(model, PROMPTS, 4, lengths=jnp.array([9, 4, 1]), temperature=0)
+
+
 def test_tokens_are_drawn_in_proportion_and_by_the_key():
     model = DecoderLM(ModelConfig(**CONFIG), rngs=nnx.Rngs(1))
     model.embedding[...] = 10 * model.embedding[...]
@@ -81,5 +92,5 @@ def test_what_cannot_be_generated(options, words):
 
 def test_positions_that_count_from_the_end_are_refused():
     model = DecoderLM(ModelConfig(**CONFIG | {"positions": "descending"}), rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="generate needs a model with positions=None, got 'descending'"):
+    with pytest.raises(ValueError, match=r"generate needs a model with positions=None or .relative., got 'descending'"):
         decode.generate(model, PROMPTS, 2, temperature=0)

@@ -13,6 +13,7 @@ ORDER = [
     ("chunkwise", "kernels", "sequence_parallel"),
     ("attention",),
     ("layers",),
+    ("relative",),
     ("models",),
     ("decode", "convert"),
 ]

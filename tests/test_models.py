@@ -54,6 +54,9 @@ def test_numbers_of_the_authors_toolkit(path):
         layer, kind = name.split("/")
         mine = memory[int(layer)].fast_weights if kind == "fast_weight" else memory[int(layer)].key_sum[:, :, None]
         chex.assert_trees_all_close(mine, x, rtol=0, atol=1e-5 * np.max(np.abs(x)))
+    for name, x in by_prefix(golden, "hidden_after_first/").items():
+        mine = memory[int(name)].hidden
+        chex.assert_trees_all_close(mine[:, -x.shape[0] :].swapaxes(0, 1), x, rtol=0, atol=1e-5 * np.max(np.abs(x)))
     if "nll_second_segment" in golden:
         _, (losses, _) = jax.jit(mean, static_argnums=1)(params, 1, memory)
         chex.assert_trees_all_close(losses.T, golden["nll_second_segment"], rtol=1e-5)
@@ -62,7 +65,8 @@ def test_numbers_of_the_authors_toolkit(path):
     chex.assert_trees_all_equal(back, {name: state[name] for name in back})
 
 
-ARGUMENTS = json.loads(str(np.load(GOLDEN[0])["config"]))
+TYPE24 = next(path for path in GOLDEN if path.stem == "type24")
+ARGUMENTS = json.loads(str(np.load(TYPE24)["config"]))
 
 
 @pytest.mark.parametrize("attn_type", sorted(convert.ATTENTION))
@@ -86,7 +90,7 @@ def test_projections_of_the_toolkit_are_taken_over():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"attn_type": 36}, r"attn_type must be one of \[2, 4, 5, .* got 36"),
+        ({"attn_type": 36}, r"attn_type must be one of \[0, 2, 4, 5, .* got 36"),
         ({"attn_type": 2, "pre_lnorm": True}, "pre_lnorm with attn_type 2 .* not queries"),
         ({"n_layer": 3}, r"layers.2.dec_attn.qkvb_net.weight is missing; .*layers.2.pos_ff"),
         ({"n_layer": 1}, "layers.1.dec_attn.qkvb_net.weight is not used; .*layers.1.pos_ff"),
@@ -94,13 +98,13 @@ def test_projections_of_the_toolkit_are_taken_over():
     ],
 )
 def test_weights_that_do_not_fit_are_all_named(change, words):
-    state = by_prefix(np.load(GOLDEN[0]), "state/")
+    state = by_prefix(np.load(TYPE24), "state/")
     with pytest.raises(ValueError, match=words):
         convert.from_toolkit(state, ARGUMENTS | change)
 
 
 def test_missing_arguments_and_untied_weights_are_named():
-    state = by_prefix(np.load(GOLDEN[0]), "state/")
+    state = by_prefix(np.load(TYPE24), "state/")
     with pytest.raises(ValueError, match="arguments lack n_head, cutoffs"):
         convert.from_toolkit(state, {name: x for name, x in ARGUMENTS.items() if name not in ("n_head", "cutoffs")})
     with pytest.raises(ValueError, match="only tied models"):
@@ -119,6 +123,7 @@ MEDIUM = dataclasses.replace(SMALL, d_model=256, head_size=32)
         (SMALL, "delta", 44_034_778),
         (MEDIUM, "softmax", 89_833_434),
         (MEDIUM, "delta", 89_866_202),
+        (dataclasses.replace(MEDIUM, rule="softmax", positions="relative"), "softmax", 90_882_522),
     ],
 )
 def test_numbers_of_parameters_are_the_papers(config, rule, count):
@@ -206,6 +211,9 @@ def test_bfloat16_keeps_parameters_memories_and_losses_in_float32():
         ({"num_heads": 0}, "num_heads must be at least 1, got 0"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"cutoffs": (30, 20)}, r"cutoffs must rise between 0 and vocab_size 50, got \(30, 20\)"),
+        ({"positions": "relative"}, r'belong together, to rule="softmax" .*got positions=.relative., rule=.delta.'),
+        ({"memory_length": 4}, "belong together, .*memory_length=4"),
+        ({"clamp_length": -1}, "memory_length and clamp_length must not be negative, got 0, -1"),
         ({"cutoffs": (50,)}, r"cutoffs must rise between 0 and vocab_size 50, got \(50,\)"),
     ],
 )
@@ -222,3 +230,42 @@ def test_calls_that_do_not_fit():
         model.losses(tokens, tokens[:, 1:])
     with pytest.raises(ValueError, match="memory must have one for each of 2 blocks, got 1"):
         model(tokens, model.init_memory(2)[:1])
+
+
+# --- Transformer-XL --------------------------------------------------------------------------------------------------
+
+XL = dataclasses.replace(TINY, rule="softmax", positions="relative", memory_length=20)
+
+
+@pytest.mark.parametrize("segments", [(13, 7), (1,) * 20, (4, 16)], ids=str)
+@pytest.mark.parametrize("clamp_length", [0, 6])
+def test_transformer_xl_reads_in_segments_as_whole(segments, clamp_length):
+    """Its memory is long enough; what was not read yet counts for nothing."""
+    model = DecoderLM(dataclasses.replace(XL, clamp_length=clamp_length), rngs=nnx.Rngs(0))
+    tokens, read, memory = tokens_of((2, 20)), [], None
+    want, _ = model(tokens)
+    call = nnx.jit(lambda model, tokens, memory: model(tokens, memory))
+    for start, length in zip(np.cumsum((0, *segments)), segments, strict=False):
+        out, memory = call(model, tokens[:, start : start + length], memory)
+        read.append(out)
+    chex.assert_trees_all_close(jnp.concatenate(read, axis=1), want, rtol=1e-5, atol=1e-5)
+    assert memory[0].length.tolist() == [20, 20]
+
+
+def test_transformer_xl_sees_no_further_than_its_memory_and_learns_nothing_through_it():
+    model = DecoderLM(dataclasses.replace(XL, num_layers=1, memory_length=3), rngs=nnx.Rngs(0))
+    tokens = tokens_of((1, 10))
+    other = tokens.at[:, :3].set(tokens[:, :3] + 1)  # the memory of tokens 6, 7, 8 is of 3, 4, 5
+    outs = []
+    for read in (tokens, other):
+        _, memory = model(read[:, :6])
+        outs.append(model(read[:, 6:], memory)[0])
+    chex.assert_trees_all_equal(*outs)
+    gradient = jax.grad(lambda memory: jnp.sum(model.losses(tokens[:, 6:], tokens[:, 6:], memory)[0]), allow_int=True)
+    assert not jnp.any(gradient(memory)[0].hidden)
+
+
+def test_transformer_xl_refuses_segment_ids():
+    model = DecoderLM(XL, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"segment_ids are not for positions=.relative., whose memory is not cut"):
+        model(tokens_of((1, 5)), segment_ids=jnp.zeros((1, 5), jnp.int32))
