@@ -56,23 +56,43 @@ def save(manager: ocp.CheckpointManager, state: Any, host: Any, loss: float = ma
 
 
 def restore(manager: ocp.CheckpointManager, abstract: Any) -> tuple[Any, Any]:
-    """The newest checkpoint that can be read, as (state, host), or (None, None). Broken ones are moved out of the way.
+    """The newest checkpoint that can be read, as (state, host); (None, None) where there is none at all.
+
+    Broken ones that are newer are moved out of the way, so that the run can write theirs again.
 
     Args:
       abstract: the state as ``ShapeDtypeStruct`` with shardings.
+
+    Raises:
+      ValueError: there are checkpoints, and none can be read.
     """
+    broken, found = {}, (None, None)
     for step in sorted(manager.all_steps(), reverse=True):
         try:
-            return _read(manager, step, abstract)
-        except Exception as error:
-            aside = manager.directory.parent / f"broken-checkpoint-{step}-{int(time.time())}"
-            print(f"checkpoint {step} of {manager.directory} cannot be read; it is now {aside.name}. {_line(error)}")
-            if jax.process_index() == 0:
-                shutil.move(manager.directory / str(step), aside)
-            if jax.process_count() > 1:
-                multihost_utils.sync_global_devices("broken checkpoint")
-            manager.reload()
-    return None, None
+            found = _read(manager, step, abstract)
+            break
+        except UNREADABLE as error:
+            broken[step] = f"{type(error).__name__}: {(str(error) or 'no message').strip().splitlines()[0][:200]}"
+    if broken and found[0] is None:
+        reasons = "; ".join(f"{step} ({reason})" for step, reason in broken.items())
+        raise ValueError(
+            f"no checkpoint of {manager.directory} can be read: {reasons}. Put back a copy, or delete the folder of "
+            "the run to begin anew"
+        )
+    for step, reason in broken.items():
+        aside = manager.directory.parent / f"broken-checkpoint-{step}-{int(time.time())}"
+        print(f"checkpoint {step} of {manager.directory} cannot be read; it is now {aside.name}. {reason}")
+        if jax.process_index() == 0:
+            shutil.move(manager.directory / str(step), aside)
+    if broken and jax.process_count() > 1:
+        multihost_utils.sync_global_devices("broken checkpoints")
+    if broken:
+        manager.reload()
+    return found
+
+
+# what orbax and tensorstore raise for files that are missing, cut off, or of another model
+UNREADABLE = (OSError, ValueError, KeyError)
 
 
 def _read(manager, step, abstract):
@@ -82,10 +102,6 @@ def _read(manager, step, abstract):
     items["host"] = ocp.args.JsonRestore()
     restored = manager.restore(step, args=ocp.args.Composite(**items))
     return type(abstract)(**restored["model"], **restored["rest"]), restored["host"]
-
-
-def _line(error):
-    return f"{type(error).__name__}: {(str(error) or 'no message').strip().splitlines()[0][:200]}"
 
 
 # --- what people read ------------------------------------------------------------------------------------------------

@@ -15,6 +15,8 @@ import dataclasses
 import json
 import os
 import pathlib
+import pickle
+import zipfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -107,15 +109,8 @@ def from_toolkit(state: Mapping[str, np.ndarray], arguments: Mapping, projection
     if tied is not None and not np.array_equal(tied, state.get("word_emb.emb_layers.0.weight")):
         raise ValueError("crit.out_layers.0.weight must be word_emb.emb_layers.0.weight: only tied models are known")
     wanted = to_toolkit(model, arguments)
-    wrong = [f"{name} is missing" for name in wanted if name not in state and name != "crit.out_layers.0.weight"]
-    wrong += [f"{name} is not used" for name in state if name not in wanted]
-    wrong += [
-        f"{name} must be {list(wanted[name].shape)}, got {list(x.shape)}"
-        for name, x in state.items()
-        if name in wanted and x.shape != wanted[name].shape
-    ]
-    if wrong:
-        raise ValueError("the weights do not fit the arguments: " + "; ".join(wrong))
+    del wanted["crit.out_layers.0.weight"]
+    _check_names(wanted, state, "the weights do not fit the arguments")
     for name, variable, take, _ in _table(model, arguments):
         variable[...] = jnp.asarray(take(state[name]), jnp.float32)
     for block, projection in zip(model.blocks, projections or (), strict=projections is not None):
@@ -124,6 +119,16 @@ def from_toolkit(state: Mapping[str, np.ndarray], arguments: Mapping, projection
 
 
 DERIVED = ("pos_emb.inv_freq",)  # a constant
+
+
+def _check_names(wanted, given, what):
+    """Raises a ``ValueError`` that lists every name that is missing, or not used, and every wrong shape."""
+    wrong = [f"{name} is missing" for name in wanted if name not in given]
+    wrong += [f"{name} is not used" for name in given if name not in wanted]
+    both = [(name, list(wanted[name].shape), list(x.shape)) for name, x in given.items() if name in wanted]
+    wrong += [f"{name} must be {shape}, got {got}" for name, shape, got in both if shape != got]
+    if wrong:
+        raise ValueError(f"{what}: " + "; ".join(wrong))
 
 
 def to_toolkit(model: DecoderLM, arguments: Mapping) -> dict[str, np.ndarray]:
@@ -243,15 +248,7 @@ def load(path: str | os.PathLike, arguments: Mapping | None = None) -> DecoderLM
         return from_toolkit(state, config, projections or None)
     model = DecoderLM(ModelConfig(**config | {"cutoffs": tuple(config["cutoffs"])}), rngs=nnx.Rngs(0))
     variables = _by_name(model)
-    wrong = [f"{name} is missing" for name in variables if name not in arrays]
-    wrong += [f"{name} is not used" for name in arrays if name not in variables]
-    wrong += [
-        f"{name} must be {list(x.shape)}, got {list(arrays[name].shape)}"
-        for name, x in variables.items()
-        if name in arrays and x.shape != arrays[name].shape
-    ]
-    if wrong:
-        raise ValueError(f"{path} does not fit its config: " + "; ".join(wrong))
+    _check_names(variables, arrays, f"{path} does not fit its config")
     for name, variable in variables.items():
         variable[...] = jnp.asarray(arrays[name], variable.dtype)
     return model
@@ -346,14 +343,20 @@ def _read(path):
     if not path.is_file():
         raise ValueError(f"{path} is not there")
     if path.suffix == ".npz":
-        with np.load(path) as file:
-            arrays = {name: file[name] for name in file.files}
+        try:
+            with np.load(path) as file:
+                arrays = {name: file[name] for name in file.files}
+        except (zipfile.BadZipFile, EOFError, ValueError, AttributeError) as error:
+            raise ValueError(f"{path} is not a whole .npz file of arrays ({error})") from error
         config = arrays.pop("config", None)
         return arrays, None if config is None else json.loads(str(config))
     if path.suffix == ".safetensors":
-        with _safetensors().safe_open(path, "numpy") as file:
-            metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}
+        try:
+            with _safetensors().safe_open(path, "numpy") as file:
+                metadata = file.metadata() or {}
+                arrays = {name: file.get_tensor(name) for name in file.keys()}
+        except _safetensors().SafetensorError as error:
+            raise ValueError(f"{path} is not a whole .safetensors file ({error})") from error
         return arrays, json.loads(metadata["config"]) if "config" in metadata else None
     if path.suffix in (".pt", ".pth"):
         return _read_torch(path)
@@ -367,9 +370,9 @@ def _read_torch(path):
         raise ValueError(f"{path} takes PyTorch to read: pip install 'fwt-jax[convert]'") from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(
-            f"{path} is not a state_dict. The toolkit saves the whole module: in its folder, load it and write "
+            f"{path} is not a whole state_dict. The toolkit saves the whole module: in its folder, load it and write "
             "torch.save({'state_dict': model.state_dict(), 'config': {'attn_type': ..., ...}}, path). "
             f"({type(error).__name__})"
         ) from error

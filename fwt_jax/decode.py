@@ -1,14 +1,20 @@
-"""Generation from a ``DecoderLM``: the prompt at once, then token by token from a memory of constant size."""
+"""Generation: what was given at once, then token by token from a memory of constant size.
+
+tokens = generate(model, prompts, 100, key=key)                          # a DecoderLM goes on
+translations = beam_search(model, source, beam_size=4, max_length=50)    # an EncoderDecoder translates
+"""
 
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from fwt_jax.encoder_decoder import EncoderDecoder
 from fwt_jax.models import DecoderLM
 
 
@@ -119,3 +125,127 @@ def filtered(scores: jax.Array, top_k: int | None, top_p: float | None) -> jax.A
         least = jnp.min(jnp.where(before < top_p, ranked, jnp.inf), axis=-1, keepdims=True)
         scores = jnp.where(scores < least, -jnp.inf, scores)
     return scores
+
+
+# --- translation -----------------------------------------------------------------------------------------------------
+
+
+class Translations(NamedTuple):
+    """What ``beam_search`` found, the best first.
+
+    Attributes:
+      tokens: int32 ``[B, R, L]``, each with its eos_id, then pad_id.
+      scores: log p / length^length_penalty, float32 ``[B, R]``; −∞ where fewer than R were found.
+    """
+
+    tokens: jax.Array
+    scores: jax.Array
+
+
+class _Beams(NamedTuple):
+    step: jax.Array  # []
+    tokens: jax.Array  # of hypotheses that go on, [B, R, L]
+    scores: jax.Array  # their log p, [B, R]
+    found: Translations  # those that ended
+    memory: object
+
+
+def beam_search(
+    model: EncoderDecoder,
+    source: jax.Array,
+    *,
+    max_length: int,
+    beam_size: int = 4,
+    length_penalty: float = 1.0,
+    early_stop: bool = True,
+) -> Translations:
+    """Translates sentences: a beam search in one compiled loop. beam_size 1 is greedy.
+
+    Each step extends every hypothesis by every token, and keeps the R best that do not end; of those that end, the ones
+    among the R best of all count. The memories of the hypotheses go with them: fast weights are of constant size, with
+    softmax attention a step costs in proportion to max_length.
+
+    Args:
+      model: its numbers do not depend on the padding of the source.
+      source: integers ``[B, S]``, padded with pad_id behind.
+      max_length: L, tokens of a translation with its eos_id, at least 1; what is longer is ended there.
+      beam_size: R, at least 1.
+      length_penalty: a translation of n tokens is judged by log p / n^length_penalty; 0: by log p. At least 0.
+      early_stop: a sentence is done when R translations of it ended; else when no hypothesis can become better than
+        the R best that ended, which takes longer.
+
+    Raises:
+      ValueError: numbers out of their ranges, a source that is not integers ``[B, S]``.
+
+    References:
+      Graves 2012; Wu et al. 2016, section 7.
+    """
+    for name, value, good in (
+        ("max_length must be at least 1", max_length, max_length >= 1),
+        ("beam_size must be at least 1", beam_size, beam_size >= 1),
+        ("length_penalty must be at least 0", length_penalty, length_penalty >= 0),
+    ):
+        if not good:
+            raise ValueError(f"{name}, got {value}")
+    return _beam_search(model, source, max_length, beam_size, float(length_penalty), early_stop)
+
+
+@functools.partial(nnx.jit, static_argnums=(2, 3, 4, 5))
+def _beam_search(model, source, max_length, beam_size, length_penalty, early_stop):
+    config, batch = model.config, len(source)
+    memory = model.encode(source, max_length, beam_size)
+    graph, state = nnx.split(model)
+    nothing = jnp.full((batch, beam_size, max_length), config.pad_id, jnp.int32)
+    unknown = jnp.full((batch, beam_size), -jnp.inf)
+    first = unknown.at[:, 0].set(0.0)  # all hypotheses are equal at first, so only one may count
+    start = _Beams(jnp.zeros((), jnp.int32), nothing, first, Translations(nothing, unknown), memory)
+
+    def done(beams):
+        """Which sentences are, ``[B]``."""
+        best, worst = jnp.max(beams.scores, axis=1), jnp.min(beams.found.scores, axis=1)
+        if early_stop:
+            return (worst > -jnp.inf) | (best == -jnp.inf)
+        return best / max_length**length_penalty <= worst  # log p only falls, and no length makes it smaller
+
+    def step(beams):
+        last = beams.tokens[:, :, jnp.maximum(beams.step - 1, 0)]
+        last = jnp.where(beams.step == 0, config.bos_id, last).reshape(-1, 1)
+        model = nnx.merge(graph, state)
+        hidden, memory = model.decode(last, beams.memory)
+        scores = model.log_probabilities(hidden[:, 0]).reshape(batch, beam_size, -1) + beams.scores[..., None]
+        scores = scores.at[..., config.pad_id].set(-jnp.inf)
+        ends = jnp.arange(config.vocab_size) == config.eos_id
+        scores = jnp.where((beams.step == max_length - 1) & ~ends[None, None], -jnp.inf, scores)
+
+        # Each hypothesis can end in one way, so that of the 2R best at least R go on.
+        scores, places = lax.top_k(scores.reshape(batch, -1), 2 * beam_size)
+        parents, tokens = places // config.vocab_size, (places % config.vocab_size).astype(jnp.int32)
+        extended = _take(beams.tokens, parents).at[:, :, beams.step].set(tokens)
+        ended = tokens == config.eos_id
+        counts = ended & (jnp.arange(2 * beam_size) < beam_size)[None] & ~done(beams)[:, None]
+        new = jnp.where(counts, scores / (beams.step + 1) ** length_penalty, -jnp.inf)
+        found = Translations(
+            jnp.concatenate([beams.found.tokens, extended], axis=1), jnp.concatenate([beams.found.scores, new], axis=1)
+        )
+        best_scores, best = lax.top_k(found.scores, beam_size)
+        found = Translations(_take(found.tokens, best), best_scores)
+
+        live_scores, live = lax.top_k(jnp.where(ended, -jnp.inf, scores), beam_size)
+        rows = jnp.take_along_axis(parents, live, axis=1)
+        memories = jax.tree.map(lambda x: _take_rows(x, rows), memory.decoder)
+        return _Beams(beams.step + 1, _take(extended, live), live_scores, found, memory._replace(decoder=memories))
+
+    def goes_on(beams):
+        return (beams.step < max_length) & ~jnp.all(done(beams))
+
+    return lax.while_loop(goes_on, step, start).found
+
+
+def _take(x, rows):
+    """x ``[B, R, ...]`` and rows ``[B, R']`` -> ``[B, R', ...]``."""
+    return jax.vmap(lambda x, rows: x[rows])(x, rows)
+
+
+def _take_rows(x, rows):
+    """The same for x ``[B·R, ...]`` -> ``[B·R, ...]``, sentence by sentence, so that each stays on its device."""
+    return _take(x.reshape(*rows.shape, *x.shape[1:]), rows).reshape(x.shape)

@@ -17,15 +17,12 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
-from fwt_jax import feature_maps
+from fwt_jax import feature_maps, output_layer
 from fwt_jax.layers import FastWeightAttention, FavorPlus, SoftmaxAttention
 from fwt_jax.relative import RelativeAttention
-from fwt_jax.sharding import over_batch
 
 FEATURE_MAPS = ("identity", "relu", "relu_squared", "tanh", "elu_plus_one", "softmax", "taylor", "dpfp", "favor_plus")
-BLOCK = 256  # tokens whose logits exist at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,22 +123,11 @@ class ModelConfig:
         shared = {"kernel_init": INIT, "use_bias": False, "dtype": jnp.dtype(self.dtype), "rngs": rngs}
         if self.rule == "softmax":
             return SoftmaxAttention(self.d_model, self.num_heads, self.head_size, **shared)
-        normalization = {
-            None: None,
-            "sum": functools.partial(feature_maps.sum_normalize, eps=0.0),
-            "l2": feature_maps.l2_normalize,
-        }[self.feature_normalization]
-        feature_map = getattr(feature_maps, self.feature_map)
-        if self.feature_map == "dpfp":
-            feature_map = functools.partial(feature_map, nu=self.feature_size)
-        elif self.feature_map == "favor_plus":
-            feature_map = FavorPlus(self.head_size, self.feature_size, orthogonal="columns", eps=1e-4, rngs=rngs)
         return FastWeightAttention(
             self.d_model,
             self.num_heads,
             self.head_size,
-            feature_map=feature_map,
-            feature_normalization=normalization,
+            **features(self, rngs),
             rule=self.rule,
             normalize=self.normalize,
             eps=self.eps,
@@ -154,6 +140,23 @@ class ModelConfig:
 INIT = nnx.initializers.normal(0.02)
 
 
+def features(config, rngs: nnx.Rngs, **favor_plus) -> dict:
+    """feature_map and feature_normalization of a layer, from feature_map, feature_size, feature_normalization and
+    head_size of a configuration; ``favor_plus``: options of ``FavorPlus``."""
+    feature_map = getattr(feature_maps, config.feature_map)
+    if config.feature_map == "dpfp":
+        feature_map = functools.partial(feature_map, nu=config.feature_size)
+    elif config.feature_map == "favor_plus":
+        options = {"orthogonal": "columns", "eps": 1e-4} | favor_plus
+        feature_map = FavorPlus(config.head_size, config.feature_size, **options, rngs=rngs)
+    normalization = {
+        None: None,
+        "sum": functools.partial(feature_maps.sum_normalize, eps=0.0),
+        "l2": feature_maps.l2_normalize,
+    }[config.feature_normalization]
+    return {"feature_map": feature_map, "feature_normalization": normalization}
+
+
 def _layer_norm(config, rngs):
     scale_init = lambda *args: 1 + INIT(*args)  # noqa: E731
     options = {"epsilon": 1e-5, "scale_init": scale_init, "use_fast_variance": False, "rngs": rngs}
@@ -163,14 +166,14 @@ def _layer_norm(config, rngs):
 class FeedForward(nnx.Module):
     """W₂ dropout(relu(W₁x + b₁)) + b₂ (Vaswani et al. 2017, eq. 2)."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        options = {"kernel_init": INIT, "dtype": jnp.dtype(config.dtype), "rngs": rngs}
+    def __init__(self, config, rngs: nnx.Rngs, *, kernel_init=INIT, dropout: float | None = None):
+        options = {"kernel_init": kernel_init, "dtype": jnp.dtype(config.dtype), "rngs": rngs}
         self.hidden = nnx.Linear(config.d_model, config.d_ff, **options)
         self.out = nnx.Linear(config.d_ff, config.d_model, **options)
-        self.dropout = config.dropout
+        self.dropout = config.dropout if dropout is None else dropout
 
     def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
-        return self.out(_dropout(jax.nn.relu(self.hidden(x)), self.dropout, rngs))
+        return self.out(dropout(jax.nn.relu(self.hidden(x)), self.dropout, rngs))
 
 
 class Block(nnx.Module):
@@ -189,13 +192,13 @@ class Block(nnx.Module):
         if isinstance(self.attention, FastWeightAttention):
             options["rngs"] = rngs
         y, memory = self.attention(x, memory, **options)
-        x = x + _dropout(y.astype(jnp.float32), self.dropout, rngs)
+        x = x + dropout(y.astype(jnp.float32), self.dropout, rngs)
         if self.norm == "pre":
             y = self.feed_forward(self.feed_forward_norm(x), rngs)
-            return x + _dropout(y.astype(jnp.float32), self.dropout, rngs), memory
+            return x + dropout(y.astype(jnp.float32), self.dropout, rngs), memory
         x = self.attention_norm(x)
         y = self.feed_forward(x, rngs)
-        return self.feed_forward_norm(x + _dropout(y.astype(jnp.float32), self.dropout, rngs)), memory
+        return self.feed_forward_norm(x + dropout(y.astype(jnp.float32), self.dropout, rngs)), memory
 
 
 class DecoderLM(nnx.Module):
@@ -242,9 +245,7 @@ class DecoderLM(nnx.Module):
     def losses(self, tokens, targets, memory=None, *, segment_ids=None, rngs=None):
         """−log p of ``targets``, integers ``[B, T]``, after each token: ``[B, T]``, float32, and the memories.
 
-        Arguments as in ``__call__``. The logits exist for 256 tokens at a time, those of a cluster of the adaptive
-        softmax only for blocks of tokens with a target in it: 2VD FLOPs per token, or with clusters of n words that
-        have a share p of the tokens 2D Σ pn (Grave et al. 2017).
+        Arguments as in ``__call__``; the cost of the output layer: ``output_layer.losses``.
 
         Raises:
           ValueError: targets that are not integers of the shape of tokens, and as ``__call__``.
@@ -258,13 +259,7 @@ class DecoderLM(nnx.Module):
 
     def losses_of(self, hidden, targets):
         """What ``hidden`` returns, or a part of it, ``[B, T, D]``, to −log p of ``targets``: ``[B, T]``, float32."""
-
-        def of_rows(rows, output):
-            x, targets = rows
-            losses = _losses(x.reshape(-1, x.shape[-1]), targets.reshape(-1), output, self.config.cutoffs)
-            return losses.reshape(targets.shape)
-
-        return over_batch(of_rows, (hidden, targets), self._output())
+        return output_layer.losses(hidden, targets, self._output(), self.config.cutoffs)
 
     def hidden(self, tokens, memory=None, *, segment_ids=None, rngs=None):
         """What the output layer sees, ``[B, T, D]``, and the memories. Arguments as in ``__call__``."""
@@ -274,7 +269,7 @@ class DecoderLM(nnx.Module):
         x = self.embedding[...][tokens] * config.d_model**0.5
         if config.positions == "descending":
             x = x + sinusoids(jnp.arange(tokens.shape[1])[::-1], config.d_model)[None]
-        x = _dropout(x, config.dropout, rngs)
+        x = dropout(x, config.dropout, rngs)
         options = {"segment_ids": segment_ids}
         if config.positions == "relative":
             options = self._relative_options(tokens.shape[1], segment_ids, rngs)
@@ -286,12 +281,11 @@ class DecoderLM(nnx.Module):
             call = nnx.remat(_call_block) if config.remat else _call_block
             x, after = call(block, x, before, options, rngs)
             memories.append(after)
-        return _dropout(x, config.dropout, rngs), tuple(memories)
+        return dropout(x, config.dropout, rngs), tuple(memories)
 
     def log_probabilities(self, hidden):
         """What ``hidden`` returns, ``[..., D]``, to log p ``[..., V]``, float32."""
-        out = _log_probabilities(hidden.reshape(-1, hidden.shape[-1]), self._output(), self.config.cutoffs)
-        return out.reshape(*hidden.shape[:-1], -1)
+        return output_layer.log_probabilities(hidden, self._output(), self.config.cutoffs)
 
     def init_memory(self, batch_size: int, max_length: int | None = None):
         """Empty memories of all blocks. max_length: tokens that softmax attention has room for; else without effect."""
@@ -304,7 +298,7 @@ class DecoderLM(nnx.Module):
             raise ValueError('segment_ids are not for positions="relative", whose memory is not cut; leave them out')
         positions = sinusoids(self.blocks[0].attention.distances(num_tokens), self.config.d_model)
         return {
-            "positions": _dropout(positions, self.config.dropout, rngs),
+            "positions": dropout(positions, self.config.dropout, rngs),
             "content_bias": self.content_bias[...],
             "position_bias": self.position_bias[...],
         }
@@ -318,7 +312,8 @@ def _call_block(block, x, memory, options, rngs):
     return block(x, memory, rngs=rngs, **options)
 
 
-def _dropout(x, rate, rngs):
+def dropout(x: jax.Array, rate: float, rngs: nnx.Rngs | None) -> jax.Array:
+    """x with a share ``rate`` of its entries 0 and the others larger, from the stream "dropout"; x without rngs."""
     if rngs is None or rate == 0:
         return x
     kept = jax.random.bernoulli(rngs.dropout(), 1 - rate, x.shape)
@@ -329,70 +324,3 @@ def sinusoids(positions: jax.Array, size: int) -> jax.Array:
     """[sin(t ω); cos(t ω)] ``[T, size]`` of positions t ``[T]``, ωᵢ = 10000^(−2i/size) (Vaswani et al. 2017)."""
     angles = jnp.outer(positions, 10000.0 ** (-jnp.arange(0, size, 2) / size))
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
-
-
-# --- the output layer ------------------------------------------------------------------------------------------------
-
-
-def _head(x, output, cutoffs):
-    """log p of the frequent words and, in the toolkit's order, of the clusters: the last first."""
-    embedding, bias, *clusters = output
-    if cutoffs:
-        embedding = jnp.concatenate([embedding[: cutoffs[0]], clusters[0]])
-        bias = jnp.concatenate([bias[: cutoffs[0]], clusters[1]])
-    return _log_softmax(x, embedding, bias)
-
-
-def _log_softmax(x, embedding, bias):
-    logits = jnp.matmul(x, embedding.astype(x.dtype).T, preferred_element_type=jnp.float32) + bias[None]
-    return jax.nn.log_softmax(logits, axis=-1)
-
-
-def _clusters(cutoffs, vocab_size):
-    """The column of the head, the first and the last word (exclusive) of each cluster of rarer words."""
-    bounds = itertools.pairwise((*cutoffs, vocab_size) if cutoffs else ())
-    return [(-1 - i, low, high) for i, (low, high) in enumerate(bounds)]
-
-
-def _log_probabilities(x, output, cutoffs):
-    embedding, bias, *_ = output
-    head = _head(x, output, cutoffs)
-    parts = [head[:, : cutoffs[0]] if cutoffs else head]
-    for column, low, high in _clusters(cutoffs, len(embedding)):
-        parts.append(head[:, column, None] + _log_softmax(x, embedding[low:high], bias[low:high]))
-    return jnp.concatenate(parts, axis=-1)
-
-
-def _losses(x, targets, output, cutoffs):
-    """x ``[N, D]``, targets ``[N]`` -> −log p ``[N]`` (Grave et al. 2017)."""
-    embedding, bias, *_ = output
-    columns, rest = targets, jnp.zeros(len(targets))
-    for column, low, high in _clusters(cutoffs, len(embedding)):
-        member = (low <= targets) & (targets < high)
-        columns = jnp.where(member, cutoffs[0] + len(cutoffs) + column, columns)
-        rows = embedding[low:high], bias[low:high]
-        inside = jnp.clip(targets - low, 0, high - low - 1)
-        rest += _in_blocks(lambda x, rows: _log_softmax(x, *rows), x, inside, member, rows)
-    everything = jnp.ones(len(targets), bool)
-    return rest + _in_blocks(lambda x, output: _head(x, output, cutoffs), x, columns, everything, output)
-
-
-def _in_blocks(log_probabilities, x, columns, member, parameters):
-    """−log p in one column for the tokens that are members, else 0; only blocks with a member are computed."""
-    length = len(x)
-    order = jnp.argsort(~member)  # members first
-    padding = -length % min(BLOCK, length)
-    pad = lambda x: jnp.pad(x[order], ((0, padding), *((0, 0),) * (x.ndim - 1)))  # noqa: E731
-    blocks = jax.tree.map(lambda x: pad(x).reshape(-1, min(BLOCK, length), *x.shape[1:]), (x, columns, member))
-
-    @jax.checkpoint
-    def block(x, columns, member, parameters):
-        taken = jnp.take_along_axis(log_probabilities(x, parameters), columns[:, None], axis=-1)[:, 0]
-        return jnp.where(member, -taken, 0)
-
-    def body(_, inputs):
-        nothing = lambda x, columns, *_: 0.0 * columns  # noqa: E731 -- of each device, as columns
-        return None, lax.cond(jnp.any(inputs[2]), block, nothing, *inputs, parameters)
-
-    _, losses = lax.scan(body, None, blocks)
-    return jnp.zeros(length).at[order].set(losses.reshape(-1)[:length])

@@ -12,9 +12,10 @@ ORDER = [
     ("feature_maps", "memory", "sharding"),
     ("chunkwise", "kernels", "sequence_parallel"),
     ("attention",),
-    ("layers",),
-    ("relative",),
+    ("layers", "output_layer"),
+    ("relative", "cross_attention"),
     ("models",),
+    ("encoder_decoder",),
     ("decode", "convert"),
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -123,17 +124,34 @@ def test_load_gives_the_last_model_where_nothing_was_evaluated(tmp_path):
         training.load(tmp_path / "nowhere", make_model)
 
 
-@pytest.mark.parametrize("damage", ["truncate", "delete"])
+DAMAGES = ("truncate model", "delete model", "truncate rest", "delete rest", "truncate host", "delete host")
+
+
+def harm(checkpoint, damage):
+    how, part = damage.split()
+    for path in [path for path in (checkpoint / part).rglob("*") if path.is_file() and path.stat().st_size > 0]:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]) if how == "truncate" else path.unlink()
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_broken_checkpoint_falls_back_to_the_one_before(damage, whole, tmp_path, capsys):
-    run(tmp_path, dataclasses.replace(CONFIG, steps=12))
-    last = tmp_path / "checkpoints" / "12"
-    files = [path for path in (last / "model").rglob("*") if path.is_file() and path.stat().st_size > 0]
-    for path in files:
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]) if damage == "truncate" else path.unlink()
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    harm(tmp_path / "checkpoints" / "12", damage)
     chex.assert_trees_all_equal(nnx.state(run(tmp_path)), whole[1])
     assert "checkpoint 12 of" in (printed := capsys.readouterr().out) and "cannot be read; it is now" in printed
     assert list(tmp_path.glob("broken-checkpoint-12-*"))
     assert losses_of(tmp_path) == losses_of(whole[0])
+
+
+def test_a_run_whose_checkpoints_are_all_broken_is_not_begun_anew(whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    before = saved_steps(tmp_path)
+    for step in before:
+        harm(tmp_path / "checkpoints" / str(step), "truncate model")
+    words = rf"no checkpoint of .* can be read: 12 \(.*; {before[0]} \(.*delete the folder"
+    with pytest.raises(ValueError, match=words):
+        run(tmp_path)
+    assert saved_steps(tmp_path) == before and not list(tmp_path.glob("broken-*"))
 
 
 def test_a_metrics_line_that_was_cut_off_is_left_out(tmp_path):

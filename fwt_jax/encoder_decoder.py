@@ -1,0 +1,348 @@
+"""The translation models of Schlag, Irie & Schmidhuber 2021 (section 6.2): a Transformer with any attention.
+
+    model = EncoderDecoder(TranslationConfig(vocab_size=8000), rngs=nnx.Rngs(0))
+    losses = model.losses(source, targets, label_smoothing=0.1)     # [B, T]: training
+    memory = model.encode(source, max_length=100)                   # decoding: the source is read once,
+    hidden, memory = model.decode(tokens, memory)                   # then any number of tokens at a time
+
+Letters: B sentences, S tokens of the source, T of the target, V vocabulary, D d_model, R hypotheses for each sentence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fwt_jax import output_layer
+from fwt_jax.cross_attention import CrossAttention
+from fwt_jax.layers import FastWeightAttention, SoftmaxAttention
+from fwt_jax.models import FEATURE_MAPS, FeedForward, dropout, features, sinusoids
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """How one of the three attentions of a translation model works.
+
+    Attributes:
+      rule: "softmax", or the rule of a fast weight memory: "sum", and "delta" in the decoder's self-attention.
+      feature_map, feature_size, feature_normalization: as in ``ModelConfig``.
+      normalize, eps: attention normalisation, see ``fast_weight_attention``.
+
+    Raises:
+      ValueError: an unknown name, a feature_size below 1.
+    """
+
+    rule: Literal["softmax", "sum", "delta"] = "softmax"
+    feature_map: str = "elu_plus_one"
+    feature_size: int = 1
+    feature_normalization: Literal[None, "sum", "l2"] = None
+    normalize: Literal[False, "read"] = "read"
+    eps: float = 1e-6
+
+    def __post_init__(self):
+        for name, options in (
+            ("rule", ("softmax", "sum", "delta")),
+            ("feature_map", FEATURE_MAPS),
+            ("feature_normalization", (None, "sum", "l2")),
+            ("normalize", (False, "read")),
+        ):
+            if getattr(self, name) not in options:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {getattr(self, name)!r}")
+        if self.feature_size < 1:
+            raise ValueError(f"feature_size must be at least 1, got {self.feature_size}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TranslationConfig:
+    """A Transformer with encoder and decoder. The defaults are the base model of Vaswani et al. 2017.
+
+    Attributes:
+      vocab_size: V, of both languages together.
+      encoder_layers, decoder_layers, d_model, d_ff, num_heads: num_heads divides d_model; d_model is even.
+      encoder, decoder, cross: the attention among the tokens of the source, among those of the target (causal), and
+        from target to source.
+      norm: where the layer normalisations are: "post" (after the residual connection) or "pre" (inside of it, and one
+        at the end of encoder and decoder).
+      dropout: rate, after the embeddings and after each sublayer.
+      remat: recompute each block in the backward pass.
+      dtype: of the computation; float32 or bfloat16. Parameters, memories, normalisations and losses are float32.
+      pad_id, bos_id, eos_id: tokens of the vocabulary: padding, and what stands before and after each sentence.
+
+    Raises:
+      ValueError: an unknown name, a size below 1, heads that do not divide d_model, a rule that an encoder or
+        cross-attention cannot have, special tokens that are not three of the vocabulary.
+    """
+
+    vocab_size: int
+    encoder_layers: int = 6
+    decoder_layers: int = 6
+    d_model: int = 512
+    d_ff: int = 2048
+    num_heads: int = 8
+    encoder: Attention = Attention()
+    decoder: Attention = Attention()
+    cross: Attention = Attention()
+    norm: Literal["post", "pre"] = "post"
+    dropout: float = 0.1
+    remat: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    pad_id: int = 0
+    bos_id: int = 2
+    eos_id: int = 3
+
+    def __post_init__(self):
+        for name in ("vocab_size", "encoder_layers", "decoder_layers", "d_model", "d_ff", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.d_model % self.num_heads or self.d_model % 2:
+            raise ValueError(f"d_model must be even and a multiple of num_heads {self.num_heads}, got {self.d_model}")
+        for name in ("encoder", "cross"):
+            if getattr(self, name).rule == "delta":
+                raise ValueError(
+                    f'{name}.rule must be "softmax" or "sum", got "delta", which depends on the order in which the '
+                    "source is written; only the decoder's attention is causal"
+                )
+        for name, options in (("norm", ("post", "pre")), ("dtype", ("float32", "bfloat16"))):
+            if getattr(self, name) not in options:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {getattr(self, name)!r}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        special = (self.pad_id, self.bos_id, self.eos_id)
+        if len(set(special)) < 3 or not all(0 <= token < self.vocab_size for token in special):
+            raise ValueError(
+                f"pad_id, bos_id and eos_id must be three tokens of the vocabulary of {self.vocab_size}, got {special}"
+            )
+
+    @property
+    def head_size(self) -> int:
+        """Of all attentions."""
+        return self.d_model // self.num_heads
+
+
+INIT = nnx.initializers.xavier_uniform()
+
+
+def _make_attention(config, options, rngs, causal):
+    """One attention layer: causal with a memory, or a ``CrossAttention``."""
+    sizes = (config.d_model, config.num_heads, config.head_size)
+    shared = {"kernel_init": INIT, "use_bias": True, "dtype": jnp.dtype(config.dtype), "rngs": rngs}
+    if options.rule == "softmax":
+        return SoftmaxAttention(*sizes, **shared) if causal else CrossAttention(*sizes, **shared)
+    of_features = SimpleNamespace(head_size=config.head_size, **dataclasses.asdict(options))
+    shared |= features(of_features, rngs, orthogonal="rows")
+    kind = FastWeightAttention if causal else CrossAttention
+    return kind(*sizes, rule=options.rule, normalize=options.normalize, eps=options.eps, **shared)
+
+
+class _Sublayers(nnx.Module):
+    """Residual connections with layer normalisation before ("pre") or after ("post") them."""
+
+    def __init__(self, config: TranslationConfig, rngs: nnx.Rngs, count: int):
+        self.norms = nnx.List([_layer_norm(config, rngs) for _ in range(count)])
+        self.feed_forward = FeedForward(config, rngs, kernel_init=INIT, dropout=0.0)
+        self.pre, self.dropout = config.norm == "pre", config.dropout
+
+    def _add(self, index, x, sublayer, rngs):
+        """x and what ``sublayer`` makes of it."""
+        norm = self.norms[index]
+        y = sublayer(norm(x) if self.pre else x).astype(jnp.float32)
+        x = x + dropout(y, self.dropout, rngs)
+        return x if self.pre else norm(x)
+
+
+class EncoderBlock(_Sublayers):
+    """Attention among all tokens of the source, and a feed-forward layer."""
+
+    def __init__(self, config: TranslationConfig, rngs: nnx.Rngs):
+        super().__init__(config, rngs, 2)
+        self.attention = _make_attention(config, config.encoder, rngs, causal=False)
+
+    def __call__(self, x: jax.Array, mask: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
+        """x ``[B, S, D]``, float32, and its mask ``[B, S]`` -> the same."""
+        x = self._add(0, x, lambda x: self.attention(x, x, mask, rngs=rngs), rngs)
+        return self._add(1, x, self.feed_forward, rngs)
+
+
+class Encoded(NamedTuple):
+    """What an encoder made of sentences, ``[B, S, D]``, and where they are not padding, ``[B, S]``."""
+
+    states: jax.Array
+    mask: jax.Array
+
+
+class DecoderBlock(_Sublayers):
+    """Causal attention among the tokens of the target, attention to the source, and a feed-forward layer."""
+
+    def __init__(self, config: TranslationConfig, rngs: nnx.Rngs):
+        super().__init__(config, rngs, 3)
+        self.attention = _make_attention(config, config.decoder, rngs, causal=True)
+        self.cross_attention = _make_attention(config, config.cross, rngs, causal=False)
+
+    def __call__(self, x: jax.Array, memory: Any, source: Any, rngs: nnx.Rngs | None = None):
+        """x ``[N, T, D]``, float32, the memory of what came before, the source (``Encoded``, or what
+        ``cross_attention.write`` made of it) -> x, memory."""
+
+        def read_self(x):
+            nonlocal memory
+            y, memory = self.attention(x, memory, rngs=rngs)
+            return y
+
+        def read_source(x):
+            if isinstance(source, Encoded):
+                return self.cross_attention(x, *source, rngs=rngs)
+            sentences = len(jax.tree.leaves(source)[0])
+            # To attention that is not causal, the hypotheses of a sentence are tokens that read.
+            return self.cross_attention.read(x.reshape(sentences, -1, x.shape[-1]), source).reshape(x.shape)
+
+        x = self._add(0, x, read_self, rngs)
+        x = self._add(1, x, read_source, rngs)
+        return self._add(2, x, self.feed_forward, rngs), memory
+
+
+class TranslationMemory(NamedTuple):
+    """What decoding takes along.
+
+    Attributes:
+      position: tokens of the target so far, int32 ``[]``.
+      decoder: for each block the memory of its self-attention, ``[B·R, ...]``: what differs between hypotheses.
+      source: for each block that of the source, ``[B, ...]``, which the hypotheses of a sentence share.
+    """
+
+    position: jax.Array
+    decoder: tuple[Any, ...]
+    source: tuple[Any, ...]
+
+
+class EncoderDecoder(nnx.Module):
+    """A translation model; one embedding serves source, target and output (Vaswani et al. 2017, section 3).
+
+    Attributes:
+      embedding: ``[V, D]``.
+      encoder, decoder: blocks; encoder_norm, decoder_norm: None with norm "post".
+    """
+
+    def __init__(self, config: TranslationConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        init = nnx.initializers.normal(config.d_model**-0.5)
+        self.embedding = nnx.Param(init(rngs.params(), (config.vocab_size, config.d_model)))
+        self.encoder = nnx.List([EncoderBlock(config, rngs) for _ in range(config.encoder_layers)])
+        self.decoder = nnx.List([DecoderBlock(config, rngs) for _ in range(config.decoder_layers)])
+        self.encoder_norm = _layer_norm(config, rngs) if config.norm == "pre" else None
+        self.decoder_norm = _layer_norm(config, rngs) if config.norm == "pre" else None
+
+    def __call__(self, source: jax.Array, tokens: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
+        """log p of the token of the target after each.
+
+        Args:
+          source: integers ``[B, S]``, padded with pad_id behind.
+          tokens: integers ``[B, T]``: bos_id and the target.
+          rngs: for dropout and the projections of "favor_plus", see ``DecoderLM``; without: evaluation.
+
+        Returns:
+          ``[B, T, V]``, float32.
+
+        Raises:
+          ValueError: tokens that are not integers of two axes, other numbers of sentences.
+        """
+        return self.log_probabilities(self._hidden(source, tokens, rngs))
+
+    def losses(
+        self, source: jax.Array, targets: jax.Array, *, label_smoothing: float = 0.0, rngs: nnx.Rngs | None = None
+    ) -> jax.Array:
+        """Cross-entropy of each token of the target: ``[B, T]``, float32, and 0 for padding.
+
+            (1 − ε)(−log p(target)) + ε/V Σ_v (−log p(v))       Szegedy et al. 2016, section 7
+
+        The logits exist for 256 tokens at a time.
+
+        Args:
+          source, rngs: as in ``__call__``.
+          targets: integers ``[B, T]`` that end with eos_id, then padding; bos_id is put before them here.
+          label_smoothing: ε, from 0 to 1.
+        """
+        bos = jnp.full((len(targets), 1), self.config.bos_id, targets.dtype)
+        hidden = self._hidden(source, jnp.concatenate([bos, targets[:, :-1]], axis=1), rngs)
+        losses = output_layer.losses(hidden, targets, self._output())
+        if label_smoothing:
+            # −log p(v) differs from −log p(target) by the difference of their logits, whose mean needs no logits.
+            centred = self.embedding[...][targets] - jnp.mean(self.embedding[...], axis=0)[None, None]
+            losses += label_smoothing * jnp.sum(hidden * centred, axis=-1)
+        return jnp.where(targets == self.config.pad_id, 0.0, losses)
+
+    def encode(self, source: jax.Array, max_length: int, hypotheses: int = 1) -> TranslationMemory:
+        """Reads the source, for decoding.
+
+        Args:
+          source: as in ``__call__``.
+          max_length: tokens of the target that softmax attention has room for.
+          hypotheses: R, in which each sentence is translated at once.
+        """
+        encoded = self._encode(source, None)
+        sources = tuple(block.cross_attention.write(*encoded) for block in self.decoder)
+        rows = len(source) * hypotheses
+        size = (rows, max_length) if self.config.decoder.rule == "softmax" else (rows,)
+        memories = tuple(block.attention.init_memory(*size) for block in self.decoder)
+        return TranslationMemory(jnp.zeros((), jnp.int32), memories, sources)
+
+    def decode(self, tokens: jax.Array, memory: TranslationMemory) -> tuple[jax.Array, TranslationMemory]:
+        """What the output layer sees after more tokens, ``[B·R, T, D]``, and the memory after them.
+
+        Args:
+          tokens: integers ``[B·R, T]``, the hypotheses of a sentence one after another; T = 1 unless R = 1.
+          memory: what ``encode`` or an earlier call returned.
+        """
+        if len(tokens) != len(jax.tree.leaves(memory.source)[0]) and tokens.shape[1] != 1:
+            raise ValueError(f"several hypotheses of a sentence take one token at a time, got {list(tokens.shape)}")
+        hidden, after = self._decode(tokens, memory.position, memory.decoder, memory.source, None)
+        return hidden, TranslationMemory(memory.position + tokens.shape[1], after, memory.source)
+
+    def log_probabilities(self, hidden: jax.Array) -> jax.Array:
+        """What ``decode`` returns, ``[..., D]``, to log p ``[..., V]``, float32."""
+        return output_layer.log_probabilities(hidden, self._output())
+
+    def _hidden(self, source, tokens, rngs):
+        encoded = self._encode(source, rngs)
+        if tokens.ndim != 2 or len(tokens) != len(source) or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(f"the target must be integers [{len(source)}, T], got {tokens.dtype}{list(tokens.shape)}")
+        blocks = len(self.decoder)
+        return self._decode(tokens, 0, (None,) * blocks, (encoded,) * blocks, rngs)[0]
+
+    def _encode(self, source, rngs):
+        if source.ndim != 2 or 0 in source.shape or not jnp.issubdtype(source.dtype, jnp.integer):
+            raise ValueError(f"source must be integers [B, S], S ≥ 1, got {source.dtype}{list(source.shape)}")
+        mask = source != self.config.pad_id
+        x = self._embed(source, 0, rngs)
+        for block in self.encoder:
+            x = self._call(block, x, mask, rngs)
+        return Encoded(x if self.encoder_norm is None else self.encoder_norm(x), mask)
+
+    def _decode(self, tokens, position, memory, sources, rngs):
+        x, memories = self._embed(tokens, position, rngs), []
+        for block, before, source in zip(self.decoder, memory, sources, strict=True):
+            x, after = self._call(block, x, before, source, rngs)
+            memories.append(after)
+        return x if self.decoder_norm is None else self.decoder_norm(x), tuple(memories)
+
+    def _embed(self, tokens, position, rngs):
+        x = self.embedding[...][tokens] * self.config.d_model**0.5
+        positions = position + jnp.arange(tokens.shape[1])
+        return dropout(x + sinusoids(positions, self.config.d_model)[None], self.config.dropout, rngs)
+
+    def _call(self, block, *args):
+        return (nnx.remat(_call_block) if self.config.remat else _call_block)(block, *args)
+
+    def _output(self):
+        return self.embedding[...], jnp.zeros(self.config.vocab_size)
+
+
+def _call_block(block, *args):
+    return block(*args)
+
+
+def _layer_norm(config, rngs):
+    return nnx.LayerNorm(config.d_model, epsilon=1e-5, use_fast_variance=False, rngs=rngs)

@@ -1,0 +1,102 @@
+"""The output layer of a language model: log p of words, by a softmax or an adaptive softmax (Grave et al. 2017).
+
+    output = (embedding [V, D], bias [V])                       of a softmax
+    output = (embedding, bias, kernel [c, D], bias [c])         of an adaptive one with c clusters, beside its cutoffs
+
+Letters: B batch, T tokens, N tokens of all sequences, V vocabulary, D d_model. Everything that comes out is float32.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fwt_jax.sharding import over_batch
+
+BLOCK = 256  # tokens whose logits exist at once
+
+
+def losses(x: jax.Array, targets: jax.Array, output: tuple[jax.Array, ...], cutoffs: tuple[int, ...] = ()) -> jax.Array:
+    """−log p of ``targets``, integers ``[B, T]``, from x ``[B, T, D]``: ``[B, T]``.
+
+    The logits exist for 256 tokens at a time, those of a cluster only for blocks of tokens with a target in it: 2VD
+    FLOPs per token, or with clusters of n words that have a share p of the tokens 2D Σ pn.
+    """
+
+    def of_rows(rows, output):
+        x, targets = rows
+        return _losses(x.reshape(-1, x.shape[-1]), targets.reshape(-1), output, cutoffs).reshape(targets.shape)
+
+    return over_batch(of_rows, (x, targets), output)
+
+
+def log_probabilities(x: jax.Array, output: tuple[jax.Array, ...], cutoffs: tuple[int, ...] = ()) -> jax.Array:
+    """log p of all words, ``[..., V]``, from x ``[..., D]``."""
+    rows = _log_probabilities(x.reshape(-1, x.shape[-1]), output, cutoffs)
+    return rows.reshape(*x.shape[:-1], -1)
+
+
+def _head(x, output, cutoffs):
+    """log p of the frequent words and, in the toolkit's order, of the clusters: the last first."""
+    embedding, bias, *clusters = output
+    if cutoffs:
+        embedding = jnp.concatenate([embedding[: cutoffs[0]], clusters[0]])
+        bias = jnp.concatenate([bias[: cutoffs[0]], clusters[1]])
+    return _log_softmax(x, embedding, bias)
+
+
+def _log_softmax(x, embedding, bias):
+    logits = jnp.matmul(x, embedding.astype(x.dtype).T, preferred_element_type=jnp.float32) + bias[None]
+    return jax.nn.log_softmax(logits, axis=-1)
+
+
+def _clusters(cutoffs, vocab_size):
+    """The column of the head, the first and the last word (exclusive) of each cluster of rarer words."""
+    bounds = itertools.pairwise((*cutoffs, vocab_size) if cutoffs else ())
+    return [(-1 - i, low, high) for i, (low, high) in enumerate(bounds)]
+
+
+def _log_probabilities(x, output, cutoffs):
+    embedding, bias, *_ = output
+    head = _head(x, output, cutoffs)
+    parts = [head[:, : cutoffs[0]] if cutoffs else head]
+    for column, low, high in _clusters(cutoffs, len(embedding)):
+        parts.append(head[:, column, None] + _log_softmax(x, embedding[low:high], bias[low:high]))
+    return jnp.concatenate(parts, axis=-1)
+
+
+def _losses(x, targets, output, cutoffs):
+    embedding, bias, *_ = output
+    columns, rest = targets, jnp.zeros(len(targets))
+    for column, low, high in _clusters(cutoffs, len(embedding)):
+        member = (low <= targets) & (targets < high)
+        columns = jnp.where(member, cutoffs[0] + len(cutoffs) + column, columns)
+        rows = embedding[low:high], bias[low:high]
+        inside = jnp.clip(targets - low, 0, high - low - 1)
+        rest += _in_blocks(lambda x, rows: _log_softmax(x, *rows), x, inside, member, rows)
+    everything = jnp.ones(len(targets), bool)
+    return rest + _in_blocks(lambda x, output: _head(x, output, cutoffs), x, columns, everything, output)
+
+
+def _in_blocks(log_probabilities, x, columns, member, parameters):
+    """−log p in one column for the tokens that are members, else 0; only blocks with a member are computed."""
+    length = len(x)
+    order = jnp.argsort(~member)  # members first
+    padding = -length % min(BLOCK, length)
+    pad = lambda x: jnp.pad(x[order], ((0, padding), *((0, 0),) * (x.ndim - 1)))  # noqa: E731
+    blocks = jax.tree.map(lambda x: pad(x).reshape(-1, min(BLOCK, length), *x.shape[1:]), (x, columns, member))
+
+    @jax.checkpoint
+    def block(x, columns, member, parameters):
+        taken = jnp.take_along_axis(log_probabilities(x, parameters), columns[:, None], axis=-1)[:, 0]
+        return jnp.where(member, -taken, 0)
+
+    def body(_, inputs):
+        nothing = lambda x, columns, *_: 0.0 * columns  # noqa: E731 -- of each device, as columns
+        return None, lax.cond(jnp.any(inputs[2]), block, nothing, *inputs, parameters)
+
+    _, losses = lax.scan(body, None, blocks)
+    return jnp.zeros(length).at[order].set(losses.reshape(-1)[:length])

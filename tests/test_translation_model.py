@@ -1,0 +1,310 @@
+"""EncoderDecoder and beam search: streaming, padding, an exhaustive reference, other devices, what is refused."""
+
+import dataclasses
+import functools
+import itertools
+
+import chex
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import strategies as st
+
+from fwt_jax import decode, sharding
+from fwt_jax.encoder_decoder import Attention, EncoderDecoder, TranslationConfig
+
+TINY = TranslationConfig(
+    vocab_size=20, encoder_layers=1, decoder_layers=2, d_model=16, d_ff=32, num_heads=2, dropout=0.0
+)
+SOFTMAX, SUM = Attention(), Attention("sum")
+DPFP = Attention("sum", "dpfp", 2)
+FAVOR = Attention("sum", "favor_plus", 8)
+DELTA = Attention("delta", feature_normalization="sum", normalize=False)
+MODELS = {
+    "softmax": {},
+    "sum": {"encoder": SUM, "decoder": SUM, "cross": SUM},
+    "pre-norm, DPFP": {"encoder": DPFP, "decoder": DPFP, "cross": DPFP, "norm": "pre"},
+    "FAVOR+": {"encoder": FAVOR, "decoder": FAVOR, "cross": FAVOR},
+    "delta decoder": {"decoder": DELTA},
+    "each another": {"encoder": SUM, "decoder": SOFTMAX, "cross": DPFP},
+}
+every_model = pytest.mark.parametrize("name", MODELS)
+some_models = pytest.mark.parametrize("name", ["pre-norm, DPFP", "FAVOR+", "each another", "delta decoder"])
+
+
+@functools.cache
+def make(name, **options):
+    return EncoderDecoder(dataclasses.replace(TINY, **MODELS[name], **options), rngs=nnx.Rngs(1))
+
+
+def sentences(batch, length, seed=0, lengths=None):
+    """Tokens with an eos_id at their end, then padding."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(4, TINY.vocab_size, (batch, length))
+    lengths = rng.integers(1, length + 1, batch) if lengths is None else np.asarray(lengths)
+    places = np.arange(length)[None]
+    tokens = np.where(places == lengths[:, None] - 1, TINY.eos_id, tokens)
+    return jnp.asarray(np.where(places < lengths[:, None], tokens, TINY.pad_id), jnp.int32)
+
+
+@nnx.jit
+def score(model, source, target):
+    return model.losses(source, target, label_smoothing=0.1)
+
+
+@nnx.jit
+def log_probabilities(model, source, tokens):
+    return model(source, tokens)
+
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+
+@every_model
+def test_decoding_token_by_token_equals_all_at_once(name):
+    model, source, target = make(name), sentences(3, 7), sentences(3, 9, seed=1, lengths=[9, 9, 9])
+    memory, steps = nnx.jit(lambda model: model.encode(source, max_length=9))(model), []
+    whole = log_probabilities(model, source, target)
+
+    @nnx.jit
+    def step(model, tokens, memory):
+        hidden, memory = model.decode(tokens, memory)
+        return model.log_probabilities(hidden), memory
+
+    for i in range(9):
+        scores, memory = step(model, target[:, i : i + 1], memory)
+        steps.append(scores)
+    chex.assert_trees_all_close(jnp.concatenate(steps, axis=1), whole, atol=1e-5)
+    scores, _ = step(model, target[:, :5], model.encode(source, max_length=9))
+    chex.assert_trees_all_close(scores, whole[:, :5], atol=1e-5)
+
+
+@every_model
+@hypothesis.given(st.lists(st.integers(1, 6), min_size=4, max_size=4), st.integers(0, 99))
+@hypothesis.settings(max_examples=15, deadline=None)
+def test_padding_changes_nothing(name, lengths, seed):
+    model, source, target = make(name), sentences(2, 6, seed, lengths[:2]), sentences(2, 6, seed + 1, lengths[2:])
+    more = lambda tokens, count: jnp.pad(tokens, ((0, 0), (0, count)))  # noqa: E731 -- pad_id is 0
+    smoothed = score(model, source, target)
+    padded = score(model, more(source, 5), more(target, 3))
+    chex.assert_trees_all_close(padded[:, :6], smoothed, atol=2e-5)
+    assert not np.any(padded[:, 6:]) and not np.any(smoothed[target == TINY.pad_id])
+    alone = score(model, jnp.broadcast_to(source[:1], (2, 6)), jnp.broadcast_to(target[:1], (2, 6)))
+    chex.assert_trees_all_close(alone[0], smoothed[0], atol=2e-5)
+
+
+@every_model
+def test_the_decoder_is_causal_and_sees_the_source(name):
+    model, source, target = make(name), sentences(1, 6, lengths=[6]), sentences(1, 6, seed=1, lengths=[6])
+    before = log_probabilities(model, source, target)
+    after = log_probabilities(model, source, target.at[0, 3].set(5 + (target[0, 3] == 5)))
+    chex.assert_trees_all_close(before[:, :3], after[:, :3], atol=1e-6)
+    assert np.abs(before[:, 3:] - after[:, 3:]).max() > 1e-4
+    for place in range(6):
+        other = log_probabilities(model, source.at[0, place].set(5 + (source[0, place] == 5)), target)
+        assert np.abs(before - other).max(axis=-1).min() > 1e-6
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_is_the_cross_entropy_with_smoothed_labels(smoothing):
+    model, source, target = make("sum"), sentences(3, 5), sentences(3, 6, seed=1)
+    log_p = np.asarray(model(source, jnp.pad(target[:, :-1], ((0, 0), (1, 0)), constant_values=TINY.bos_id)))
+    labels = (1 - smoothing) * np.eye(TINY.vocab_size)[np.asarray(target)] + smoothing / TINY.vocab_size
+    expected = -np.sum(labels * log_p, axis=-1) * (np.asarray(target) != TINY.pad_id)
+    chex.assert_trees_all_close(model.losses(source, target, label_smoothing=smoothing), expected, atol=2e-5)
+
+
+@some_models
+def test_recomputing_blocks_changes_nothing_and_all_parameters_learn(name):
+    source, target = sentences(2, 5), sentences(2, 5, seed=1)
+
+    gradient = nnx.jit(nnx.grad(lambda model: jnp.mean(model.losses(source, target))))
+    gradients = [gradient(make(name, remat=remat)) for remat in (False, True)]
+    chex.assert_trees_all_close(*gradients, atol=1e-5)
+    silent = [
+        jax.tree_util.keystr(path) for path, x in jax.tree_util.tree_leaves_with_path(gradients[0]) if not x.any()
+    ]
+    assert not silent
+
+
+def test_dropout_and_random_features_come_from_rngs():
+    model, source, target = make("FAVOR+", dropout=0.5), sentences(2, 5), sentences(2, 5, seed=1)
+    one, same, other = (model.losses(source, target, rngs=nnx.Rngs(seed)) for seed in (0, 0, 1))
+    chex.assert_trees_all_equal(one, same)
+    assert np.abs(one - other).max() > 1e-3
+    without = dataclasses.replace(model.config, dropout=0.0)
+    drawn = EncoderDecoder(without, rngs=nnx.Rngs(1)).losses(source, target, rngs=nnx.Rngs(0))
+    kept = EncoderDecoder(without, rngs=nnx.Rngs(1)).losses(source, target)
+    assert np.abs(drawn - kept).max() > 1e-4
+
+
+def test_bfloat16_computes_in_it_and_keeps_float32_outside():
+    model = make("each another", dtype="bfloat16")
+    losses = model.losses(sentences(2, 5), sentences(2, 5, seed=1))
+    exact = make("each another").losses(sentences(2, 5), sentences(2, 5, seed=1))
+    assert losses.dtype == jnp.float32 and all(x.dtype == jnp.float32 for x in jax.tree.leaves(nnx.state(model)))
+    chex.assert_trees_all_close(losses, exact, atol=0.1)
+    assert np.abs(losses - exact).max() > 1e-5
+
+
+def test_the_sizes_of_the_papers_models():
+    """Vaswani et al. 2017, table 3, with 37,000 tokens: 65 and 213 million parameters."""
+    base = TranslationConfig(vocab_size=37_000)
+    big = TranslationConfig(vocab_size=37_000, d_model=1024, d_ff=4096, num_heads=16)
+    for config, millions in ((base, 63.1), (big, 214.2)):
+        shapes = nnx.eval_shape(lambda config=config: EncoderDecoder(config, rngs=nnx.Rngs(0)))
+        count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(nnx.state(shapes, nnx.Param)))
+        assert round(count / 1e6, 1) == millions
+
+
+# --- beam search -----------------------------------------------------------------------------------------------------
+
+SMALL = TranslationConfig(
+    vocab_size=6, encoder_layers=1, decoder_layers=1, d_model=8, d_ff=16, num_heads=2, dropout=0.0, decoder=DELTA
+)
+
+
+def all_translations(length):
+    """Every sequence of at most ``length`` tokens that ends with eos_id, padded."""
+    tokens = [token for token in range(6) if token not in (SMALL.pad_id, SMALL.eos_id)]
+    words = [words for n in range(length) for words in itertools.product(tokens, repeat=n)]
+    return np.asarray([(*row, SMALL.eos_id, *(SMALL.pad_id,) * (length - 1 - len(row))) for row in words], np.int32)
+
+
+@pytest.mark.parametrize("decoder", [SOFTMAX, SUM, DELTA], ids=["softmax", "sum", "delta"])
+@pytest.mark.parametrize("penalty", [0.0, 0.6, 1.0])
+def test_a_beam_that_holds_everything_finds_the_best_of_all(decoder, penalty):
+    model = EncoderDecoder(dataclasses.replace(SMALL, decoder=decoder), rngs=nnx.Rngs(3))
+    source = jnp.asarray([[4, 5, 3, 0], [5, 1, 4, 3]], jnp.int32)
+    options = {"beam_size": 85, "max_length": 4, "length_penalty": penalty, "early_stop": False}
+    translations = decode.beam_search(model, source, **options)
+    everything = all_translations(4)
+    assert len(everything) == 85
+    for row in range(2):
+        losses = plain(model, jnp.broadcast_to(source[row], (85, 4)), jnp.asarray(everything))
+        judged = -np.sum(losses, axis=1) / np.sum(everything != SMALL.pad_id, axis=1) ** penalty
+        order = np.argsort(-judged)
+        np.testing.assert_allclose(translations.scores[row], judged[order], atol=1e-5)
+        np.testing.assert_array_equal(translations.tokens[row, :5], everything[order[:5]])
+
+
+@nnx.jit
+def plain(model, source, target):
+    return model.losses(source, target)
+
+
+def greedy(model, source, length):
+    """One sentence, with the whole model called again for each token."""
+    tokens = np.full((1, length + 1), TINY.bos_id, np.int32)
+    for i in range(length):
+        scores = np.array(log_probabilities(model, source, jnp.asarray(tokens))[0, i])
+        scores[TINY.pad_id] = -np.inf
+        tokens[0, i + 1] = np.argmax(scores) if i < length - 1 else TINY.eos_id
+        if tokens[0, i + 1] == TINY.eos_id:
+            break
+    return tokens[0, 1 : i + 2].tolist()
+
+
+@every_model
+def test_beam_one_is_greedy_whatever_stands_beside_a_sentence(name):
+    model, source = make(name), sentences(3, 6, seed=4)
+    translations = decode.beam_search(model, source, beam_size=1, max_length=8)
+    for row in range(3):
+        expected = greedy(model, source[row : row + 1], 8)
+        assert [int(token) for token in translations.tokens[row, 0] if token != TINY.pad_id] == expected
+
+
+@some_models
+def test_the_scores_are_those_of_the_teacher_forced_model_and_better_with_a_larger_beam(name):
+    model, source = make(name), sentences(4, 6, seed=5)
+    best = []
+    for beam_size in (1, 4):
+        options = {"beam_size": beam_size, "max_length": 7, "length_penalty": 0.6}
+        tokens, scores = decode.beam_search(model, source, **options, early_stop=False)
+        assert np.all(np.diff(scores, axis=1) <= 0)
+        losses = plain(model, source, tokens[:, 0])
+        lengths = jnp.sum(tokens[:, 0] != TINY.pad_id, axis=1)
+        chex.assert_trees_all_close(-jnp.sum(losses, axis=1) / lengths**0.6, scores[:, 0], atol=1e-5)
+        best.append(scores[:, 0])
+    assert np.mean(best[1] - best[0]) >= 0
+
+
+# --- many devices ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("axes", [{}, {"fsdp": 2, "tensor": 2}], ids=["data 8", "data 2, fsdp 2, tensor 2"])
+@pytest.mark.parametrize("name", ["softmax", "each another", "delta decoder"])
+def test_eight_devices_decode_and_score_as_one(name, axes):
+    model, source, target = make(name), sentences(8, 6, seed=6), sentences(8, 6, seed=7)
+    expected = score(model, source, target), decode.beam_search(model, source, max_length=6, beam_size=3)
+    mesh = sharding.make_mesh(**axes)
+    graph, state = nnx.split(model)
+    state = nnx.to_pure_dict(nnx.as_pure(state))
+    state = jax.device_put(state, sharding.partition(mesh, state))
+    assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(state)) == bool(axes)
+    source, target = jax.device_put((source, target), sharding.batch_partition(mesh, (source, target)))
+    with jax.set_mesh(mesh):
+        spread = nnx.merge(graph, nnx.State(state))
+        got = score(spread, source, target), decode.beam_search(spread, source, max_length=6, beam_size=3)
+    chex.assert_trees_all_close(got, expected, atol=1e-5)
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"d_model": 18, "num_heads": 4}, "even and a multiple of num_heads 4, got 18"),
+        ({"encoder": DELTA}, "encoder.rule must be .*depends on the order"),
+        ({"cross": DELTA}, "cross.rule must be"),
+        ({"norm": "both"}, "norm must be one of 'post', 'pre', got 'both'"),
+        ({"dropout": 1.0}, "dropout must be in"),
+        ({"decoder_layers": 0}, "decoder_layers must be at least 1, got 0"),
+        ({"eos_id": 2}, "three tokens of the vocabulary of 20, got"),
+        ({"pad_id": 20}, "three tokens of the vocabulary of 20, got"),
+    ],
+)
+def test_a_configuration_that_is_none(options, words):
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(TINY, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rule": "fwm"}, "rule must be one of"),
+        ({"feature_map": "sigmoid"}, "feature_map must be one of"),
+        ({"feature_size": 0}, "feature_size must be at least 1, got 0"),
+    ],
+)
+def test_an_attention_that_is_none(options, words):
+    with pytest.raises(ValueError, match=words):
+        Attention(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_length": 0}, "max_length must be at least 1, got 0"),
+        ({"beam_size": 0}, "beam_size must be at least 1, got 0"),
+        ({"length_penalty": -1}, "length_penalty must be at least 0, got -1"),
+    ],
+)
+def test_a_beam_search_that_is_none(options, words):
+    with pytest.raises(ValueError, match=words):
+        decode.beam_search(make("sum"), sentences(1, 3), **{"max_length": 5} | options)
+
+
+def test_tokens_that_are_none():
+    model, source = make("sum"), sentences(2, 4)
+    with pytest.raises(ValueError, match=r"source must be integers \[B, S\], S ≥ 1, got float32\[2, 4\]"):
+        model(source.astype(jnp.float32), source)
+    with pytest.raises(ValueError, match=r"the target must be integers \[2, T\], got int32\[3, 4\]"):
+        model(source, sentences(3, 4))
+    memory = model.encode(source, max_length=4, hypotheses=2)
+    with pytest.raises(ValueError, match=r"one token at a time, got \[4, 2\]"):
+        model.decode(jnp.zeros((4, 2), jnp.int32), memory)
