@@ -21,12 +21,12 @@ from tqdm import tqdm
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def checkpoints(out: pathlib.Path) -> ocp.CheckpointManager:
-    """The checkpoints of a run, of which the last two and the best stay. They appear whole or not at all."""
+def checkpoints(out: pathlib.Path, keep: int = 2) -> ocp.CheckpointManager:
+    """The checkpoints of a run, of which the last ``keep`` and the best stay. They appear whole or not at all."""
     best = preservation_policy.BestN(get_metric_fn=_loss, reverse=True, n=1)
-    keep = preservation_policy.AnyPreservationPolicy([preservation_policy.LatestN(2), best])
+    kept = preservation_policy.AnyPreservationPolicy([preservation_policy.LatestN(keep), best])
     options = ocp.CheckpointManagerOptions(
-        best_fn=_loss, best_mode="min", preservation_policy=keep, cleanup_tmp_directories=True
+        best_fn=_loss, best_mode="min", preservation_policy=kept, cleanup_tmp_directories=True
     )
     return ocp.CheckpointManager(out / "checkpoints", options=options)
 

@@ -1,7 +1,7 @@
 """Training: one loop for every experiment. It survives interruption at any moment, and goes on bit for bit.
 
     state, run folder:  train(make_model, loss, batches, config, out, ...)
-    out/checkpoints/    the last two and the best, by orbax: model, optimizer, memory, position in the data
+    out/checkpoints/    the last few and the best, by orbax: model, optimizer, memory, position in the data
     out/metrics.jsonl   one line for every ``log_every`` steps and every evaluation; out/tensorboard/ has the same
     out/run.json        what the run is: a run with other settings is refused, not mixed with it
 
@@ -79,13 +79,15 @@ class TrainConfig:
     """Steps between checkpoints."""
     log_every: int = 100
     """Steps that a line of the metrics is the mean of."""
+    keep: int = 2
+    """Last checkpoints that stay, beside the best."""
     seed: int = 1111
     """Of the parameters and of dropout."""
 
     def __post_init__(self):
-        for name, least in (("steps", 1), ("accumulate", 1), ("eval_every", 1), ("save_every", 1), ("log_every", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name in ("steps", "accumulate", "eval_every", "save_every", "log_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("learning_rate", "warmup", "clip", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
@@ -264,7 +266,7 @@ def train(
             run_folder.check_identity(out / "run.json", {"training": dataclasses.asdict(config), **(identity or {})})
         if mesh is not None:
             stack.enter_context(jax.set_mesh(mesh))
-        manager = stack.enter_context(run_folder.checkpoints(out))
+        manager = stack.enter_context(run_folder.checkpoints(out, config.keep))
         init = functools.partial(initial_state, make_model, config, memory)
         state, host = run_folder.restore(manager, _abstract(jax.eval_shape(init), mesh))
         if state is None:
@@ -346,9 +348,16 @@ def _abstract(state, mesh):
 
 
 def load(
-    out: pathlib.Path, make_model: Callable[[], nnx.Module], *, best: bool = True, mesh: Mesh | None = None
+    out: pathlib.Path,
+    make_model: Callable[[], nnx.Module],
+    *,
+    best: bool = True,
+    average: int = 1,
+    mesh: Mesh | None = None,
 ) -> tuple[nnx.Module, int]:
     """The best model of a run (the last, where nothing was evaluated, or if not ``best``), and its step.
+
+    With ``average`` above 1 it is the mean of the last so many checkpoints that there are, and the step of the last.
 
     Raises:
       ValueError: a folder without checkpoints.
@@ -363,5 +372,10 @@ def load(
             raise ValueError(f"{out / 'checkpoints'} is empty; train first, or name the folder of a run")
         state = _abstract(jax.eval_shape(functools.partial(initial_state, make_model, config)), mesh)
         model = {"params": state.params, "constants": state.constants}
-        restored = manager.restore(step, args=ocp.args.Composite(model=ocp.args.StandardRestore(model)))["model"]
-    return model_of(graph_of(make_model), state._replace(**restored)), step
+        steps = [step] if average == 1 else sorted(manager.all_steps())[-average:]
+        args = ocp.args.Composite(model=ocp.args.StandardRestore(model))
+        restored, *others = (manager.restore(step, args=args)["model"] for step in steps)
+        for other in others:
+            restored["params"] = jax.tree.map(jnp.add, restored["params"], other["params"])
+        restored["params"] = jax.tree.map(lambda x: x / len(steps), restored["params"])
+    return model_of(graph_of(make_model), state._replace(**restored)), steps[-1]

@@ -123,20 +123,22 @@ class TranslationConfig:
         """Of all attentions."""
         return self.d_model // self.num_heads
 
+    def make_attention(
+        self, place: Literal["encoder", "decoder", "cross"], rngs: nnx.Rngs
+    ) -> FastWeightAttention | SoftmaxAttention | CrossAttention:
+        """One attention layer; that of the decoder is causal."""
+        options, causal = getattr(self, place), place == "decoder"
+        sizes = (self.d_model, self.num_heads, self.head_size)
+        shared = {"kernel_init": INIT, "use_bias": True, "dtype": jnp.dtype(self.dtype), "rngs": rngs}
+        if options.rule == "softmax":
+            return SoftmaxAttention(*sizes, **shared) if causal else CrossAttention(*sizes, **shared)
+        of_features = SimpleNamespace(head_size=self.head_size, **dataclasses.asdict(options))
+        shared |= features(of_features, rngs, orthogonal="rows")
+        kind = FastWeightAttention if causal else CrossAttention
+        return kind(*sizes, rule=options.rule, normalize=options.normalize, eps=options.eps, **shared)
+
 
 INIT = nnx.initializers.xavier_uniform()
-
-
-def _make_attention(config, options, rngs, causal):
-    """One attention layer: causal with a memory, or a ``CrossAttention``."""
-    sizes = (config.d_model, config.num_heads, config.head_size)
-    shared = {"kernel_init": INIT, "use_bias": True, "dtype": jnp.dtype(config.dtype), "rngs": rngs}
-    if options.rule == "softmax":
-        return SoftmaxAttention(*sizes, **shared) if causal else CrossAttention(*sizes, **shared)
-    of_features = SimpleNamespace(head_size=config.head_size, **dataclasses.asdict(options))
-    shared |= features(of_features, rngs, orthogonal="rows")
-    kind = FastWeightAttention if causal else CrossAttention
-    return kind(*sizes, rule=options.rule, normalize=options.normalize, eps=options.eps, **shared)
 
 
 class _Sublayers(nnx.Module):
@@ -160,7 +162,7 @@ class EncoderBlock(_Sublayers):
 
     def __init__(self, config: TranslationConfig, rngs: nnx.Rngs):
         super().__init__(config, rngs, 2)
-        self.attention = _make_attention(config, config.encoder, rngs, causal=False)
+        self.attention = config.make_attention("encoder", rngs)
 
     def __call__(self, x: jax.Array, mask: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
         """x ``[B, S, D]``, float32, and its mask ``[B, S]`` -> the same."""
@@ -180,8 +182,8 @@ class DecoderBlock(_Sublayers):
 
     def __init__(self, config: TranslationConfig, rngs: nnx.Rngs):
         super().__init__(config, rngs, 3)
-        self.attention = _make_attention(config, config.decoder, rngs, causal=True)
-        self.cross_attention = _make_attention(config, config.cross, rngs, causal=False)
+        self.attention = config.make_attention("decoder", rngs)
+        self.cross_attention = config.make_attention("cross", rngs)
 
     def __call__(self, x: jax.Array, memory: Any, source: Any, rngs: nnx.Rngs | None = None):
         """x ``[N, T, D]``, float32, the memory of what came before, the source (``Encoded``, or what

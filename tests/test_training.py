@@ -86,7 +86,7 @@ test_training.run(out)
 """
 
 
-@pytest.mark.parametrize(("kind", "at"), [("SIGKILL", 2), ("SIGKILL", 4), ("SIGKILL", 9), ("SIGTERM", 9)])
+@pytest.mark.parametrize(("kind", "at"), [("SIGKILL", 4), ("SIGKILL", 9), ("SIGTERM", 9)])
 def test_a_run_that_was_killed_goes_on_bit_for_bit(kind, at, whole, tmp_path):
     command = [sys.executable, "-c", PROGRAM, kind, str(at), str(tmp_path)]
     ended = subprocess.run(command, cwd=pathlib.Path(__file__).parent.parent, capture_output=True, text=True)
@@ -124,6 +124,18 @@ def test_load_gives_the_last_model_where_nothing_was_evaluated(tmp_path):
         training.load(tmp_path / "nowhere", make_model)
 
 
+def test_the_mean_of_the_last_checkpoints(tmp_path):
+    run(tmp_path, dataclasses.replace(CONFIG, keep=3, eval_every=12), evaluate=None)
+    assert saved_steps(tmp_path) == [4, 8, 12]
+    mean, step = training.load(tmp_path, make_model, average=2)
+    last, _ = training.load(tmp_path, make_model, best=False)
+    shutil.rmtree(tmp_path / "checkpoints" / "12")
+    before, _ = training.load(tmp_path, make_model, best=False)
+    assert step == 12
+    halves = (jax.tree.map(lambda x: x / 2, nnx.state(model, nnx.Param)) for model in (last, before))
+    chex.assert_trees_all_close(nnx.state(mean, nnx.Param), jax.tree.map(jnp.add, *halves), rtol=1e-6)
+
+
 DAMAGES = ("truncate model", "delete model", "truncate rest", "delete rest", "truncate host", "delete host")
 
 
@@ -133,13 +145,26 @@ def harm(checkpoint, damage):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]) if how == "truncate" else path.unlink()
 
 
+def restored(out):
+    state = jax.eval_shape(functools.partial(training.initial_state, make_model, CONFIG, make_model().init_memory(8)))
+    with run_folder.checkpoints(out) as manager:
+        return run_folder.restore(manager, training._abstract(state, None))
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_broken_checkpoint_falls_back_to_the_one_before(damage, whole, tmp_path, capsys):
+def test_a_broken_checkpoint_is_moved_aside_for_the_one_before(damage, whole, tmp_path, capsys):
     shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
     harm(tmp_path / "checkpoints" / "12", damage)
-    chex.assert_trees_all_equal(nnx.state(run(tmp_path)), whole[1])
+    state, host = restored(tmp_path)
+    assert int(state.step) == host["batches"]["step"] == 8
     assert "checkpoint 12 of" in (printed := capsys.readouterr().out) and "cannot be read; it is now" in printed
-    assert list(tmp_path.glob("broken-checkpoint-12-*"))
+    assert list(tmp_path.glob("broken-checkpoint-12-*")) and 12 not in saved_steps(tmp_path)
+
+
+def test_a_run_goes_on_from_before_a_broken_checkpoint(whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    harm(tmp_path / "checkpoints" / "12", "truncate model")
+    chex.assert_trees_all_equal(nnx.state(run(tmp_path)), whole[1])
     assert losses_of(tmp_path) == losses_of(whole[0])
 
 
@@ -150,7 +175,7 @@ def test_a_run_whose_checkpoints_are_all_broken_is_not_begun_anew(whole, tmp_pat
         harm(tmp_path / "checkpoints" / str(step), "truncate model")
     words = rf"no checkpoint of .* can be read: 12 \(.*; {before[0]} \(.*delete the folder"
     with pytest.raises(ValueError, match=words):
-        run(tmp_path)
+        restored(tmp_path)
     assert saved_steps(tmp_path) == before and not list(tmp_path.glob("broken-*"))
 
 

@@ -1,0 +1,316 @@
+"""Translation (section 6.2, table 1): train, translate by beam search, score with BLEU and chrF.
+
+    python -m experiments.translation                        a tiny model on sentence pairs that ship
+    python -m experiments.translation --preset tiny-dpfp-2 --parallel train.en train.de \\
+        --validation val.en val.de --test test.en test.de    on your own files
+    python -m experiments.translation --preset big-dpfp-4    a row of the paper's table 1, WMT14 from TFDS
+    python -m experiments.translation --table                all finished runs beside the paper's numbers
+
+A run is a folder, runs/translation/<preset>/ (--out), and the same command goes on where it was interrupted:
+checkpoints/, metrics.jsonl, tensorboard/, subwords.model, loss.png, translations.txt, results.json.
+Times and numbers, and on what machine: experiments/README.md. The presets are in translation_presets.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import sacrebleu
+import tyro
+from flax import nnx
+from tqdm import tqdm
+
+from experiments import parallel_text, run_folder, training
+from experiments.language_modeling import draw
+from experiments.parallel_text import Pairs, Sentences, Subwords
+from experiments.translation_presets import PAPER, Size, find
+from fwt_jax import decode, sharding
+from fwt_jax.encoder_decoder import EncoderDecoder
+
+RUNS = pathlib.Path("runs/translation")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What to train, on what, and where. What is left out is the preset's own."""
+
+    preset: str = "demo"
+    """demo, or SIZE-ATTENTION: big-softmax, tiny-dpfp-2, ... (an unknown name lists all)."""
+    parallel: tuple[pathlib.Path, ...] = ()
+    """Two UTF-8 files whose lines belong together, source first, or one with a tab between the two."""
+    validation: tuple[pathlib.Path, ...] = ()
+    """The same, to choose the best checkpoint by; the first hundredth of --parallel, at least 100, if not given."""
+    test: tuple[pathlib.Path, ...] = ()
+    """The same, to score; the next hundredth of --parallel if not given."""
+    pair: str = "en-de"
+    """Source and target of WMT14."""
+    data_dir: pathlib.Path | None = None
+    """Of TFDS, where it has prepared WMT14."""
+    out: pathlib.Path | None = None
+    """Folder of the run."""
+    steps: int | None = None
+    """Updates of the parameters."""
+    tokens: int | None = None
+    """Of a batch, on the longer side, with padding."""
+    accumulate: int | None = None
+    """Parts that a batch is computed in, to need less memory."""
+    seed: int | None = None
+    """Of the parameters, of dropout and of the order."""
+    vocabulary: int | None = None
+    """Subwords of both languages together."""
+    average: int | None = None
+    """Last checkpoints whose mean is evaluated; 1: the best one by the loss of validation."""
+    beam_size: int = 4
+    """Hypotheses of the beam search."""
+    length_penalty: float = 0.6
+    """See fwt_jax.decode.beam_search."""
+    fsdp: int = 1
+    """Devices that share the parameters of one copy of the model."""
+    tensor: int = 1
+    """Devices that share the heads and feed-forward layers of one copy."""
+    distributed: bool = False
+    """Several processes, one for each host of a TPU slice or cluster."""
+    table: bool = False
+    """Only print the results of all runs beside the paper's."""
+
+
+def settings(config: Config) -> Size:
+    """The preset with what the command line changes; its model lacks the size of the vocabulary."""
+    size, model = find(config.preset)
+    given = lambda **options: {name: x for name, x in options.items() if x is not None}  # noqa: E731
+    options = given(steps=config.steps, accumulate=config.accumulate, seed=config.seed)
+    average = size.average if config.average is None else config.average
+    if average < 1:
+        raise ValueError(f"average must be at least 1, got {average}")
+    options["keep"] = max(average, size.training.keep)
+    changes = given(tokens=config.tokens, vocabulary=config.vocabulary, average=average)
+    return dataclasses.replace(size, model=model, training=dataclasses.replace(size.training, **options), **changes)
+
+
+def read_data(config: Config) -> dict[str, Pairs]:
+    """Sentence pairs for training, validation and test.
+
+    Raises:
+      ValueError: what is missing, and where to put it; see ``parallel_text``.
+    """
+    if not config.parallel:
+        if config.validation or config.test:
+            raise ValueError("--validation and --test belong to --parallel; name the pairs to train on, too")
+        demo = config.preset.startswith("demo")
+        return parallel_text.demo_pairs() if demo else parallel_text.load_wmt14(config.pair, config.data_dir)
+    train, parts = parallel_text.read_pairs(config.parallel), {}
+    for name, paths in (("validation", config.validation), ("test", config.test)):
+        if paths:
+            parts[name] = parallel_text.read_pairs(paths)
+            continue
+        count = max(100, len(train.source) // 100)
+        if len(train.source) < 3 * count:
+            raise ValueError(f"{len(train.source)} pairs are too few to hold some out; name files with --{name}")
+        parts[name], train = train.part(slice(count)), train.part(slice(count, None))
+    return {"train": train, **parts}
+
+
+def loss(label_smoothing, model, batch, memory, rngs):
+    """Sum of the cross-entropies, and the number of tokens."""
+    losses = model.losses(batch["source"], batch["target"], label_smoothing=label_smoothing, rngs=rngs)
+    return jnp.sum(losses), jnp.sum(batch["target"] != model.config.pad_id), None
+
+
+@nnx.jit
+def _nats(model, batch):
+    return loss(0.0, model, batch, None, None)[:2]
+
+
+def nats(model: EncoderDecoder, source: Sentences, target: Sentences, multiple: int, mesh=None) -> float:
+    """Cross-entropy of a token of the target, without label smoothing, over all pairs."""
+    sums = np.zeros(2)
+    rows = np.arange(len(source))
+    for batch in parallel_text.batches(source, target, rows, 4096, multiple, None):
+        sums += [float(x) for x in _nats(model, training.place(batch, mesh))]
+    return float(sums[0] / sums[1])
+
+
+def translate(
+    model: EncoderDecoder,
+    subwords: Subwords,
+    lines: list[str],
+    *,
+    beam_size: int = 4,
+    length_penalty: float = 0.6,
+    tokens: int = 4096,
+    multiple: int = 1,
+    mesh=None,
+    label: str | None = "translating",
+) -> tuple[list[str], int]:
+    """Translations of sentences, in their order, and how many sentences were cut.
+
+    An empty line is translated as an empty line. A sentence of more tokens than ``parallel_text.SIZES`` ends at is cut
+    there. A translation has at most 1.5 times as many tokens as its source is padded to, and ten.
+
+    Args:
+      tokens: of a batch of sources with their padding, at most.
+      multiple: what the rows of a batch are a multiple of, for a mesh.
+      label: of the progress bar; None: none.
+    """
+    source = subwords.encode(lines)
+    written = np.flatnonzero(source.lengths > 1)
+    out, longest = [""] * len(lines), parallel_text.SIZES[-1]
+    plan = parallel_text.plan(np.minimum(source.lengths, longest), written, tokens, multiple, None)
+    with tqdm(total=len(written), desc=label, unit="sentence", disable=label is None) as bar:
+        for size, rows in plan:
+            count = parallel_text.rows_of(size, tokens, multiple)
+            batch = training.place({"source": parallel_text.pad(source, rows, size, count)}, mesh)
+            options = {"beam_size": beam_size, "max_length": size * 3 // 2 + 10, "length_penalty": length_penalty}
+            best = decode.beam_search(model, batch["source"], **options).tokens[:, 0]
+            if mesh is not None:
+                best = jax.jit(lambda x: x, out_shardings=jax.NamedSharding(mesh, jax.P()))(best)
+            for i, text in zip(rows, subwords.decode(np.asarray(best)[: len(rows)]), strict=True):
+                out[i] = text
+            bar.update(len(rows))
+    return out, int(np.sum(source.lengths > longest))
+
+
+def score(translations: list[str], references: list[str]) -> dict:
+    """BLEU and chrF of sacrebleu with their signatures."""
+    out = {}
+    for name, metric in (("bleu", sacrebleu.BLEU()), ("chrf", sacrebleu.CHRF())):
+        out[name] = metric.corpus_score(translations, [references]).score
+        out[f"{name}_signature"] = str(metric.get_signature())
+    return out
+
+
+def run(config: Config) -> dict:
+    """Trains what is not trained yet, translates, and scores. Returns what results.json holds."""
+    size = settings(config)
+    out = config.out or RUNS / config.preset
+    pairs = read_data(config)
+    out.mkdir(parents=True, exist_ok=True)
+    subwords = _subwords(out / "subwords.model", pairs["train"], size.vocabulary)
+    data = {
+        name: (subwords.encode(part.source, f"{name}, source"), subwords.encode(part.target, f"{name}, target"))
+        for name, part in pairs.items()
+        if name != "test"
+    }
+    rows, left_out = parallel_text.usable(*data["train"], size.max_length)
+    options = dataclasses.replace(size.model, vocab_size=len(subwords))
+    mesh = sharding.make_mesh(fsdp=config.fsdp, tensor=config.tensor) if jax.device_count() > 1 else None
+    multiple = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def make_model():
+        return EncoderDecoder(options, rngs=nnx.Rngs(size.training.seed))
+
+    def evaluate(model):
+        value = nats(model, *data["validation"], multiple, mesh)
+        return {"loss": value, "perplexity": math.exp(value)}
+
+    if jax.process_index() == 0:
+        shapes = nnx.eval_shape(make_model)
+        count = sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(shapes, nnx.Param)))
+        print(f"{config.preset}: {count:,} parameters, {len(subwords):,} subwords; {left_out}")
+        print(f"{size.training.steps:,} steps of at most {size.tokens:,} tokens, in {out}/")
+    identity = {
+        "model": dataclasses.asdict(options),
+        "batch": {"tokens": size.tokens, "max_length": size.max_length, "label_smoothing": size.label_smoothing},
+        "subwords": hashlib.sha256(subwords.model).hexdigest()[:16],
+        "text": hashlib.sha256(b"".join(x.tokens.tobytes() for x in data["train"])).hexdigest()[:16],
+    }
+    batches = parallel_text.batches(
+        *data["train"], rows, size.tokens, multiple * size.training.accumulate, size.training.seed
+    )
+    training.train(
+        make_model,
+        functools.partial(loss, size.label_smoothing),
+        batches,
+        size.training,
+        out,
+        evaluate=evaluate,
+        identity=identity,
+        mesh=mesh,
+    )
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        model, step = training.load(out, make_model, average=size.average, mesh=mesh)
+        results = {"preset": config.preset, "step": step, "average": size.average, "vocabulary": len(subwords)}
+        results |= {"beam_size": config.beam_size, "length_penalty": config.length_penalty}
+        for name in ("validation", "test"):
+            results[name] = _score_part(config, model, subwords, pairs[name], name, multiple, mesh, out)
+    if jax.process_index() == 0:
+        run_folder.write_atomically(out / "results.json", json.dumps(results, indent=1))
+        draw(run_folder.read_metrics(out / "metrics.jsonl"), out / "loss.png", config.preset)
+        print(table([results]))
+        print(f"BLEU {results['test']['bleu_signature']}\nchrF {results['test']['chrf_signature']}")
+        if config.preset.startswith("demo") and not config.parallel:
+            print("This is a demo: a few thousand sentences of one manual, minutes of training. The BLEU says little.")
+        print(f"wrote {out}/: results.json, translations.test.txt, loss.png, metrics.jsonl, checkpoints")
+    return results
+
+
+def _subwords(path, train, size):
+    """Those of the run, which are made with its first start."""
+    if not path.exists():
+        subwords = Subwords.train(train, size)
+        if jax.process_index() == 0:
+            path.with_suffix(".tmp").write_bytes(subwords.model)
+            os.replace(path.with_suffix(".tmp"), path)
+        return subwords
+    return Subwords(path.read_bytes())
+
+
+def _score_part(config, model, subwords, pairs, name, multiple, mesh, out):
+    start = time.perf_counter()
+    translations, cut = translate(
+        model,
+        subwords,
+        pairs.source,
+        beam_size=config.beam_size,
+        length_penalty=config.length_penalty,
+        multiple=multiple,
+        mesh=mesh,
+        label=f"translating {name}",
+    )
+    seconds = time.perf_counter() - start
+    if jax.process_index() == 0:
+        run_folder.write_atomically(out / f"translations.{name}.txt", "".join(line + "\n" for line in translations))
+        if name == "test":
+            for source, target, ours in list(zip(*pairs, translations, strict=True))[:5]:
+                print(f"  source     {source}\n  reference  {target}\n  ours       {ours}\n")
+    results = score(translations, list(pairs.target))
+    return results | {"sentences": len(translations), "cut": cut, "seconds": round(seconds, 1)}
+
+
+def table(results: list[dict]) -> str:
+    """BLEU and chrF beside the paper's BLEU."""
+    rows = [("preset", "valid BLEU", "chrF", "test BLEU", "chrF", "paper's valid", "test", "step")]
+    for row in results:
+        ours = (f"{row[name][metric]:.2f}" for name in ("validation", "test") for metric in ("bleu", "chrf"))
+        rows.append((row["preset"], *ours, *PAPER.get(row["preset"], ("", "")), row["step"]))
+    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(str(x).ljust(width) for x, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def main(config: Config):
+    if config.table:
+        paths = sorted(RUNS.glob("*/results.json"))
+        print(table([json.loads(path.read_text(encoding="utf-8")) for path in paths]))
+        return
+    find(config.preset)
+    if config.distributed:
+        jax.distributed.initialize()
+    try:
+        run(config)
+    except KeyboardInterrupt as error:
+        raise SystemExit(str(error) or "interrupted; the same command goes on from the last checkpoint") from None
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

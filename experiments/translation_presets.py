@@ -1,0 +1,102 @@
+"""The translation models of the paper's table 1, and what can be trained on a laptop."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from experiments.training import TrainConfig
+from fwt_jax.encoder_decoder import Attention, TranslationConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """A Transformer, and how it is trained: the recipe of fairseq (Ott et al. 2018), scaled to its data."""
+
+    model: TranslationConfig
+    training: TrainConfig
+    vocabulary: int  # subwords of both languages together
+    tokens: int  # of a batch, on the longer side, with padding
+    max_length: int = 256  # tokens of a sentence that is trained on
+    label_smoothing: float = 0.1
+    average: int = 1  # last checkpoints whose mean is evaluated; 1: the best one
+
+
+_ADAM = {"b2": 0.98, "clip": 0.0, "schedule": "inverse_sqrt"}
+_WMT = TrainConfig(
+    steps=40_000, learning_rate=1e-3, warmup=4000, accumulate=16, eval_every=1000, log_every=50, seed=1, **_ADAM
+)
+BASE = TranslationConfig(vocab_size=32_768)
+SIZES = {
+    # 45 epochs of WMT14 in batches of 3 x 3584 x 16 tokens
+    "big": Size(
+        dataclasses.replace(BASE, d_model=1024, d_ff=4096, num_heads=16, dropout=0.3), _WMT, 32_768, 3 * 3584 * 16
+    ),
+    "base": Size(BASE, dataclasses.replace(_WMT, accumulate=4), 32_768, 8 * 4096),
+    # 29,000 captions, in the size of Wu et al. 2021
+    "tiny": Size(
+        dataclasses.replace(
+            BASE, encoder_layers=4, decoder_layers=4, d_model=128, d_ff=256, num_heads=4, dropout=0.3, norm="pre"
+        ),
+        TrainConfig(
+            steps=4000, learning_rate=5e-3, warmup=1000, eval_every=500, save_every=250, log_every=50, keep=5, **_ADAM
+        ),
+        6000,
+        4096,
+        max_length=64,
+        average=5,
+    ),
+    "demo": Size(
+        dataclasses.replace(
+            BASE, encoder_layers=2, decoder_layers=2, d_model=128, d_ff=256, num_heads=4, dropout=0.2, norm="pre"
+        ),
+        TrainConfig(
+            steps=1500, learning_rate=5e-3, warmup=300, eval_every=250, save_every=250, log_every=25, keep=3, **_ADAM
+        ),
+        2500,
+        2048,
+        max_length=48,
+        average=3,
+    ),
+}
+
+# Table 1: BLEU of newstest2013 and newstest2014
+PAPER = {
+    "big-softmax": (26.6, 27.7),
+    "big-elu": (25.5, 26.8),
+    "big-performer-32": (24.2, 24.4),
+    "big-performer-128": (24.9, 25.3),
+    "big-performer-256": (26.7, 27.7),
+    "big-dpfp-2": (26.2, 26.9),
+    "big-dpfp-4": (26.2, 27.1),
+}
+NAMES = "SIZE-softmax, SIZE-elu, SIZE-performer-M, SIZE-dpfp-NU, SIZE-delta, SIZE-delta-dpfp-NU"
+
+
+def find(name: str) -> tuple[Size, TranslationConfig]:
+    """The size and the model of a preset.
+
+    "elu", "performer-M" (2M features) and "dpfp-NU" (2·NU·head_size features) use the sum rule in all three attentions:
+    which the authors replaced is not known. "delta" is "elu", or "dpfp-NU", with the delta rule in the decoder.
+
+    Raises:
+      ValueError: a name that is none.
+    """
+    name = "demo-delta" if name == "demo" else name
+    size, _, kind = name.partition("-")
+    delta = kind.startswith("delta")
+    parts = re.fullmatch(r"(softmax)|(?:delta|elu)|(?:delta-)?(dpfp)-(\d+)|(performer)-(\d+)", kind)
+    if size not in SIZES or not parts:
+        raise ValueError(f"preset must be one of {NAMES} with SIZE one of {', '.join(SIZES)}, or demo; got {name!r}")
+    base = SIZES[size].model
+    softmax, dpfp, nu, performer, m = parts.groups()
+    if softmax:
+        return SIZES[size], base
+    options = {}
+    if dpfp:
+        options = {"feature_map": "dpfp", "feature_size": int(nu)}
+    elif performer:
+        options = {"feature_map": "favor_plus", "feature_size": int(m)}
+    attention = Attention("sum", **options)
+    decoder = Attention("delta", **options, feature_normalization="sum", normalize=False) if delta else attention
+    return SIZES[size], dataclasses.replace(base, encoder=attention, cross=attention, decoder=decoder)

@@ -1,0 +1,314 @@
+"""The translation experiment: sentence pairs, subwords, batches, BLEU, resume, and what is refused."""
+
+import gzip
+import json
+import pathlib
+import subprocess
+import sys
+
+import chex
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import sacrebleu
+from flax import nnx
+
+from experiments import parallel_text, training, translation
+from experiments.parallel_text import EOS, PAD, Pairs, Sentences, Subwords
+from experiments.translation_presets import PAPER, SIZES, find
+from fwt_jax import sharding
+from fwt_jax.encoder_decoder import EncoderDecoder, TranslationConfig
+
+WORDS = {"one": "eins", "two": "zwei", "three": "drei", "red": "rot", "blue": "blau", "house": "Haus", "tree": "Baum"}
+
+
+def pairs_of_words(count, seed=0):
+    rng = np.random.default_rng(seed)
+    rows = [rng.choice(list(WORDS), rng.integers(1, 5)) for _ in range(count)]
+    return Pairs([" ".join(row) for row in rows], [" ".join(WORDS[word] for word in row) for row in rows])
+
+
+def write(folder, name, pairs):
+    paths = folder / f"{name}.en", folder / f"{name}.de"
+    for path, lines in zip(paths, pairs, strict=True):
+        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return paths
+
+
+def sentences(*rows):
+    flat = [token for row in rows for token in row]
+    return Sentences(np.asarray(flat, np.int32), np.cumsum([0, *map(len, rows)]))
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+
+def test_pairs_come_from_two_files_or_one_with_tabs_with_their_empty_lines(tmp_path):
+    pairs = Pairs(["a b", "", "c"], ["A B", "D", ""])
+    assert parallel_text.read_pairs(write(tmp_path, "x", pairs)) == pairs
+    (tmp_path / "x.tsv").write_text("a b\tA B\n\tD\nc\t\n", encoding="utf-8")
+    assert parallel_text.read_pairs([tmp_path / "x.tsv"]) == pairs
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"a": "1\n2\n", "b": "1\n"}, r"a has 2 and .*b 1$"),
+        ({"a": "1\n", "b": "\n"}, r"b is empty"),
+        ({"a": "1\n"}, r"line 1 of .*a must be a sentence, a tab and its translation: '1'"),
+        ({"a": "1\n", "b": "1\n", "c": "1\n"}, r"in two files, or in one with tabs, got 3"),
+        ({"a": "1\n", "b": b"\xff\n"}, r"b is not UTF-8"),
+        ({"a": "1\n", "b": None}, r"b is not there"),
+    ],
+)
+def test_files_that_are_not_pairs(files, words, tmp_path):
+    for name, content in files.items():
+        if content is not None:
+            (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(ValueError, match=words):
+        parallel_text.read_pairs([tmp_path / name for name in files])
+
+
+def test_subwords_come_back_as_text_even_what_was_never_seen():
+    subwords = Subwords.train(parallel_text.demo_pairs()["train"], 600)
+    lines = ["Opens a dialog.", "", "Größe: ⊗ 日本"]
+    encoded = subwords.encode(lines)
+    assert len(subwords) == 600 and len(encoded) == 3 and encoded.row(1).tolist() == [EOS]
+    rows = [[*encoded.row(i), 7, PAD] for i in range(3)]  # what follows the end of a sentence does not count
+    assert subwords.decode(rows) == lines
+    with pytest.raises(ValueError, match="no 100000 subwords can be made of this text"):
+        Subwords.train(Pairs(["a b c"], ["d e f"]), 100_000)
+
+
+def test_the_demo_holds_out_what_it_does_not_train_on():
+    parts = parallel_text.demo_pairs()
+    assert [len(parts[name].source) for name in ("train", "validation", "test")] == [7000, 200, 200]
+    train = set(parts["train"].source)
+    assert not train & {*parts["validation"].source, *parts["test"].source}
+    raw = gzip.decompress((pathlib.Path(parallel_text.__file__).parent / "data" / "demo.en-de.tsv.gz").read_bytes())
+    assert len(raw.decode("utf-8").splitlines()) == 7400
+
+
+def test_wmt14_is_read_as_tfds_prepared_it_without_network(tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    pairs = Pairs(["a b", "ü"], ["A B", "Ü"])
+
+    class Wmt14Translate(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+        BUILDER_CONFIGS = (tfds.core.BuilderConfig(name="de-en"),)
+
+        def _info(self):
+            features = tfds.features.Translation(languages=("de", "en"))
+            return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+        def _split_generators(self, dl_manager):
+            return {name: self._generate_examples() for name in ("train", "validation", "test")}
+
+        def _generate_examples(self):
+            for i, (en, de) in enumerate(zip(*pairs, strict=True)):
+                yield i, {"en": en, "de": de}
+
+    builder = Wmt14Translate(data_dir=tmp_path, config="de-en", file_format="array_record")
+    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=1))
+    for pair, expected in (("en-de", pairs), ("de-en", Pairs(*reversed(pairs)))):
+        parts = parallel_text.load_wmt14(pair, tmp_path)
+        assert {name: Pairs(*map(list, part)) for name, part in parts.items()} == dict.fromkeys(parts, expected)
+    info = tmp_path / "wmt14_translate" / "de-en" / "1.0.0" / "dataset_info.json"
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(ValueError, match="in the format tfrecord, which takes TensorFlow to read"):
+        parallel_text.load_wmt14("en-de", tmp_path)
+
+
+def test_wmt14_that_is_not_there_says_so_at_once(tmp_path):
+    with pytest.raises(ValueError, match=r"de-en/1.0.0 is not there: prepare WMT14 once, .* or name other files"):
+        parallel_text.load_wmt14("en-de", tmp_path)
+    with pytest.raises(ValueError, match=r"WMT14 has the pairs cs-en and en-cs, .*, got 'en-it'"):
+        parallel_text.load_wmt14("en-it", tmp_path)
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_sentence_is_in_one_batch_of_an_epoch_padded_to_few_sizes():
+    rng = np.random.default_rng(0)
+    source = sentences(*([5 + i % 90] * int(n) + [EOS] for i, n in enumerate(rng.integers(1, 60, 500))))
+    target = sentences(*([5 + i % 90] * int(n) + [EOS] for i, n in enumerate(rng.integers(1, 60, 500))))
+    iterator = parallel_text.batches(source, target, np.arange(500), 512, 4, seed=3)
+    count = len(parallel_text.plan(np.maximum(source.lengths, target.lengths), np.arange(500), 512, 4, 3))
+    epochs = [[next(iterator) for _ in range(count)] for _ in range(2)]
+    for epoch in epochs:
+        rows = sum(int(np.sum(np.any(batch["source"], axis=1))) for batch in epoch)
+        ends = sum(int(np.sum(batch["source"] == EOS)) for batch in epoch)
+        assert rows == ends == 500
+        tokens = sum(int(np.sum(batch["target"] != PAD)) for batch in epoch)
+        assert tokens == len(target.tokens)
+        for batch in epoch:
+            size = batch["source"].shape[1]
+            assert batch["source"].shape == batch["target"].shape and size in parallel_text.SIZES
+            assert len(batch["source"]) % 4 == 0 and (batch["source"].size <= 512 or len(batch["source"]) == 4)
+            for a, b in zip(batch["source"], batch["target"], strict=True):
+                assert a[0] == b[0]  # a pair stays a pair
+    assert [batch["source"].shape for batch in epochs[0]] != [batch["source"].shape for batch in epochs[1]]
+
+
+def test_batches_go_on_where_they_were():
+    data = sentences(*([7] * (1 + i % 20) + [EOS] for i in range(200)))
+    first, second = (parallel_text.batches(data, data, np.arange(200), 128, 1, seed=0) for _ in range(2))
+    for _ in range(30):
+        next(first)
+    second.set_state(json.loads(json.dumps(first.get_state())))
+    for _ in range(30):
+        chex.assert_trees_all_equal(next(first), next(second))
+
+
+def test_empty_and_long_pairs_are_left_out_and_counted():
+    source = sentences([5, EOS], [EOS], [5] * 9 + [EOS], [6, EOS])
+    target = sentences([5, EOS], [5, EOS], [5, EOS], [5] * 9 + [EOS])
+    rows, words = parallel_text.usable(source, target, 8)
+    assert rows.tolist() == [0]
+    assert words == "4 pairs, of which 1 with an empty side and 2 of more than 8 tokens are left out"
+    with pytest.raises(ValueError, match="nothing is left of 4 pairs"):
+        parallel_text.usable(source, target, 1)
+
+
+# --- a whole run -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A copying model of seven words, by the command's own function."""
+    folder = tmp_path_factory.mktemp("translation")
+    train, held_out = pairs_of_words(400), pairs_of_words(20, seed=1)
+    held_out = Pairs(["", *held_out.source], ["", *held_out.target])
+    config = translation.Config(
+        preset="demo-delta",
+        parallel=write(folder, "train", train),
+        validation=write(folder, "val", held_out),
+        test=write(folder, "test", held_out),
+        out=folder / "run",
+        steps=60,
+        tokens=256,
+        vocabulary=320,
+        average=2,
+        beam_size=2,
+    )
+    return config, translation.run(config)
+
+
+def test_a_run_learns_writes_what_it_says_and_scores_as_sacrebleus_own_command(trained, capsys):
+    config, results = trained
+    lines = (config.out / "translations.test.txt").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 21 and lines[0] == ""  # empty lines stay, in their places
+    assert json.loads((config.out / "results.json").read_text()) == results
+    assert (config.out / "loss.png").stat().st_size > 5000
+    command = [sys.executable, "-m", "sacrebleu", str(config.test[1]), "-i", str(config.out / "translations.test.txt")]
+    printed = subprocess.run([*command, "-m", "bleu", "chrf", "-w", "6"], capture_output=True, text=True, check=True)
+    theirs = {row["name"].lower().removesuffix("2"): row for row in json.loads(printed.stdout)}
+    for metric in ("bleu", "chrf"):
+        np.testing.assert_allclose(theirs[metric]["score"], results["test"][metric], atol=1e-5)
+        assert theirs[metric]["signature"] == results["test"][f"{metric}_signature"]
+    first, *_, last = (line for line in (config.out / "metrics.jsonl").read_text().splitlines() if '"loss"' in line)
+    assert json.loads(last)["loss"] < 0.7 * json.loads(first)["loss"]
+    assert "demo-delta" in translation.table([results])
+
+
+def test_the_same_command_again_trains_no_further_and_gives_the_same(trained):
+    config, results = trained
+    again = translation.run(config)
+    for part in ("validation", "test"):
+        again[part].pop("seconds"), (results := dict(results))[part].pop("seconds", None)
+    assert again == results
+
+
+def test_translating_keeps_the_order_and_cuts_what_is_too_long(trained, monkeypatch):
+    config, _ = trained
+    subwords = Subwords((config.out / "subwords.model").read_bytes())
+    options = TranslationConfig(len(subwords), 1, 1, d_model=16, d_ff=16, num_heads=2)
+    model = EncoderDecoder(options, rngs=nnx.Rngs(0))
+    lines = ["one", "", "two red house tree", "blue", " ", "one"]
+    options = {"beam_size": 2, "label": None}
+    together, cut = translation.translate(model, subwords, lines, **options)
+    assert cut == 0 and together[1] == together[4] == "" and together[0] == together[5]
+    for line, expected in zip(lines, together, strict=True):
+        assert translation.translate(model, subwords, [line], **options)[0] == [expected]
+    mesh = sharding.make_mesh()
+    assert translation.translate(model, subwords, lines, multiple=8, mesh=mesh, **options)[0] == together
+    monkeypatch.setattr(parallel_text, "SIZES", (8,))
+    _, cut = translation.translate(model, subwords, ["one " * 30, "two"], **options)
+    assert cut == 1
+
+
+def test_a_step_on_eight_devices_is_that_of_one(trained, tmp_path):
+    subwords = Subwords((trained[0].out / "subwords.model").read_bytes())
+    train = pairs_of_words(200, seed=2)
+    data = subwords.encode(train.source), subwords.encode(train.target)
+    settings = training.TrainConfig(steps=3, learning_rate=1e-3, schedule="constant", warmup=0, save_every=3, eps=1e-3)
+    options = TranslationConfig(len(subwords), 1, 1, d_model=16, d_ff=16, num_heads=4, dropout=0.1)
+
+    def run(out, mesh):
+        batches = parallel_text.batches(*data, np.arange(200), 256, 8, 0)
+        loss = lambda *args: translation.loss(0.1, *args)  # noqa: E731
+        make = lambda: EncoderDecoder(options, rngs=nnx.Rngs(0))  # noqa: E731
+        model = training.train(make, loss, batches, settings, tmp_path / out, mesh=mesh)
+        return nnx.to_pure_dict(nnx.as_pure(nnx.state(model, nnx.Param)))
+
+    spread = run("spread", sharding.make_mesh(fsdp=2, tensor=2))
+    chex.assert_trees_all_close(spread, run("one", None), atol=3e-5)
+
+
+def test_the_loss_of_validation_counts_tokens_and_no_padding(trained):
+    subwords = Subwords((trained[0].out / "subwords.model").read_bytes())
+    pairs = pairs_of_words(9, seed=3)
+    data = subwords.encode(pairs.source), subwords.encode(pairs.target)
+    options = TranslationConfig(len(subwords), 1, 1, d_model=16, d_ff=16, num_heads=2)
+    model = EncoderDecoder(options, rngs=nnx.Rngs(0))
+    rows = [[jnp.asarray(x.row(i))[None] for x in data] for i in range(9)]
+    losses = np.concatenate([np.asarray(model.losses(*row))[0] for row in rows])
+    np.testing.assert_allclose(translation.nats(model, *data, 4), np.mean(losses), rtol=1e-5)
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+def test_presets_are_the_papers():
+    for name in PAPER:
+        size, model = find(name)
+        assert (model.encoder_layers, model.d_model, model.num_heads, model.head_size) == (6, 1024, 16, 64)
+        assert size.tokens == 172_032 and size.label_smoothing == 0.1
+    for name, features in (("big-performer-256", 512), ("big-dpfp-4", 512), ("big-dpfp-2", 256), ("big-elu", 64)):
+        _, model = find(name)
+        layer = nnx.eval_shape(lambda model=model: model.make_attention("decoder", nnx.Rngs(0)))
+        assert layer.num_features == features
+    _, delta = find("tiny-delta-dpfp-2")
+    assert (delta.decoder.rule, delta.encoder.rule, delta.decoder.feature_size) == ("delta", "sum", 2)
+    assert set(SIZES) == {"big", "base", "tiny", "demo"}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"preset": "huge-elu"}, "preset must be one of .* with SIZE one of big, base, tiny, demo, or demo; got"),
+        ({"preset": "tiny-dpfp"}, "got 'tiny-dpfp'"),
+        ({"preset": "tiny-elu", "average": 0}, "average must be at least 1, got 0"),
+        ({"preset": "tiny-elu", "test": (pathlib.Path("x"),)}, "--validation and --test belong to --parallel"),
+    ],
+)
+def test_settings_that_are_none(options, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        translation.run(translation.Config(out=tmp_path / "run", **options))
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_few_pairs_to_hold_some_out(tmp_path):
+    paths = write(tmp_path, "few", pairs_of_words(250))
+    with pytest.raises(ValueError, match="250 pairs are too few to hold some out; name files with --validation"):
+        translation.read_data(translation.Config(parallel=paths))
+    paths = write(tmp_path, "more", pairs_of_words(400))
+    parts = translation.read_data(translation.Config(parallel=paths))
+    assert [len(parts[name].source) for name in ("train", "validation", "test")] == [200, 100, 100]
+
+
+def test_signatures_say_how_the_score_was_made():
+    scores = translation.score(["the house is red"], ["the house is red"])
+    np.testing.assert_allclose([scores["bleu"], scores["chrf"]], 100.0)
+    assert scores["bleu_signature"] == f"nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:{sacrebleu.__version__}"
