@@ -22,6 +22,7 @@ import math
 import os
 import pathlib
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -152,8 +153,8 @@ def translate(
     multiple: int = 1,
     mesh=None,
     label: str | None = "translating",
-) -> tuple[list[str], int]:
-    """Translations of sentences, in their order, and how many sentences were cut.
+) -> Translated:
+    """Translates sentences.
 
     An empty line is translated as an empty line. A sentence of more tokens than ``parallel_text.SIZES`` ends at is cut
     there. A translation has at most 1.5 times as many tokens as its source is padded to, and ten.
@@ -163,22 +164,35 @@ def translate(
       multiple: what the rows of a batch are a multiple of, for a mesh.
       label: of the progress bar; None: none.
     """
-    source = subwords.encode(lines)
+    source, timed = subwords.encode(lines), []  # (sentences, seconds) of batches that nothing is compiled for
     written = np.flatnonzero(source.lengths > 1)
     out, longest = [""] * len(lines), parallel_text.SIZES[-1]
     plan = parallel_text.plan(np.minimum(source.lengths, longest), written, tokens, multiple, None)
     with tqdm(total=len(written), desc=label, unit="sentence", disable=label is None) as bar:
-        for size, rows in plan:
+        for i, (size, rows) in enumerate(plan):
+            start = time.perf_counter()
             count = parallel_text.rows_of(size, tokens, multiple)
             batch = training.place({"source": parallel_text.pad(source, rows, size, count)}, mesh)
             options = {"beam_size": beam_size, "max_length": size * 3 // 2 + 10, "length_penalty": length_penalty}
             best = decode.beam_search(model, batch["source"], **options).tokens[:, 0]
             if mesh is not None:
                 best = jax.jit(lambda x: x, out_shardings=jax.NamedSharding(mesh, jax.P()))(best)
-            for i, text in zip(rows, subwords.decode(np.asarray(best)[: len(rows)]), strict=True):
-                out[i] = text
+            for row, text in zip(rows, subwords.decode(np.asarray(best)[: len(rows)]), strict=True):
+                out[row] = text
+            if i and plan[i - 1][0] == size:
+                timed.append((len(rows), time.perf_counter() - start))
             bar.update(len(rows))
-    return out, int(np.sum(source.lengths > longest))
+    sentences, seconds = np.sum(timed, axis=0) if timed else (0, math.inf)
+    return Translated(out, int(np.sum(source.lengths > longest)), float(sentences / seconds))
+
+
+class Translated(NamedTuple):
+    """Translations in the order of the sentences, how many sentences were cut, and how many were translated a second,
+    without the time of compiling; 0 where there was not a second batch of a size."""
+
+    lines: list[str]
+    cut: int
+    sentences_per_second: float
 
 
 def score(translations: list[str], references: list[str]) -> dict:
@@ -267,8 +281,7 @@ def _subwords(path, train, size):
 
 
 def _score_part(config, model, subwords, pairs, name, multiple, mesh, out):
-    start = time.perf_counter()
-    translations, cut = translate(
+    translations, cut, speed = translate(
         model,
         subwords,
         pairs.source,
@@ -278,14 +291,13 @@ def _score_part(config, model, subwords, pairs, name, multiple, mesh, out):
         mesh=mesh,
         label=f"translating {name}",
     )
-    seconds = time.perf_counter() - start
     if jax.process_index() == 0:
         run_folder.write_atomically(out / f"translations.{name}.txt", "".join(line + "\n" for line in translations))
         if name == "test":
             for source, target, ours in list(zip(*pairs, translations, strict=True))[:5]:
                 print(f"  source     {source}\n  reference  {target}\n  ours       {ours}\n")
     results = score(translations, list(pairs.target))
-    return results | {"sentences": len(translations), "cut": cut, "seconds": round(seconds, 1)}
+    return results | {"sentences": len(translations), "cut": cut, "sentences_per_second": round(speed, 1)}
 
 
 def table(results: list[dict]) -> str:

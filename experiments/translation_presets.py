@@ -23,6 +23,7 @@ class Size:
 
 
 _ADAM = {"b2": 0.98, "clip": 0.0, "schedule": "inverse_sqrt"}
+_SHORT = _ADAM | {"schedule": "cosine", "seed": 1}
 _WMT = TrainConfig(
     steps=40_000, learning_rate=1e-3, warmup=4000, accumulate=16, eval_every=1000, log_every=50, seed=1, **_ADAM
 )
@@ -33,30 +34,24 @@ SIZES = {
         dataclasses.replace(BASE, d_model=1024, d_ff=4096, num_heads=16, dropout=0.3), _WMT, 32_768, 3 * 3584 * 16
     ),
     "base": Size(BASE, dataclasses.replace(_WMT, accumulate=4), 32_768, 8 * 4096),
-    # 29,000 captions, in the size of Wu et al. 2021
+    # 29,000 captions, in the size of Wu et al. 2021; few epochs, so that the rate falls to 0 at their end
     "tiny": Size(
         dataclasses.replace(
-            BASE, encoder_layers=4, decoder_layers=4, d_model=128, d_ff=256, num_heads=4, dropout=0.3, norm="pre"
+            BASE, encoder_layers=4, decoder_layers=4, d_model=128, d_ff=256, num_heads=4, dropout=0.2, norm="pre"
         ),
-        TrainConfig(
-            steps=4000, learning_rate=5e-3, warmup=1000, eval_every=500, save_every=250, log_every=50, keep=5, **_ADAM
-        ),
-        6000,
-        4096,
+        TrainConfig(steps=3000, learning_rate=4e-3, warmup=600, eval_every=500, save_every=250, log_every=50, **_SHORT),
+        4000,
+        3072,
         max_length=64,
-        average=5,
     ),
     "demo": Size(
         dataclasses.replace(
             BASE, encoder_layers=2, decoder_layers=2, d_model=128, d_ff=256, num_heads=4, dropout=0.2, norm="pre"
         ),
-        TrainConfig(
-            steps=1500, learning_rate=5e-3, warmup=300, eval_every=250, save_every=250, log_every=25, keep=3, **_ADAM
-        ),
+        TrainConfig(steps=1100, learning_rate=5e-3, warmup=200, eval_every=275, save_every=275, log_every=25, **_SHORT),
         2500,
         2048,
         max_length=48,
-        average=3,
     ),
 }
 
