@@ -26,7 +26,7 @@ class Preset:
     paper: tuple[float, float] | None = None  # perplexity, validation and test
 
 
-SMALL = ModelConfig(vocab_size=267_735, cutoffs=(20_000, 40_000, 200_000))
+SMALL = ModelConfig(vocab_size=267_735, cutoffs=(20_000, 40_000, 200_000), scan=True)
 MEDIUM = dataclasses.replace(SMALL, d_model=256, head_size=32)
 
 # rule, feature map, normalisation of the features and of attention: four independent choices

@@ -31,9 +31,12 @@ BASE = TranslationConfig(vocab_size=32_768)
 SIZES = {
     # 45 epochs of WMT14 in batches of 3 x 3584 x 16 tokens
     "big": Size(
-        dataclasses.replace(BASE, d_model=1024, d_ff=4096, num_heads=16, dropout=0.3), _WMT, 32_768, 3 * 3584 * 16
+        dataclasses.replace(BASE, d_model=1024, d_ff=4096, num_heads=16, dropout=0.3, scan=True),
+        _WMT,
+        32_768,
+        3 * 3584 * 16,
     ),
-    "base": Size(BASE, dataclasses.replace(_WMT, accumulate=4), 32_768, 8 * 4096),
+    "base": Size(dataclasses.replace(BASE, scan=True), dataclasses.replace(_WMT, accumulate=4), 32_768, 8 * 4096),
     # 29,000 captions, in the size of Wu et al. 2021; few epochs, so that the rate falls to 0 at their end
     "tiny": Size(
         dataclasses.replace(

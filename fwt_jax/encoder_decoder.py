@@ -21,7 +21,7 @@ from flax import nnx
 from fwt_jax import output_layer
 from fwt_jax.cross_attention import CrossAttention
 from fwt_jax.layers import FastWeightAttention, SoftmaxAttention
-from fwt_jax.models import FEATURE_MAPS, FeedForward, dropout, features, sinusoids
+from fwt_jax.models import FEATURE_MAPS, FeedForward, dropout, features, sinusoids, through_blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ class TranslationConfig:
       norm: where the layer normalisations are: "post" (after the residual connection) or "pre" (inside of it, and one
         at the end of encoder and decoder).
       dropout: rate, after the embeddings and after each sublayer.
-      remat: recompute each block in the backward pass.
+      remat, scan: as in ``ModelConfig``.
       dtype: of the computation; float32 or bfloat16. Parameters, memories, normalisations and losses are float32.
       pad_id, bos_id, eos_id: tokens of the vocabulary: padding, and what stands before and after each sentence.
 
@@ -90,6 +90,7 @@ class TranslationConfig:
     norm: Literal["post", "pre"] = "post"
     dropout: float = 0.1
     remat: bool = False
+    scan: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     pad_id: int = 0
     bos_id: int = 2
@@ -311,39 +312,38 @@ class EncoderDecoder(nnx.Module):
         encoded = self._encode(source, rngs)
         if tokens.ndim != 2 or len(tokens) != len(source) or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(f"the target must be integers [{len(source)}, T], got {tokens.dtype}{list(tokens.shape)}")
-        blocks = len(self.decoder)
-        return self._decode(tokens, 0, (None,) * blocks, (encoded,) * blocks, rngs)[0]
+        return self._decode(tokens, 0, (None,) * len(self.decoder), encoded, rngs)[0]
 
     def _encode(self, source, rngs):
         if source.ndim != 2 or 0 in source.shape or not jnp.issubdtype(source.dtype, jnp.integer):
             raise ValueError(f"source must be integers [B, S], S ≥ 1, got {source.dtype}{list(source.shape)}")
         mask = source != self.config.pad_id
         x = self._embed(source, 0, rngs)
-        for block in self.encoder:
-            x = self._call(block, x, mask, rngs)
+
+        def call(block, x, before, rngs):
+            return block(x, mask, rngs), before
+
+        x, _ = self._through(call, self.encoder, x, (None,) * len(self.encoder), rngs)
         return Encoded(x if self.encoder_norm is None else self.encoder_norm(x), mask)
 
     def _decode(self, tokens, position, memory, sources, rngs):
-        x, memories = self._embed(tokens, position, rngs), []
-        for block, before, source in zip(self.decoder, memory, sources, strict=True):
-            x, after = self._call(block, x, before, source, rngs)
-            memories.append(after)
-        return x if self.decoder_norm is None else self.decoder_norm(x), tuple(memories)
+        def call(block, x, before, rngs):
+            return block(x, before[0], sources if isinstance(sources, Encoded) else before[1], rngs)
+
+        taken = tuple((before, None if isinstance(sources, Encoded) else sources[i]) for i, before in enumerate(memory))
+        x, memories = self._through(call, self.decoder, self._embed(tokens, position, rngs), taken, rngs)
+        return x if self.decoder_norm is None else self.decoder_norm(x), memories
 
     def _embed(self, tokens, position, rngs):
         x = self.embedding[...][tokens] * self.config.d_model**0.5
         positions = position + jnp.arange(tokens.shape[1])
         return dropout(x + sinusoids(positions, self.config.d_model)[None], self.config.dropout, rngs)
 
-    def _call(self, block, *args):
-        return (nnx.remat(_call_block) if self.config.remat else _call_block)(block, *args)
+    def _through(self, call, blocks, x, memories, rngs):
+        return through_blocks(call, blocks, x, memories, rngs, scan=self.config.scan, remat=self.config.remat)
 
     def _output(self):
         return self.embedding[...], jnp.zeros(self.config.vocab_size)
-
-
-def _call_block(block, *args):
-    return block(*args)
 
 
 def _layer_norm(config, rngs):

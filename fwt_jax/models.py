@@ -17,6 +17,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from fwt_jax import feature_maps, output_layer
 from fwt_jax.layers import FastWeightAttention, FavorPlus, SoftmaxAttention
@@ -49,6 +50,7 @@ class ModelConfig:
       cutoffs: of an adaptive softmax: the first words of the clusters of rarer words; () for a plain softmax.
       dropout: rate, after the embedding, the attention, inside and after the feed-forward layer, and before the output.
       remat: recompute each block in the backward pass.
+      scan: compile one block for all, by ``lax.scan``: for many layers, of which compiling would take minutes.
       dtype: of the computation; float32 or bfloat16. Parameters, memories, normalisations and losses are float32.
       implementation: of the memory, see ``fast_weight_attention``.
 
@@ -77,6 +79,7 @@ class ModelConfig:
     cutoffs: tuple[int, ...] = ()
     dropout: float = 0.1
     remat: bool = False
+    scan: bool = False
     dtype: str = "float32"
     implementation: Literal[None, "xla", "pallas"] = None
 
@@ -276,12 +279,12 @@ class DecoderLM(nnx.Module):
         memory = (None,) * config.num_layers if memory is None else memory
         if len(memory) != config.num_layers:
             raise ValueError(f"memory must have one for each of {config.num_layers} blocks, got {len(memory)}")
-        memories = []
-        for block, before in zip(self.blocks, memory, strict=True):
-            call = nnx.remat(_call_block) if config.remat else _call_block
-            x, after = call(block, x, before, options, rngs)
-            memories.append(after)
-        return dropout(x, config.dropout, rngs), tuple(memories)
+
+        def call(block, x, before, rngs):
+            return block(x, before, rngs=rngs, **options)
+
+        x, memories = through_blocks(call, self.blocks, x, memory, rngs, scan=config.scan, remat=config.remat)
+        return dropout(x, config.dropout, rngs), memories
 
     def log_probabilities(self, hidden):
         """What ``hidden`` returns, ``[..., D]``, to log p ``[..., V]``, float32."""
@@ -308,8 +311,32 @@ class DecoderLM(nnx.Module):
         return self.embedding[...], self.output_bias[...], *clusters
 
 
-def _call_block(block, x, memory, options, rngs):
-    return block(x, memory, rngs=rngs, **options)
+def through_blocks(call, blocks, x, memories, rngs, *, scan: bool, remat: bool):
+    """x through all blocks, one after another: ``x, after = call(block, x, before, rngs)`` -> x, (after, ...).
+
+    Args:
+      memories: what each block takes, trees of one shape.
+      scan: by ``lax.scan`` over the parameters of equal blocks, put into one array: one block is compiled instead of
+        all. Random numbers are others.
+      remat: recompute each block in the backward pass.
+    """
+    if not scan:
+        call, after = nnx.remat(call) if remat else call, []
+        for block, before in zip(blocks, memories, strict=True):
+            x, memory = call(block, x, before, rngs)
+            after.append(memory)
+        return x, tuple(after)
+    graphs, states = zip(*(nnx.split(block) for block in blocks), strict=True)
+    names = () if rngs is None else ("dropout", "projection")
+    keys = {name: jax.random.split(rngs[name](), len(graphs)) for name in names}
+
+    def body(x, inputs):
+        state, before, keys = inputs
+        return call(nnx.merge(graphs[0], state), x, before, nnx.Rngs(**keys) if keys else None)
+
+    stacked, before = (jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees) for trees in (states, memories))
+    x, after = lax.scan(jax.checkpoint(body) if remat else body, x, (stacked, before, keys))
+    return x, tuple(jax.tree.map(lambda leaf, i=i: leaf[i], after) for i in range(len(graphs)))
 
 
 def dropout(x: jax.Array, rate: float, rngs: nnx.Rngs | None) -> jax.Array:

@@ -163,25 +163,31 @@ def test_a_memory_goes_on_where_the_last_call_ended(rule, norm):
     if rule == "softmax":
         memory = model.init_memory(2, 20)
     first, memory = model(tokens[:, :13], memory)
-    second, _ = model(tokens[:, 13:], memory)
-    chex.assert_trees_all_close(jnp.concatenate([first, second], axis=1), want, rtol=1e-5, atol=1e-5)
+    scanned = DecoderLM(dataclasses.replace(config, scan=True), rngs=nnx.Rngs(0))
+    for goes_on in (model, scanned):
+        second, _ = goes_on(tokens[:, 13:], memory)
+        chex.assert_trees_all_close(jnp.concatenate([first, second], axis=1), want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("rule", ["softmax", "delta"])
-def test_remat_changes_nothing_and_no_token_sees_a_later_one(rule):
+def test_remat_and_scan_change_nothing_and_no_token_sees_a_later_one(rule):
     tokens, targets = tokens_of((2, 12)), tokens_of((2, 12), 1)
-    gradients = []
-    for remat in (False, True):
-        model = DecoderLM(dataclasses.replace(TINY, rule=rule, remat=remat), rngs=nnx.Rngs(0))
+    gradients, evaluated = [], []
+    for options in ({}, {"remat": True}, {"scan": True}, {"scan": True, "remat": True}):
+        model = DecoderLM(dataclasses.replace(TINY, rule=rule, **options), rngs=nnx.Rngs(0))
+        evaluated.append(model(tokens)[0])
         loss = lambda model: jnp.mean(model.losses(tokens, targets, rngs=nnx.Rngs(3))[0])  # noqa: E731
         gradients.append(nnx.jit(nnx.value_and_grad(loss))(model))
-    chex.assert_trees_all_close(*gradients, rtol=1e-5, atol=1e-7)
+    chex.assert_trees_all_close(*evaluated, rtol=1e-5, atol=1e-5)
+    for one, recomputed in (gradients[:2], gradients[2:]):  # scanned blocks have other random numbers
+        chex.assert_trees_all_close(one, recomputed, rtol=1e-5, atol=1e-7)
     other = tokens.at[:, 8:].set(tokens[:, 8:] + 1)
     chex.assert_trees_all_close(model(tokens)[0][:, :8], model(other)[0][:, :8], rtol=1e-5, atol=1e-5)
 
 
-def test_dropout_is_of_training_alone_and_favor_plus_draws_there():
-    config = dataclasses.replace(TINY, feature_map="favor_plus", feature_size=4, dropout=0.5)
+@pytest.mark.parametrize("scan", [False, True])
+def test_dropout_is_of_training_alone_and_favor_plus_draws_there(scan):
+    config = dataclasses.replace(TINY, feature_map="favor_plus", feature_size=4, dropout=0.5, scan=scan)
     model, tokens = DecoderLM(config, rngs=nnx.Rngs(0)), tokens_of((1, 10))
     chex.assert_trees_all_equal(model(tokens)[0], model(tokens)[0])
     drawn = [model(tokens, rngs=nnx.Rngs(seed))[0] for seed in (0, 0, 1)]

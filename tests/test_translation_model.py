@@ -122,7 +122,7 @@ def test_recomputing_blocks_changes_nothing_and_all_parameters_learn(name):
     source, target = sentences(2, 5), sentences(2, 5, seed=1)
 
     gradient = nnx.jit(nnx.grad(lambda model: jnp.mean(model.losses(source, target))))
-    gradients = [gradient(make(name, remat=remat)) for remat in (False, True)]
+    gradients = [gradient(make(name, **options)) for options in ({}, {"remat": True}, {"scan": True})]
     chex.assert_trees_all_close(*gradients, atol=1e-5)
     silent = [
         jax.tree_util.keystr(path) for path, x in jax.tree_util.tree_leaves_with_path(gradients[0]) if not x.any()
