@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 PAD, UNKNOWN, BOS, EOS = range(4)
-SIZES = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # tokens that a batch has room for
+SIZES = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # tokens; longer sentences are cut
 
 
 class Pairs(NamedTuple):
@@ -231,7 +231,8 @@ Batch = tuple[int, np.ndarray]  # the size that sentences are padded to, and the
 def plan(lengths: np.ndarray, rows: np.ndarray, tokens: int, multiple: int, seed: int | None) -> list[Batch]:
     """Batches of sentences of similar lengths.
 
-    Few sizes, so that few shapes are compiled; the last batch of a size may have fewer rows.
+    Few sizes, so that few shapes are compiled; sentences that are longer than the largest are cut. The last batch of a
+    size may have fewer rows.
 
     Args:
       lengths: of all sentences.
@@ -242,7 +243,7 @@ def plan(lengths: np.ndarray, rows: np.ndarray, tokens: int, multiple: int, seed
     """
     if seed is not None:
         rows = np.random.default_rng(seed).permutation(rows)
-    bucket = np.searchsorted(SIZES, lengths[rows])
+    bucket = np.searchsorted(SIZES, np.minimum(lengths[rows], SIZES[-1]))
     batches = []
     for index, size in enumerate(SIZES):
         members, count = rows[bucket == index], rows_of(size, tokens, multiple)
@@ -256,11 +257,11 @@ def rows_of(size: int, tokens: int, multiple: int) -> int:
 
 
 def pad(sentences: Sentences, rows: np.ndarray, size: int, count: int) -> np.ndarray:
-    """Rows of sentences, cut to ``size``, then empty ones: int32 ``[count, size]``."""
+    """Rows of sentences, those that are longer than ``size`` cut, then empty ones: int32 ``[count, size]``."""
     out = np.full((count, size), PAD, np.int32)
     for i, row in enumerate(rows):
-        tokens = sentences.row(row)[:size]
-        out[i, : len(tokens)] = tokens
+        tokens = sentences.row(row)
+        out[i, : len(tokens)] = tokens if len(tokens) <= size else (*tokens[: size - 1], EOS)
     return out
 
 

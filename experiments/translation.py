@@ -167,7 +167,7 @@ def translate(
     source, timed = subwords.encode(lines), []  # (sentences, seconds) of batches that nothing is compiled for
     written = np.flatnonzero(source.lengths > 1)
     out, longest = [""] * len(lines), parallel_text.SIZES[-1]
-    plan = parallel_text.plan(np.minimum(source.lengths, longest), written, tokens, multiple, None)
+    plan = parallel_text.plan(source.lengths, written, tokens, multiple, None)
     with tqdm(total=len(written), desc=label, unit="sentence", disable=label is None) as bar:
         for i, (size, rows) in enumerate(plan):
             start = time.perf_counter()
@@ -176,7 +176,7 @@ def translate(
             options = {"beam_size": beam_size, "max_length": size * 3 // 2 + 10, "length_penalty": length_penalty}
             best = decode.beam_search(model, batch["source"], **options).tokens[:, 0]
             if mesh is not None:
-                best = jax.jit(lambda x: x, out_shardings=jax.NamedSharding(mesh, jax.P()))(best)
+                best = jax.device_put(best, jax.NamedSharding(mesh, jax.P()))  # each process needs all
             for row, text in zip(rows, subwords.decode(np.asarray(best)[: len(rows)]), strict=True):
                 out[row] = text
             if i and plan[i - 1][0] == size:
@@ -292,6 +292,8 @@ def _score_part(config, model, subwords, pairs, name, multiple, mesh, out):
         label=f"translating {name}",
     )
     if jax.process_index() == 0:
+        if cut:
+            print(f"{cut:,} of {len(translations):,} sentences were cut to {parallel_text.SIZES[-1]:,} tokens")
         run_folder.write_atomically(out / f"translations.{name}.txt", "".join(line + "\n" for line in translations))
         if name == "test":
             for source, target, ours in list(zip(*pairs, translations, strict=True))[:5]:

@@ -161,6 +161,14 @@ def test_batches_go_on_where_they_were():
         chex.assert_trees_all_equal(next(first), next(second))
 
 
+def test_what_is_longer_than_the_largest_size_is_cut_and_still_ends(monkeypatch):
+    monkeypatch.setattr(parallel_text, "SIZES", (4, 8))
+    data = sentences([5] * 20 + [EOS], [6, EOS])
+    epoch = parallel_text.batches(data, data, np.arange(2), 64, 1, None)
+    rows = {tuple(row.tolist()) for batch in epoch for row in batch["source"]}
+    assert {(5,) * 7 + (EOS,), (6, EOS, PAD, PAD)} <= rows
+
+
 def test_empty_and_long_pairs_are_left_out_and_counted():
     source = sentences([5, EOS], [EOS], [5] * 9 + [EOS], [6, EOS])
     target = sentences([5, EOS], [5, EOS], [5, EOS], [5] * 9 + [EOS])
@@ -264,6 +272,7 @@ def test_the_loss_of_validation_counts_tokens_and_no_padding(trained):
     rows = [[jnp.asarray(x.row(i))[None] for x in data] for i in range(9)]
     losses = np.concatenate([np.asarray(model.losses(*row))[0] for row in rows])
     np.testing.assert_allclose(translation.nats(model, *data, 4), np.mean(losses), rtol=1e-5)
+    np.testing.assert_allclose(translation.nats(model, *data, 8, sharding.make_mesh()), np.mean(losses), rtol=1e-5)
 
 
 # --- settings --------------------------------------------------------------------------------------------------------
