@@ -344,7 +344,7 @@ def _read(path):
         raise ValueError(f"{path} is not there")
     if path.suffix == ".npz":
         try:
-            with np.load(path) as file:
+            with path.open("rb") as opened, np.load(opened) as file:
                 arrays = {name: file[name] for name in file.files}
         except (zipfile.BadZipFile, EOFError, ValueError, AttributeError) as error:
             raise ValueError(f"{path} is not a whole .npz file of arrays ({error})") from error
@@ -370,7 +370,7 @@ def _read_torch(path):
         raise ValueError(f"{path} takes PyTorch to read: pip install 'fwt-jax[convert]'") from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(
             f"{path} is not a whole state_dict. The toolkit saves the whole module: in its folder, load it and write "
             "torch.save({'state_dict': model.state_dict(), 'config': {'attn_type': ..., ...}}, path). "

@@ -125,5 +125,22 @@ def test_a_file_of_pytorch(wrapped, tmp_path):
     torch.save({"state_dict": state, "config": arguments} if wrapped else state, tmp_path / "model.pt")
     equal(convert.load(tmp_path / "model.pt", None if wrapped else arguments), convert.load(TYPE24))
     torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pt")
-    with pytest.raises(ValueError, match=r"is not a state_dict. The toolkit saves the whole module: in its folder"):
+    with pytest.raises(
+        ValueError, match=r"is not a whole state_dict. The toolkit saves the whole module: in its folder"
+    ):
         convert.load(tmp_path / "module.pt")
+    cut_off(tmp_path / "model.pt")
+
+
+def cut_off(path):
+    """Keeps half of a file, and then none of it."""
+    for size in (path.stat().st_size // 2, 0):
+        path.write_bytes(path.read_bytes()[:size])
+        with pytest.raises(ValueError, match="is not a whole"):
+            convert.load(path, {})
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_a_file_that_was_cut_off(suffix, tmp_path):
+    convert.save(DecoderLM(TINY, rngs=nnx.Rngs(0)), tmp_path / f"model{suffix}")
+    cut_off(tmp_path / f"model{suffix}")
