@@ -18,6 +18,13 @@ hypothesis.settings.register_profile("fwt_jax", deadline=None, derandomize=True,
 hypothesis.settings.load_profile("fwt_jax")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_what_was_compiled():
+    """After each file: a thousand tests compile more than a process may map into its memory."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     """float64 for the length of a test."""

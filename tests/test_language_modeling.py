@@ -41,10 +41,9 @@ def tiny_model(**options):
 
 def one_by_one(model, tokens, length):
     """The authors' evaluation, a window at a time."""
-    losses = []
+    losses, of_window = [], nnx.jit(lambda model, window: model.losses(window[:, :-1], window[:, 1:])[0])
     for start in range(len(tokens) - length):
-        window = jnp.asarray(tokens[None, start : start + length + 1])
-        loss, _ = model.losses(window[:, :-1], window[:, 1:])
+        loss = of_window(model, jnp.asarray(tokens[None, start : start + length + 1]))
         losses += [*np.asarray(loss[0])] if start == 0 else [float(loss[0, -1])]
     assert len(losses) == len(tokens) - 1
     return np.mean(losses)

@@ -173,14 +173,16 @@ def test_a_memory_goes_on_where_the_last_call_ended(rule, norm):
 def test_remat_and_scan_change_nothing_and_no_token_sees_a_later_one(rule):
     tokens, targets = tokens_of((2, 12)), tokens_of((2, 12), 1)
     gradients, evaluated = [], []
-    for options in ({}, {"remat": True}, {"scan": True}, {"scan": True, "remat": True}):
+    every = ({}, {"remat": True}, {"scan": True}, {"scan": True, "remat": True})
+    for options in every if rule == "delta" else every[::2]:
         model = DecoderLM(dataclasses.replace(TINY, rule=rule, **options), rngs=nnx.Rngs(0))
-        evaluated.append(model(tokens)[0])
+        evaluated.append(nnx.jit(lambda model, tokens: model(tokens)[0])(model, tokens))
         loss = lambda model: jnp.mean(model.losses(tokens, targets, rngs=nnx.Rngs(3))[0])  # noqa: E731
-        gradients.append(nnx.jit(nnx.value_and_grad(loss))(model))
+        gradients += [nnx.jit(nnx.value_and_grad(loss))(model)] if rule == "delta" else []
     chex.assert_trees_all_close(*evaluated, rtol=1e-5, atol=1e-5)
-    for one, recomputed in (gradients[:2], gradients[2:]):  # scanned blocks have other random numbers
-        chex.assert_trees_all_close(one, recomputed, rtol=1e-5, atol=1e-7)
+    if rule == "delta":  # scanned blocks have other random numbers
+        for one, recomputed in (gradients[:2], gradients[2:]):
+            chex.assert_trees_all_close(one, recomputed, rtol=1e-5, atol=1e-7)
     other = tokens.at[:, 8:].set(tokens[:, 8:] + 1)
     chex.assert_trees_all_close(model(tokens)[0][:, :8], model(other)[0][:, :8], rtol=1e-5, atol=1e-5)
 

@@ -32,7 +32,7 @@ MODELS = {
     "each another": {"encoder": SUM, "decoder": SOFTMAX, "cross": DPFP},
 }
 every_model = pytest.mark.parametrize("name", MODELS)
-some_models = pytest.mark.parametrize("name", ["pre-norm, DPFP", "FAVOR+", "each another", "delta decoder"])
+some_models = pytest.mark.parametrize("name", ["FAVOR+", "each another"])
 
 
 @functools.cache
@@ -229,7 +229,7 @@ def test_the_scores_are_those_of_the_teacher_forced_model_and_better_with_a_larg
         lengths = jnp.sum(tokens[:, 0] != TINY.pad_id, axis=1)
         chex.assert_trees_all_close(-jnp.sum(losses, axis=1) / lengths**0.6, scores[:, 0], atol=1e-5)
         best.append(scores[:, 0])
-    assert np.mean(best[1] - best[0]) >= 0
+    assert np.mean(best[1] - best[0]) >= -1e-6
 
 
 # --- many devices ----------------------------------------------------------------------------------------------------
