@@ -42,7 +42,7 @@ SIZES = {
         dataclasses.replace(
             BASE, encoder_layers=4, decoder_layers=4, d_model=128, d_ff=256, num_heads=4, dropout=0.2, norm="pre"
         ),
-        TrainConfig(steps=3000, learning_rate=4e-3, warmup=600, eval_every=500, save_every=250, log_every=50, **_SHORT),
+        TrainConfig(steps=5000, learning_rate=4e-3, warmup=600, eval_every=500, save_every=250, log_every=50, **_SHORT),
         4000,
         3072,
         max_length=64,
