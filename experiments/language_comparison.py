@@ -10,6 +10,7 @@ where it stopped. What it gave: experiments/README.md.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import multiprocessing
@@ -83,8 +84,11 @@ def separate(content: str) -> str:
 def run(config: Config, name: str, seed: int) -> dict:
     """One model: trained, evaluated on every test text, in segments (all) and by sliding window (its first words)."""
     out = config.out / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-{seed}"
+    texts = [path.stem for path in (config.validation, *config.test)]
     if (out / "results.json").exists():
-        return json.loads((out / "results.json").read_text(encoding="utf-8"))
+        results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+        if results["tokens"] == config.steps * BATCH * LENGTH and all(name in results for name in texts):
+            return results
     train, validation = words_of(config.train), words_of(config.validation)
     vocabulary = text.Vocabulary.words(train, min_count=MIN_COUNT)
     model_options = dataclasses.replace(BASE, vocab_size=len(vocabulary), cutoffs=CUTOFFS, **MODELS[name])
@@ -100,7 +104,8 @@ def run(config: Config, name: str, seed: int) -> dict:
         return {"loss": evaluation.segments(model, held_out, LENGTH, 8)}
 
     batches = text.Segments(vocabulary.encode(train), BATCH, LENGTH)
-    identity = {"model": dataclasses.asdict(model_options), "vocabulary": vocabulary.digest()}
+    words = hashlib.sha256(train.encode()).hexdigest()[:16]
+    identity = {"model": dataclasses.asdict(model_options), "vocabulary": vocabulary.digest(), "text": words}
     training.train(make_model, loss, batches, settings, out, evaluate=evaluate, identity=identity)
     model, step = training.load(out, make_model)
     parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
@@ -163,12 +168,16 @@ def _end_with_parent():
 
 
 def main(config: Config):
+    texts = [path.stem for path in (config.validation, *config.test)]
+    if len(set(texts)) < len(texts):
+        raise ValueError(f"the names of the texts must differ, for results go by them; got {', '.join(texts)}")
     config.out.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
-    cores, available = context.Queue(), sorted(os.sched_getaffinity(0))
+    cores = context.Queue()
+    available = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     for worker in range(config.workers):
         cores.put(available[worker % len(available)])
-    results, texts = [], [path.stem for path in (config.validation, *config.test)]
+    results = []
     with ProcessPoolExecutor(config.workers, context, _start_worker, (cores,)) as pool:
         runs = [pool.submit(run, config, name, seed) for seed in range(1, config.seeds + 1) for name in MODELS]
         for future in as_completed(runs):

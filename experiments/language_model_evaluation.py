@@ -28,9 +28,10 @@ def segments(
 ) -> float:
     """In segments of their own, as during training; fast. ``carry``: the memory goes on from one to the next.
 
-    ``batch_size`` rows are read at once, each a contiguous part of the tokens; what is left over is not scored. On a
-    mesh every device reads all rows: it is a small part of the time.
+    ``batch_size`` rows (fewer of a short text) are read at once, each a part of the tokens; the rest is not scored. On
+    a mesh every device reads all rows: it is a small part of the time.
     """
+    batch_size = max(1, min(batch_size, len(tokens) // 2))
     batches = Segments(tokens, batch_size, length)
     memory = model.init_memory(batch_size) if carry else None
     total, count = 0.0, 0
@@ -71,13 +72,15 @@ def sliding_window(
     The first window scores all its tokens, every other one its last. The authors read one window at a time; here
     ``batch_size`` of them go at once, and the output layer sees their last tokens alone. The cost is that of reading
     ``length`` tokens for each token that is scored. If not given, batch_size is 64 on accelerators, which one window
-    leaves idle, and on CPUs, where more do not fit into the caches, 4 or one for each device.
+    leaves idle, and on CPUs, where more do not fit into the caches, 4; a multiple of what a mesh splits it in.
 
     Raises:
       ValueError: fewer than two tokens.
     """
     if batch_size is None:
-        batch_size = 64 if jax.default_backend() != "cpu" else max(4, jax.device_count())
+        batch_size = 64 if jax.default_backend() != "cpu" else 4
+        rows = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+        batch_size = -(-batch_size // rows) * rows
     (first, targets), rest, number = windows(tokens, length, batch_size)
     first = place({"tokens": first, "targets": targets}, mesh, whole=True)
     loss, _ = _segment_loss(model, first["tokens"], first["targets"], None)

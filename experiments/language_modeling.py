@@ -19,6 +19,7 @@ import json
 import math
 import os
 import pathlib
+import sys
 from typing import Literal
 
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -104,21 +105,25 @@ def read_data(config: Config, preset: Preset, out: pathlib.Path) -> Data:
     else:
         parts = wikitext.load(config.wikitext)
     train, validation, test = (parts[name] for name in ("train", "validation", "test"))
-    kind = config.vocabulary or preset.vocabulary
-    vocabulary = _vocabulary(config, kind, train)
+    vocabulary = _vocabulary(config, preset, train)
     path = out / "vocabulary.json"
-    if jax.process_index() == 0 and not path.exists():
-        vocabulary.save(path)
+    if jax.process_index() == 0 and not (path.exists() and (out / "run.json").exists()):
+        vocabulary.save(path)  # a start that failed before may have left that of another text
     arrays = (vocabulary.encode(part) for part in (train, validation, test))
     return Data(vocabulary, *arrays, (text.count_words(validation), text.count_words(test)))
 
 
-def _vocabulary(config, kind, train):
+def _vocabulary(config, preset, train):
+    kind, size = config.vocabulary or preset.vocabulary, config.vocabulary_size
+    if size < 0:
+        raise ValueError(f"vocabulary_size must be a number of words or pieces, or 0 for all words, got {size}")
     if kind == "character":
         return text.Vocabulary.characters(train)
     if kind == "sentencepiece":
-        return text.Vocabulary.sentencepiece(train, config.vocabulary_size)
-    return text.Vocabulary.words(train, max_size=config.vocabulary_size if config.text else None)
+        return text.Vocabulary.sentencepiece(train, size)
+    if preset.data == "demo" or config.text:
+        return text.Vocabulary.words(train, max_size=size or sys.maxsize)  # with one for unknown words
+    return text.Vocabulary.words(train)  # WikiText-103 has its own
 
 
 def settings(config: Config) -> Preset:
@@ -151,7 +156,7 @@ def loss(model, batch, memory, rngs):
 def run(config: Config) -> dict:
     """Trains what is not trained yet, evaluates, generates, and draws. Returns what results.json holds."""
     preset = settings(config)
-    out = config.out or RUNS / config.preset
+    out = config.out or RUNS / "-".join((config.preset, *(path.stem for path in config.text[:1])))
     out.mkdir(parents=True, exist_ok=True)
     data = read_data(config, preset, out)
     model_options = model_config(preset, len(data.vocabulary))

@@ -9,6 +9,7 @@ import os
 import pathlib
 import shutil
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,8 +22,16 @@ from tqdm import tqdm
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def checkpoints(out: pathlib.Path, keep: int = 2) -> ocp.CheckpointManager:
-    """The checkpoints of a run, of which the last ``keep`` and the best stay. They appear whole or not at all."""
+def checkpoints(out: pathlib.Path, keep: int = 2, *, read_only: bool = False) -> ocp.CheckpointManager:
+    """The checkpoints of a run, of which the last ``keep`` and the best stay. They appear whole or not at all.
+
+    With ``read_only`` nothing is saved or deleted, so that a run may be writing there.
+    """
+    _mend_losses(out / "checkpoints")
+    if read_only:
+        return ocp.CheckpointManager(
+            out / "checkpoints", options=ocp.CheckpointManagerOptions(read_only=True, best_fn=_loss, best_mode="min")
+        )
     best = preservation_policy.BestN(get_metric_fn=_loss, reverse=True, n=1)
     kept = preservation_policy.AnyPreservationPolicy([preservation_policy.LatestN(keep), best])
     options = ocp.CheckpointManagerOptions(
@@ -32,12 +41,48 @@ def checkpoints(out: pathlib.Path, keep: int = 2) -> ocp.CheckpointManager:
 
 
 def _loss(metrics):
-    return metrics["loss"]
+    return metrics["loss"] if metrics else math.inf
 
 
-def best_step(manager: ocp.CheckpointManager) -> int | None:
-    """The step of the smallest loss, the latest of those that are equal; None without checkpoints."""
-    return min(manager.all_steps(), key=lambda step: (_loss(manager.metrics(step)), -step), default=None)
+def _mend_losses(folder):
+    """A loss that cannot be read, which orbax would fail of, is as one that was not measured."""
+    for path in sorted(folder.glob("[0-9]*/metrics/metrics")) if jax.process_index() == 0 else ():
+        try:
+            float(json.loads(path.read_text(encoding="utf-8"))["loss"])
+        except (ValueError, KeyError, TypeError):
+            print(f"{path} cannot be read; the loss of that checkpoint is taken as not measured")
+            write_atomically(path, json.dumps({"loss": math.inf}))
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("losses of checkpoints")
+
+
+def steps_by_loss(manager: ocp.CheckpointManager) -> list[int]:
+    """The steps of all checkpoints, that of the smallest loss first, and the latest of those that are equal."""
+    return sorted(manager.all_steps(), key=lambda step: (_loss(manager.metrics(step)), -step))
+
+
+def read_first(manager: ocp.CheckpointManager, steps: list[int], read: Callable[[int], Any], count: int) -> dict:
+    """What ``read`` makes of the first ``count`` of ``steps`` that can be read, by step; the others are named.
+
+    Raises:
+      ValueError: none can be read.
+    """
+    found, broken = {}, []
+    for step in steps:
+        if len(found) == count:
+            break
+        try:
+            found[step] = read(step)
+        except UNREADABLE as error:
+            broken.append(f"{step} ({_reason(error)})")
+            print(f"checkpoint {broken[-1]} of {manager.directory} cannot be read; another one is taken")
+    if not found:
+        raise ValueError(f"no checkpoint of {manager.directory} can be read: {'; '.join(broken)}. Put back a copy")
+    return found
+
+
+def _reason(error):
+    return f"{type(error).__name__}: {(str(error) or 'no message').strip().splitlines()[0][:200]}"
 
 
 def save(manager: ocp.CheckpointManager, state: Any, host: Any, loss: float = math.inf):
@@ -72,7 +117,7 @@ def restore(manager: ocp.CheckpointManager, abstract: Any) -> tuple[Any, Any]:
             found = _read(manager, step, abstract)
             break
         except UNREADABLE as error:
-            broken[step] = f"{type(error).__name__}: {(str(error) or 'no message').strip().splitlines()[0][:200]}"
+            broken[step] = _reason(error)
     if broken and found[0] is None:
         reasons = "; ".join(f"{step} ({reason})" for step, reason in broken.items())
         raise ValueError(
@@ -202,7 +247,7 @@ class Log:
         self._write(step, {f"validation_{name}": value for name, value in measured.items()})
         numbers = ", ".join(f"{name} {value:.4f}" for name, value in measured.items())
         self.bar.write(f"step {step}: validation {numbers}")
-        self.logged = time.perf_counter()
+        self.logged, self.logged_tokens = time.perf_counter(), self.tokens
 
     def _write(self, step, line):
         if not self.first:

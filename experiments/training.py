@@ -253,7 +253,8 @@ def train(
     Raises:
       ValueError: a folder of another run, or in use by one; a batch that the mesh does not divide.
       FloatingPointError: a loss or gradient that is not finite; the last checkpoint is from before it.
-      KeyboardInterrupt: asked to stop (SIGINT, SIGTERM); a checkpoint of the last step was written.
+      KeyboardInterrupt: asked to stop (SIGINT, SIGTERM); a checkpoint of the last step was written. (Several processes
+        all stop where one of them gets SIGTERM; SIGINT ends them at once, with the checkpoints that there are.)
     """
     out = pathlib.Path(out).absolute()
     with contextlib.ExitStack() as stack:
@@ -280,7 +281,8 @@ def train(
 
 def _loop(graph, loss, batches, config, evaluate, mesh, manager, state, log, stack):
     step_function = jax.jit(make_step(graph, loss, config), donate_argnums=0)
-    asked_to_stop = stack.enter_context(_signals())
+    # Several processes must stop at the same step: jax.distributed handles SIGTERM then, and orbax knows of it.
+    asked_to_stop = threading.Event() if jax.process_count() > 1 else stack.enter_context(_signals())
     pending = None  # the metrics of the last step, which are read when the next is under way
     first = int(state.step)
     for step in range(first + 1, config.steps + 1):
@@ -358,24 +360,25 @@ def load(
     """The best model of a run (the last, where nothing was evaluated, or if not ``best``), and its step.
 
     With ``average`` above 1 it is the mean of the last so many checkpoints that there are, and the step of the last.
+    A checkpoint that cannot be read is left out, and named; the next takes its place. Nothing is written, so that a
+    run may go on at the same time.
 
     Raises:
-      ValueError: a folder without checkpoints.
+      ValueError: a folder without checkpoints, or without one that can be read.
     """
     out = pathlib.Path(out).absolute()
     if not (out / "checkpoints").is_dir():
         raise ValueError(f"{out} has no checkpoints; train first, or name the folder of a run")
     config = TrainConfig(steps=1)
-    with run_folder.checkpoints(out) as manager:
-        step = run_folder.best_step(manager) if best else manager.latest_step()
-        if step is None:
-            raise ValueError(f"{out / 'checkpoints'} is empty; train first, or name the folder of a run")
+    with run_folder.checkpoints(out, read_only=True) as manager:
         state = _abstract(jax.eval_shape(functools.partial(initial_state, make_model, config)), mesh)
         model = {"params": state.params, "constants": state.constants}
-        steps = [step] if average == 1 else sorted(manager.all_steps())[-average:]
         args = ocp.args.Composite(model=ocp.args.StandardRestore(model))
-        restored, *others = (manager.restore(step, args=args)["model"] for step in steps)
-        for other in others:
-            restored["params"] = jax.tree.map(jnp.add, restored["params"], other["params"])
-        restored["params"] = jax.tree.map(lambda x: x / len(steps), restored["params"])
-    return model_of(graph_of(make_model), state._replace(**restored)), steps[-1]
+        steps = run_folder.steps_by_loss(manager) if best and average == 1 else sorted(manager.all_steps())[::-1]
+        if not steps:
+            raise ValueError(f"{out / 'checkpoints'} is empty; train first, or name the folder of a run")
+        read = run_folder.read_first(manager, steps, lambda step: manager.restore(step, args=args)["model"], average)
+        restored = read[max(read)]
+        sums = jax.tree.map(lambda *leaves: sum(leaves), *(tree["params"] for tree in read.values()))
+        restored["params"] = jax.tree.map(lambda x: x / len(read), sums)
+    return model_of(graph_of(make_model), state._replace(**restored)), max(read)

@@ -271,7 +271,7 @@ def run(config: Config) -> dict:
 
 def _subwords(path, train, size):
     """Those of the run, which are made with its first start."""
-    if not path.exists():
+    if not (path.exists() and (path.parent / "run.json").exists()):  # else those of a start that failed
         subwords = Subwords.train(train, size)
         if jax.process_index() == 0:
             path.with_suffix(".tmp").write_bytes(subwords.model)

@@ -28,6 +28,9 @@ _WMT = TrainConfig(
     steps=40_000, learning_rate=1e-3, warmup=4000, accumulate=16, eval_every=1000, log_every=50, seed=1, **_ADAM
 )
 BASE = TranslationConfig(vocab_size=32_768)
+# With scan, XLA's CPU compiler cannot put the chain of residual gradients of all layers into the fusions of each: a
+# step of the tiny model takes a fifth less time.
+_PRE = {"norm": "pre", "scan": True}
 SIZES = {
     # 45 epochs of WMT14 in batches of 3 x 3584 x 16 tokens
     "big": Size(
@@ -40,7 +43,7 @@ SIZES = {
     # 29,000 captions, in the size of Wu et al. 2021; few epochs, so that the rate falls to 0 at their end
     "tiny": Size(
         dataclasses.replace(
-            BASE, encoder_layers=4, decoder_layers=4, d_model=128, d_ff=256, num_heads=4, dropout=0.2, norm="pre"
+            BASE, encoder_layers=4, decoder_layers=4, d_model=128, d_ff=256, num_heads=4, dropout=0.2, **_PRE
         ),
         TrainConfig(steps=5000, learning_rate=4e-3, warmup=600, eval_every=500, save_every=250, log_every=50, **_SHORT),
         4000,
@@ -49,7 +52,7 @@ SIZES = {
     ),
     "demo": Size(
         dataclasses.replace(
-            BASE, encoder_layers=2, decoder_layers=2, d_model=128, d_ff=256, num_heads=4, dropout=0.2, norm="pre"
+            BASE, encoder_layers=2, decoder_layers=2, d_model=128, d_ff=256, num_heads=4, dropout=0.2, **_PRE
         ),
         TrainConfig(steps=1100, learning_rate=5e-3, warmup=200, eval_every=275, save_every=275, log_every=25, **_SHORT),
         2500,

@@ -66,7 +66,7 @@ def config_from_toolkit(arguments: Mapping) -> ModelConfig:
     if relative := arguments["attn_type"] == 0:
         clamp_length = max(0, arguments.get("clamp_len", 0))  # -1 is none, too
         scale = {"memory_length": arguments.get("mem_len", 0), "clamp_length": clamp_length}
-    size = {"favor_plus": "performer_proj_dim", "dpfp": "dpfp_n_roll"}.get(feature_map)
+    size, default = SIZES.get(feature_map, (None, 1))
     return ModelConfig(
         vocab_size=arguments["n_token"],
         num_layers=arguments["n_layer"],
@@ -76,7 +76,7 @@ def config_from_toolkit(arguments: Mapping) -> ModelConfig:
         head_size=arguments["d_head"],
         rule=rule,
         feature_map=feature_map,
-        feature_size=arguments[size] if size else 1,
+        feature_size=arguments.get(size, default),
         feature_normalization="sum" if by_sum else None,
         normalize=normalize,
         positions="relative" if relative else None if arguments.get("no_pos") else "descending",
@@ -87,6 +87,7 @@ def config_from_toolkit(arguments: Mapping) -> ModelConfig:
     )
 
 
+SIZES = {"favor_plus": ("performer_proj_dim", 16), "dpfp": ("dpfp_n_roll", 2)}  # and the toolkit's defaults
 REQUIRED = ("attn_type", "n_layer", "n_head", "d_model", "d_head", "d_inner", "n_token", "cutoffs")
 
 
@@ -240,7 +241,9 @@ def load(path: str | os.PathLike, arguments: Mapping | None = None) -> DecoderLM
     config = arguments or config
     if config is None:
         raise ValueError(f"{path} has no arguments of the toolkit; give them as JSON with --config")
-    if "attn_type" in config:
+    if not isinstance(config, Mapping):
+        raise ValueError(f"the arguments must be a JSON object, got {type(config).__name__}")
+    if "vocab_size" not in config:  # which only ours have
         projections = [arrays[name] for name in sorted(arrays, key=_number) if name.startswith("projection/")]
         prefix = "state/" if any(name.startswith("state/") for name in arrays) else ""
         state = {name.removeprefix(prefix): x for name, x in arrays.items() if name.startswith(prefix)}
@@ -258,7 +261,7 @@ def save(model: DecoderLM, path: str | os.PathLike, *, toolkit: bool = False):
     """Writes a model as .npz or .safetensors, whole or not at all.
 
     Args:
-      toolkit: with the names and arguments of the authors' toolkit.
+      toolkit: with the names and arguments of the authors' toolkit, and FAVOR+'s projections as "projection/i".
 
     Raises:
       ValueError: another suffix; a model that the toolkit does not have.
@@ -266,6 +269,9 @@ def save(model: DecoderLM, path: str | os.PathLike, *, toolkit: bool = False):
     if toolkit:
         config = arguments_of(model.config)
         arrays = to_toolkit(model, config)
+        if model.config.feature_map == "favor_plus" and model.config.rule != "softmax":
+            for i, block in enumerate(model.blocks):  # which the toolkit does not save; ``load`` takes them
+                arrays[f"projection/{i}"] = np.asarray(block.attention.feature_map.projection[...]).T.copy()
     else:
         config = dataclasses.asdict(model.config)
         arrays = {name: np.asarray(variable[...]) for name, variable in _by_name(model).items()}
@@ -370,11 +376,13 @@ def _read_torch(path):
         raise ValueError(f"{path} takes PyTorch to read: pip install 'fwt-jax[convert]'") from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        if not isinstance(content, Mapping):
+            raise ValueError(f"it holds a {type(content).__name__}")
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError) as error:
         raise ValueError(
             f"{path} is not a whole state_dict. The toolkit saves the whole module: in its folder, load it and write "
             "torch.save({'state_dict': model.state_dict(), 'config': {'attn_type': ..., ...}}, path). "
-            f"({type(error).__name__})"
+            f"({type(error).__name__}: {(str(error) or 'no message').splitlines()[0][:200]})"
         ) from error
     state = content.get("state_dict", content.get("model_state_dict", content))
     return {name: x.float().numpy() for name, x in state.items() if hasattr(x, "numpy")}, content.get("config")
@@ -400,7 +408,7 @@ def main(args: list[str] | None = None):
         arguments = None if options.config is None else json.loads(options.config.read_text(encoding="utf-8"))
         _, config = _read(options.source)
         model = load(options.source, arguments)
-        back = "attn_type" not in (arguments or config)
+        back = "vocab_size" in (arguments or config)
         save(model, options.destination, toolkit=back)
     except (ValueError, OSError) as error:
         parser.error(str(error))

@@ -64,6 +64,8 @@ def generate(
     if lengths is not None and (lengths.shape != prompts.shape[:1] or not jnp.issubdtype(lengths.dtype, jnp.integer)):
         raise ValueError(f"lengths must be integers [{len(prompts)}], got {lengths.dtype}{list(lengths.shape)}")
     vocab_size = model.config.vocab_size
+    _check_range("prompts", prompts, 0, vocab_size - 1)
+    _check_range("lengths", lengths, 1, prompts.shape[1])
     for name, value, good in (
         ("max_new_tokens must be at least 1", max_new_tokens, max_new_tokens >= 1),
         ("temperature must be at least 0", temperature, temperature >= 0),
@@ -81,6 +83,14 @@ def generate(
     greedy = temperature == 0
     temperature = jnp.asarray(temperature, jnp.float32)
     return _generate(model, prompts, lengths, key, temperature, max_new_tokens, greedy, top_k, top_p)
+
+
+def _check_range(name, x, low, high):
+    if x is None or isinstance(x, jax.core.Tracer):  # whose numbers are not known yet
+        return
+    least, most = int(jnp.min(x)), int(jnp.max(x))
+    if least < low or most > high:
+        raise ValueError(f"{name} must be from {low} to {high}, got {least} to {most}")
 
 
 @functools.partial(nnx.jit, static_argnums=(5, 6, 7, 8))
@@ -118,7 +128,7 @@ def filtered(scores: jax.Array, top_k: int | None, top_p: float | None) -> jax.A
     if top_k is not None:
         least = lax.top_k(scores, top_k)[0][..., -1:]
         scores = jnp.where(scores < least, -jnp.inf, scores)
-    if top_p is not None:
+    if top_p is not None and top_p < 1:  # rounding would cut off the rarest of many
         ranked = jnp.sort(scores, axis=-1, descending=True)
         probabilities = jax.nn.softmax(ranked, axis=-1)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities

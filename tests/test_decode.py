@@ -82,6 +82,10 @@ def test_filters_keep_the_likeliest():
         ({"prompts": PROMPTS[:, :0]}, r"prompts must be integers \[B, T\], T ≥ 1, got int32\[3, 0\]"),
         ({"prompts": PROMPTS + 0.5}, r"prompts must be integers .* got float32\[3, 9\]"),
         ({"lengths": jnp.ones(2, int)}, r"lengths must be integers \[3\], got int32\[2\]"),
+        ({"lengths": jnp.array([0, 9, 1])}, "lengths must be from 1 to 9, got 0 to 9"),
+        ({"lengths": jnp.array([10, 9, 1])}, "lengths must be from 1 to 9, got 1 to 10"),
+        ({"prompts": PROMPTS + 30}, "prompts must be from 0 to 29, got 3[0-9] to [0-9]+"),
+        ({"prompts": PROMPTS - 30}, "prompts must be from 0 to 29, got -"),
     ],
 )
 def test_what_cannot_be_generated(options, words):

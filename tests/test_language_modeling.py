@@ -18,6 +18,7 @@ from experiments import language_model_evaluation as evaluation
 from experiments import language_modeling as lm
 from experiments import text
 from experiments.language_model_presets import PRESETS, Preset
+from fwt_jax import convert, sharding
 from fwt_jax.models import DecoderLM, ModelConfig
 
 TINY = ModelConfig(vocab_size=30, cutoffs=(10,), num_layers=2, d_model=16, d_ff=32, num_heads=2, head_size=8)
@@ -90,7 +91,18 @@ def test_the_presets_are_the_rows_of_the_paper():
             delta = preset.model.rule == "delta"
             count = 44_018_394 + 16_384 * delta if small else 89_833_434 + 32_768 * delta
             assert counts[name] == (90_882_522 if name == "medium-xl" else count), name
+            assert convert.arguments_of(preset.model)["attn_type"] == attn_type(name), name
     assert [sum(p.table == table for p in PRESETS.values()) for table in (2, 3, 4, 5)] == [10, 3, 3, 4]
+
+
+def attn_type(name):
+    """The toolkit's, which trained that row of the paper."""
+    if "normalized" in name:
+        return 44
+    if name.endswith("xl") or "softmax" in name:
+        return 0 if name.endswith("xl") else 2
+    kind = 1 if "performer" in name else 2 if "dpfp" in name else 0
+    return 24 + kind if "delta" in name else (34, 35, 6)[kind]
 
 
 def test_an_unknown_preset_names_all():
@@ -151,6 +163,33 @@ def test_runs_on_a_mesh_and_refuses_batches_that_do_not_fit(small_demo, book, tm
         lm.main(lm.Config(text=(book,), out=tmp_path / "six", batch_size=6))
 
 
+def test_each_text_has_a_folder_and_a_vocabulary_of_its_own(small_demo, book, tmp_path, monkeypatch):
+    monkeypatch.setattr(lm, "RUNS", tmp_path)
+    with pytest.raises(ValueError, match="a batch of 100000 rows needs"):
+        lm.run(lm.Config(preset="demo", out=tmp_path / "x", batch_size=100_000))
+    lm.run(lm.Config(preset="demo", text=(book,), out=tmp_path / "x", sample=0))
+    vocabulary = json.loads((tmp_path / "x" / "run.json").read_text())["vocabulary"]
+    assert text.Vocabulary.load(tmp_path / "x" / "vocabulary.json").digest() == vocabulary["sha256"]
+    config = lm.Config(preset="demo", text=(book,), vocabulary="word", vocabulary_size=0)
+    words = lm.read_data(config, lm.settings(config), tmp_path).vocabulary
+    assert len(words) > 5 and text.UNKNOWN in words.pieces
+    with pytest.raises(ValueError, match="vocabulary_size must be a number of words or pieces, or 0"):
+        lm.read_data(dataclasses.replace(config, vocabulary_size=-1), lm.settings(config), tmp_path)
+    lm.run(lm.Config(preset="demo", text=(book,), sample=0))
+    assert (tmp_path / f"demo-{book.stem}" / "results.json").exists()
+
+
+@pytest.mark.parametrize("rows", [3, 6])
+def test_windows_fill_any_mesh_and_short_texts_any_batch(rows):
+    model = DecoderLM(ModelConfig(vocab_size=20, num_layers=1, d_model=8, d_ff=8, num_heads=1), rngs=nnx.Rngs(0))
+    tokens = np.arange(15) % 20
+    mesh = sharding.make_mesh(devices=jax.devices()[:rows])
+    want = evaluation.sliding_window(model, tokens, 4)
+    with jax.set_mesh(mesh):
+        np.testing.assert_allclose(evaluation.sliding_window(model, tokens, 4, mesh=mesh), want, rtol=1e-5)
+    assert evaluation.segments(model, tokens, 4) > 0
+
+
 def test_data_that_are_missing_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"WikiText-103 is not in .*: put wiki.train.tokens"):
         lm.main(lm.Config(preset="small-delta", wikitext=tmp_path, out=tmp_path / "run"))
@@ -187,6 +226,11 @@ def test_the_comparison_trains_every_model_and_goes_on(tmp_path, monkeypatch):
     config = comparison.Config(paths[0], paths[1], (paths[2],), tmp_path / "out", steps=2)
     results = [comparison.run(config, name, 1) for name in itertools.islice(comparison.MODELS, 3)]
     assert comparison.run(config, "softmax", 1) == results[0]
+    with pytest.raises(ValueError, match=r"holds another run: training.steps was 2 and is 3"):
+        comparison.run(dataclasses.replace(config, steps=3), "softmax", 1)
+    twice = dataclasses.replace(config, test=(paths[2], tmp_path / "other" / "test.txt"))
+    with pytest.raises(ValueError, match=r"the names of the texts must differ, .* got valid, test, test"):
+        comparison.main(twice)
     assert all(1 < row["test"]["sliding_window"] < 100 and row["tokens"] == 2 * 8 * 8 for row in results)
     lines = comparison.table(results, ["valid", "test"]).splitlines()
     assert len(lines) == 5 and lines[2].startswith("| softmax |") and lines[2].endswith("| 1 | 34.1 |")

@@ -168,6 +168,38 @@ def test_a_run_goes_on_from_before_a_broken_checkpoint(whole, tmp_path):
     assert losses_of(tmp_path) == losses_of(whole[0])
 
 
+@pytest.mark.parametrize("damage", ["truncate metrics", "delete metrics"])
+def test_a_checkpoint_whose_loss_is_broken_is_as_good_as_any(damage, whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    harm(tmp_path / "checkpoints" / "12", damage)
+    chex.assert_trees_all_equal(nnx.state(training.load(tmp_path, make_model, best=False)[0]), whole[1])
+    assert training.load(tmp_path, make_model)[1] in saved_steps(tmp_path)
+    chex.assert_trees_all_equal(nnx.state(run(tmp_path)), whole[1])
+
+
+def test_load_takes_the_next_best_for_a_broken_one_and_names_it(whole, tmp_path, capsys):
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    best = training.load(tmp_path, make_model)[1]
+    others = [step for step in saved_steps(tmp_path) if step != best]
+    harm(tmp_path / "checkpoints" / str(best), "truncate model")
+    assert training.load(tmp_path, make_model)[1] in others
+    assert training.load(tmp_path, make_model, average=5)[1] == max(others)
+    assert capsys.readouterr().out.count(f"checkpoint {best} (") == 2
+    for step in others:
+        harm(tmp_path / "checkpoints" / str(step), "delete model")
+    with pytest.raises(ValueError, match=rf"no checkpoint of .* can be read: {best} \(.*Put back a copy"):
+        training.load(tmp_path, make_model)
+    assert saved_steps(tmp_path) == sorted([best, *others])
+
+
+def test_load_leaves_alone_what_a_run_is_writing(whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    under_way = tmp_path / "checkpoints" / "16.orbax-checkpoint-tmp"
+    shutil.copytree(tmp_path / "checkpoints" / "12", under_way)
+    training.load(tmp_path, make_model)
+    assert under_way.is_dir()
+
+
 def test_a_run_whose_checkpoints_are_all_broken_is_not_begun_anew(whole, tmp_path):
     shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
     before = saved_steps(tmp_path)
@@ -311,7 +343,7 @@ def test_parts_that_do_not_divide_the_batch(tmp_path):
 # --- several processes -----------------------------------------------------------------------------------------------
 
 PROCESS = """
-import os, pathlib, sys
+import os, pathlib, signal, sys, time
 number, port, steps, out = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), pathlib.Path(sys.argv[4])
 import jax
 jax.config.update("jax_num_cpu_devices", 4)
@@ -324,24 +356,30 @@ following = t.text.Segments.__next__
 def count(self):
     if self.step == steps:
         os._exit(1)
+    if self.step == -steps and number == 1:
+        os.kill(os.getpid(), signal.SIGTERM)  # one machine of a pod is told to go
+    if self.step >= -steps > 0:
+        time.sleep(0.5)  # as long as a step of a real model, for the word goes round in the background
     return following(self)
 t.text.Segments.__next__ = count
-t.run(out, mesh=sharding.make_mesh(fsdp=4), evaluate=None)
+config = t.CONFIG if steps > 0 else dataclasses.replace(t.CONFIG, steps=60, save_every=50)
+t.run(out, config, mesh=sharding.make_mesh(fsdp=4), evaluate=None)
 """
 
 
 def test_two_processes_train_checkpoint_and_go_on_together(tmp_path):
-    """Four devices each; both are killed in step 7 and go on from the checkpoint of step 4."""
+    """Four devices each; both are killed in step 7 and go on from the checkpoint of step 4. SIGTERM to one stops both,
+    after a checkpoint."""
     import socket
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
 
-    def both(steps):
+    def both(steps, name="two"):
         processes = [
             subprocess.Popen(
-                [sys.executable, "-c", PROCESS, str(number), str(port), str(steps), str(tmp_path / "two")],
+                [sys.executable, "-c", PROCESS, str(number), str(port), str(steps), str(tmp_path / name)],
                 cwd=pathlib.Path(__file__).parent.parent,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -359,3 +397,7 @@ def test_two_processes_train_checkpoint_and_go_on_together(tmp_path):
     loaded, step = training.load(tmp_path / "two", make_model)
     assert step == CONFIG.steps
     chex.assert_trees_all_close(nnx.state(loaded), nnx.state(model), rtol=1e-3, atol=1e-4)
+    stopped = both(-3, "stopped")
+    (step,) = saved_steps(tmp_path / "stopped")
+    assert 3 <= step < 50
+    assert all(code and f"stopped after step {step}, which is saved" in printed for printed, code in stopped), stopped
