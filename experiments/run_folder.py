@@ -25,7 +25,7 @@ from tqdm import tqdm
 def checkpoints(out: pathlib.Path, keep: int = 2, *, read_only: bool = False) -> ocp.CheckpointManager:
     """The checkpoints of a run, of which the last ``keep`` and the best stay. They appear whole or not at all.
 
-    With ``read_only`` nothing is saved or deleted, so that a run may be writing there.
+    With ``read_only`` no checkpoint is written or deleted, so that a run may be at work there.
     """
     _mend_losses(out / "checkpoints")
     if read_only:
@@ -49,6 +49,8 @@ def _mend_losses(folder):
     for path in sorted(folder.glob("[0-9]*/metrics/metrics")) if jax.process_index() == 0 else ():
         try:
             float(json.loads(path.read_text(encoding="utf-8"))["loss"])
+        except FileNotFoundError:
+            continue  # a run has just deleted it
         except (ValueError, KeyError, TypeError):
             print(f"{path} cannot be read; the loss of that checkpoint is taken as not measured")
             write_atomically(path, json.dumps({"loss": math.inf}))

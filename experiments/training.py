@@ -360,8 +360,8 @@ def load(
     """The best model of a run (the last, where nothing was evaluated, or if not ``best``), and its step.
 
     With ``average`` above 1 it is the mean of the last so many checkpoints that there are, and the step of the last.
-    A checkpoint that cannot be read is left out, and named; the next takes its place. Nothing is written, so that a
-    run may go on at the same time.
+    A checkpoint that cannot be read is left out, and named; the next takes its place. No checkpoint is written or
+    deleted, so that a run may go on at the same time.
 
     Raises:
       ValueError: a folder without checkpoints, or without one that can be read.

@@ -165,8 +165,8 @@ def test_runs_on_a_mesh_and_refuses_batches_that_do_not_fit(small_demo, book, tm
 
 def test_each_text_has_a_folder_and_a_vocabulary_of_its_own(small_demo, book, tmp_path, monkeypatch):
     monkeypatch.setattr(lm, "RUNS", tmp_path)
-    with pytest.raises(ValueError, match="a batch of 100000 rows needs"):
-        lm.run(lm.Config(preset="demo", out=tmp_path / "x", batch_size=100_000))
+    with pytest.raises(ValueError, match="a batch of 10000000 rows needs"):
+        lm.run(lm.Config(preset="demo", out=tmp_path / "x", batch_size=10_000_000))
     lm.run(lm.Config(preset="demo", text=(book,), out=tmp_path / "x", sample=0))
     vocabulary = json.loads((tmp_path / "x" / "run.json").read_text())["vocabulary"]
     assert text.Vocabulary.load(tmp_path / "x" / "vocabulary.json").digest() == vocabulary["sha256"]
