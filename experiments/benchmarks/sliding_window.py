@@ -6,7 +6,7 @@
 and 267,735 words, drawn by Zipf's law. The authors' program reads one window of 256 words at a time and gives losses of
 all its words, of which the last is taken; ours reads several at once, and its output layer sees their last words alone.
 The toolkit's delta rule is a CUDA kernel, which a loop over the words in PyTorch stands in for here; softmax and sum
-are its own code. Windows per second, medians, in turns, and the difference of the two numbers of nats; what it gave:
+are its own code. Windows per second, medians, in turns, and the nats of both; what it gave:
 experiments/README.md.
 """
 
