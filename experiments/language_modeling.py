@@ -34,7 +34,7 @@ from flax import nnx
 from experiments import language_model_evaluation as evaluation
 from experiments import run_folder, text, training, wikitext
 from experiments.language_model_presets import PRESETS, Preset, find
-from fwt_jax import decode, sharding
+from fwt_jax import decode
 from fwt_jax.models import DecoderLM, ModelConfig
 
 PARTS = ("validation", "test")
@@ -56,7 +56,7 @@ class Config:
     vocabulary_size: int = 8000
     """Of --vocabulary sentencepiece; of words, at most so many beside <unk> (0: all)."""
     out: pathlib.Path | None = None
-    """Folder of the run."""
+    """Folder of the run; with --table, of the runs."""
     steps: int | None = None
     """Updates of the parameters."""
     batch_size: int | None = None
@@ -78,7 +78,7 @@ class Config:
     sample: int = 500
     """Tokens to generate at the end, from models without positions."""
     table: bool = False
-    """Only print the results of all runs beside the paper's."""
+    """Only print the results of all runs in runs/language_modeling/, or --out, beside the paper's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +129,8 @@ def _vocabulary(config, preset, train):
 def settings(config: Config) -> Preset:
     """The preset with what the command line changes."""
     preset = find(config.preset)
+    if config.sample < 0:
+        raise ValueError(f"sample must be a number of tokens to generate, or 0, got {config.sample}")
     given = lambda **options: {name: x for name, x in options.items() if x is not None}  # noqa: E731
     train = given(steps=config.steps, accumulate=config.accumulate, seed=config.seed)
     return dataclasses.replace(
@@ -160,14 +162,14 @@ def run(config: Config) -> dict:
     out.mkdir(parents=True, exist_ok=True)
     data = read_data(config, preset, out)
     model_options = model_config(preset, len(data.vocabulary))
-    mesh = sharding.make_mesh(fsdp=config.fsdp, tensor=config.tensor) if jax.device_count() > 1 else None
+    mesh = training.make_mesh(config.fsdp, config.tensor)
 
     def make_model():
         return DecoderLM(model_options, rngs=nnx.Rngs(preset.training.seed))
 
     def evaluate(model):
         nats = evaluation.segments(model, data.validation, preset.length, carry=preset.carry, mesh=mesh)
-        return {"loss": nats, "perplexity": math.exp(nats)}
+        return {"loss": nats, "perplexity": training.perplexity(nats)}
 
     identity = {
         "model": dataclasses.asdict(model_options),
@@ -209,7 +211,8 @@ def _describe(config, preset, data, options, out):
 
 def _evaluate(config, preset, data, model, mesh):
     """The numbers of the paper's tables, for the best checkpoint."""
-    results = {"preset": config.preset, "vocabulary": data.vocabulary.kind, "evaluation": preset.evaluation}
+    results = {"preset": config.preset, "data": "text" if config.text else preset.data}
+    results |= {"vocabulary": data.vocabulary.kind, "evaluation": preset.evaluation}
     for name, tokens, words in (("validation", data.validation, data.words[0]), ("test", data.test, data.words[1])):
         if preset.evaluation == "sliding_window":
             nats = evaluation.sliding_window(model, tokens, preset.length, mesh=mesh, progress=True)
@@ -219,14 +222,14 @@ def _evaluate(config, preset, data, model, mesh):
             nats = evaluation.segments(model, tokens, preset.length, mesh=mesh)
         results[name] = {
             "nats": nats,
-            "perplexity": math.exp(nats),
-            "word_perplexity": math.exp(min(700.0, nats * (len(tokens) - 1) / words)),
+            "perplexity": training.perplexity(nats),
+            "word_perplexity": training.perplexity(nats * (len(tokens) - 1) / words),
             "tokens": len(tokens) - 1,
         }
         for memory_length, length, _ in preset.contexts:
             other = evaluation.with_config(model, dataclasses.replace(model.config, memory_length=memory_length))
             nats = evaluation.carried(other, tokens, length, mesh=mesh)
-            results[name][f"perplexity, memory {memory_length}, length {length}"] = math.exp(nats)
+            results[name][f"perplexity, memory {memory_length}, length {length}"] = training.perplexity(nats)
     return results
 
 
@@ -255,15 +258,17 @@ def draw(lines: list[dict], path: pathlib.Path, title: str):
 
 
 def table(results: list[dict]) -> str:
-    """Perplexities beside the paper's."""
+    """Perplexities, those of WikiText-103 beside the paper's."""
     rows = [("preset", "table", "evaluation", "valid", "test", "paper's valid", "test", "step")]
     for row in results:
         preset = PRESETS.get(row["preset"])
-        paper = preset.paper if preset and preset.paper and row["vocabulary"] == "word" else ("", "")
+        same = preset is not None and row["data"] == "wikitext-103" and row["vocabulary"] == "word"
+        paper = preset.paper if same and preset.paper else ("", "")
         ours = (f"{row[name]['perplexity']:.2f}" for name in PARTS)
         number = preset.table if preset and preset.table else ""
         rows.append((row["preset"], number, row["evaluation"], *ours, *paper, row["step"]))
-        for memory, length, paper in preset.contexts if preset else ():
+        for memory, length, of_paper in preset.contexts if preset else ():
+            paper = of_paper if same else ("", "")
             ours = (f"{row[name][f'perplexity, memory {memory}, length {length}']:.2f}" for name in PARTS)
             rows.append((row["preset"], number, f"memory {memory}, length {length}", *ours, *paper, row["step"]))
     widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
@@ -272,7 +277,7 @@ def table(results: list[dict]) -> str:
 
 def main(config: Config):
     if config.table:
-        paths = sorted(RUNS.glob("*/results.json"))
+        paths = sorted((config.out or RUNS).glob("**/results.json"))
         print(table([json.loads(path.read_text(encoding="utf-8")) for path in paths]))
         return
     find(config.preset)

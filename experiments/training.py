@@ -309,6 +309,20 @@ def _loop(graph, loss, batches, config, evaluate, mesh, manager, state, log, sta
     return model_of(graph, state)
 
 
+def make_mesh(fsdp: int, tensor: int) -> Mesh | None:
+    """All devices, see ``sharding.make_mesh``; None if there is one.
+
+    Raises:
+      ValueError: devices that are not there.
+    """
+    return None if jax.device_count() == fsdp == tensor == 1 else sharding.make_mesh(fsdp=fsdp, tensor=tensor)
+
+
+def perplexity(nats: float) -> float:
+    """exp(nats); at most 1e304, which JSON can hold."""
+    return math.exp(min(nats, 700.0))
+
+
 def place(batch: dict[str, np.ndarray], mesh: Mesh | None, *, whole: bool = False) -> dict[str, jax.Array]:
     """The arrays of a batch on the devices of a mesh, split over them or ``whole``; all processes have all rows."""
     if mesh is None:

@@ -36,7 +36,7 @@ from experiments import parallel_text, run_folder, training
 from experiments.language_modeling import draw
 from experiments.parallel_text import Pairs, Sentences, Subwords
 from experiments.translation_presets import PAPER, Size, find
-from fwt_jax import decode, sharding
+from fwt_jax import decode
 from fwt_jax.encoder_decoder import EncoderDecoder
 
 RUNS = pathlib.Path("runs/translation")
@@ -59,7 +59,7 @@ class Config:
     data_dir: pathlib.Path | None = None
     """Of TFDS, where it has prepared WMT14."""
     out: pathlib.Path | None = None
-    """Folder of the run."""
+    """Folder of the run; with --table, of the runs."""
     steps: int | None = None
     """Updates of the parameters."""
     tokens: int | None = None
@@ -83,7 +83,7 @@ class Config:
     distributed: bool = False
     """Several processes, one for each host of a TPU slice or cluster."""
     table: bool = False
-    """Only print the results of all runs beside the paper's."""
+    """Only print the results of all runs in runs/translation/, or --out, beside the paper's."""
 
 
 def settings(config: Config) -> Size:
@@ -218,7 +218,7 @@ def run(config: Config) -> dict:
     }
     rows, left_out = parallel_text.usable(*data["train"], size.max_length)
     options = dataclasses.replace(size.model, vocab_size=len(subwords))
-    mesh = sharding.make_mesh(fsdp=config.fsdp, tensor=config.tensor) if jax.device_count() > 1 else None
+    mesh = training.make_mesh(config.fsdp, config.tensor)
     multiple = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
     def make_model():
@@ -226,7 +226,7 @@ def run(config: Config) -> dict:
 
     def evaluate(model):
         value = nats(model, *data["validation"], multiple, mesh)
-        return {"loss": value, "perplexity": math.exp(value)}
+        return {"loss": value, "perplexity": training.perplexity(value)}
 
     if jax.process_index() == 0:
         shapes = nnx.eval_shape(make_model)
@@ -255,7 +255,7 @@ def run(config: Config) -> dict:
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         model, step = training.load(out, make_model, average=size.average, mesh=mesh)
         results = {"preset": config.preset, "step": step, "average": size.average, "vocabulary": len(subwords)}
-        results |= {"beam_size": config.beam_size, "length_penalty": config.length_penalty}
+        results |= {"data": _data_name(config), "beam_size": config.beam_size, "length_penalty": config.length_penalty}
         for name in ("validation", "test"):
             results[name] = _score_part(config, model, subwords, pairs[name], name, multiple, mesh, out)
     if jax.process_index() == 0:
@@ -267,6 +267,12 @@ def run(config: Config) -> dict:
             print("This is a demo: a few thousand sentences of one manual, minutes of training. The BLEU says little.")
         print(f"wrote {out}/: results.json, translations.test.txt, loss.png, metrics.jsonl, checkpoints")
     return results
+
+
+def _data_name(config):
+    if config.parallel:
+        return "parallel"
+    return "demo" if config.preset.startswith("demo") else f"wmt14 {config.pair}"
 
 
 def _subwords(path, train, size):
@@ -303,18 +309,19 @@ def _score_part(config, model, subwords, pairs, name, multiple, mesh, out):
 
 
 def table(results: list[dict]) -> str:
-    """BLEU and chrF beside the paper's BLEU."""
+    """BLEU and chrF, those of WMT14 En-De beside the paper's BLEU."""
     rows = [("preset", "valid BLEU", "chrF", "test BLEU", "chrF", "paper's valid", "test", "step")]
     for row in results:
         ours = (f"{row[name][metric]:.2f}" for name in ("validation", "test") for metric in ("bleu", "chrf"))
-        rows.append((row["preset"], *ours, *PAPER.get(row["preset"], ("", "")), row["step"]))
+        paper = PAPER.get(row["preset"]) if row["data"] == "wmt14 en-de" else None
+        rows.append((row["preset"], *ours, *(paper or ("", "")), row["step"]))
     widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(str(x).ljust(width) for x, width in zip(row, widths, strict=True)) for row in rows)
 
 
 def main(config: Config):
     if config.table:
-        paths = sorted(RUNS.glob("*/results.json"))
+        paths = sorted((config.out or RUNS).glob("**/results.json"))
         print(table([json.loads(path.read_text(encoding="utf-8")) for path in paths]))
         return
     find(config.preset)

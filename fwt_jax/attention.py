@@ -179,7 +179,9 @@ def fast_weight_cross_attention(
 
         W = W_0 + Σ_i k_i v_iᵀ,   z = z_0 + Σ_i k_i,   y_t = Wᵀq_t,  divided by zᵀq_t + eps if normalised
 
-    In 4·B·H·K·V FLOPs per token (2 per written, 2 per read), without a query-by-key matrix.
+    In 2·H·K·V FLOPs per token that is written and as many per token that is read, without a query-by-key matrix; but
+    where that matrix is smaller work, 2·H·S·(K + V) per token that reads, as for short sentences, y comes from it (and
+    under jit the memory costs nothing unless it is used).
 
     Args:
       query: φ(q), ``[B, T, H, K]``, floating point.
@@ -201,13 +203,14 @@ def fast_weight_cross_attention(
       Katharopoulos et al. 2020; Schlag, Irie & Schmidhuber 2021 (eq. 17-19).
     """
     _check_qkv(query, key, value)
+    _check_read(normalize)
     batch, length = key.shape[:2]
     if value.shape[1] != length:
         raise ValueError(
             f"key and value must have one length S, got key {list(key.shape)} and value {list(value.shape)}"
         )
     dtype = functools.reduce(jnp.promote_types, (query.dtype, key.dtype, value.dtype), jnp.float32)
-    memory = _start(memory, key, value, dtype)
+    of_all, memory = memory is None, _start(memory, key, value, dtype)
     written = key.astype(dtype)
     if key_mask is not None:
         if key_mask.shape != (batch, length) or key_mask.dtype != bool:
@@ -218,8 +221,16 @@ def fast_weight_cross_attention(
         value = jnp.where(key_mask[:, :, None, None], value, 0)
     precision = products_precision(precision, query, key, value)
     outer = jnp.einsum("bshk,bshv->bhkv", written, value.astype(dtype), precision=precision)
-    memory = Memory(memory.fast_weights + outer, memory.key_sum + jnp.sum(written, axis=1))
-    return _read(query, memory, normalize, eps, precision).astype(value.dtype), memory
+    after = Memory(memory.fast_weights + outer, memory.key_sum + jnp.sum(written, axis=1))
+    reads, key_size, value_size = query.shape[1], key.shape[-1], value.shape[-1]
+    if of_all and reads * length * (key_size + value_size) < (reads + length) * key_size * value_size:
+        scores = jnp.einsum("bthk,bshk->bhts", query.astype(dtype), written, precision=precision)
+        out = jnp.einsum("bhts,bshv->bthv", scores, value.astype(dtype), precision=precision)
+        if normalize:
+            out = out / (jnp.swapaxes(jnp.sum(scores, axis=-1), 1, 2)[..., None] + eps)
+    else:
+        out = _read(query, after, normalize, eps, precision)
+    return out.astype(value.dtype), after
 
 
 def read(
@@ -249,8 +260,7 @@ def read(
 
 
 def _read(query, memory, normalize, eps, precision):
-    if normalize not in (False, "read"):
-        raise ValueError(f'normalize must be False or "read" where nothing is retrieved by key, got {normalize!r}')
+    _check_read(normalize)
     batch, heads, key_size, _ = memory.fast_weights.shape
     if query.ndim != 4 or query.shape[0] != batch or query.shape[2:] != (heads, key_size):
         raise ValueError(
@@ -281,6 +291,11 @@ def products_precision(precision, *inputs):
 
 
 # --- checks: what came, what was expected, the way out ---------------------------------------------------------------
+
+
+def _check_read(normalize):
+    if normalize not in (False, "read"):
+        raise ValueError(f'normalize must be False or "read" where nothing is retrieved by key, got {normalize!r}')
 
 
 def _check_qkv(query, key, value):

@@ -97,7 +97,12 @@ class CrossAttention(nnx.Module):
         feature_map = self.feature_map
         if rngs is not None and hasattr(feature_map, "draw"):
             feature_map = feature_map.draw(rngs)  # once: keys and queries must share it
-        return self._read(x, self._write(source, mask, feature_map), feature_map)
+        if self.rule == "softmax":
+            return self._read(x, self._write(source, mask, feature_map), feature_map)
+        query, key = (self._features(y, feature_map) for y in (self.query(x), self.key(source)))
+        options = {"key_mask": mask, "normalize": self.normalize, "eps": self.eps, "precision": self.precision}
+        out, _ = attention.fast_weight_cross_attention(query, key, self.value(source), **options)
+        return self.out(out.astype(x.dtype))
 
     def write(self, source: jax.Array, mask: jax.Array | None = None) -> Memory | Source:
         """The memory of a source: fast weights ``[B, H, K, V]`` and key sums, or keys and values for softmax."""
@@ -111,7 +116,7 @@ class CrossAttention(nnx.Module):
         key, value = self.key(source), self.value(source)
         if self.rule == "softmax":
             return Source(key, value, jnp.ones(source.shape[:2], bool) if mask is None else mask)
-        key = self.feature_normalization(feature_map(key))
+        key = self._features(key, feature_map)
         options = {"key_mask": mask, "precision": self.precision}
         return attention.fast_weight_cross_attention(key[:, :1], key, value, **options)[1]  # nothing is read
 
@@ -119,9 +124,12 @@ class CrossAttention(nnx.Module):
         query = self.query(x)
         if self.rule == "softmax":
             return self.out(_softmax_read(query, memory, self.precision))
-        query = self.feature_normalization(feature_map(query))
+        query = self._features(query, feature_map)
         options = {"normalize": self.normalize, "eps": self.eps, "precision": self.precision}
         return self.out(attention.read(query, memory, **options).astype(x.dtype))
+
+    def _features(self, x, feature_map):
+        return self.feature_normalization(feature_map(x))
 
 
 def _softmax_read(query, source, precision):

@@ -290,7 +290,22 @@ def test_cross_attention_continues_a_memory(x64):
     _, memory = fwt_jax.fast_weight_cross_attention(query, key[:, :4], value[:, :4])
     parts = fwt_jax.fast_weight_cross_attention(query, key[:, 4:], value[:, 4:], memory=memory, normalize="read")
     chex.assert_trees_all_close(parts, whole, rtol=1e-12, atol=1e-12)
-    chex.assert_trees_all_close(fwt_jax.read(query, whole[1], normalize="read"), whole[0], rtol=1e-12)
+
+
+@pytest.mark.parametrize("normalize", [False, "read"])
+@pytest.mark.parametrize("length", [1, 6, 7, 100])
+def test_cross_attention_gives_what_its_memory_holds_at_every_length(length, normalize, x64):
+    """Up to 6 keys and queries of K = 8 and V = 5 take a matrix of scores."""
+    arrays = random_inputs(Case(normalize=normalize, length=length))
+    query, key, value = (jnp.asarray(arrays[name]) for name in ("query", "key", "value"))
+
+    def call(query, key, value):
+        return fwt_jax.fast_weight_cross_attention(query, key, value, normalize=normalize)
+
+    out, memory = call(query, key, value)
+    chex.assert_trees_all_close(fwt_jax.read(query, memory, normalize=normalize), out, rtol=1e-11, atol=1e-12)
+    scores = f"f64[2,2,{length},{length}]"
+    assert (scores in str(jax.make_jaxpr(call)(query, key, value))) == (length <= 6)
 
 
 @pytest.mark.parametrize("normalize", [False, "read"])

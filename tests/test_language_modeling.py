@@ -197,6 +197,11 @@ def test_data_that_are_missing_are_named(tmp_path):
         lm.main(lm.Config(text=(tmp_path / "no.txt",), out=tmp_path / "run"))
 
 
+def test_a_sample_of_fewer_tokens_than_none_is_refused_before_training(tmp_path):
+    with pytest.raises(ValueError, match="sample must be a number of tokens to generate, or 0, got -1"):
+        lm.main(lm.Config(sample=-1, out=tmp_path))
+
+
 def test_the_command_line_changes_the_preset():
     arguments = ["--preset", "medium-delta", "--steps", "7", "--batch-size", "16", "--dtype", "bfloat16", "--seed", "5"]
     preset = lm.settings(tyro.cli(lm.Config, args=arguments))
@@ -208,8 +213,19 @@ def test_the_command_line_changes_the_preset():
 def test_the_table_has_the_papers_numbers_beside_ours():
     numbers = {"nats": 3.5, "perplexity": 33.25, "word_perplexity": 33.25, "tokens": 9}
     row = {"preset": "small-delta", "vocabulary": "word", "evaluation": "sliding_window", "step": 4}
-    lines = lm.table([row | {"validation": numbers, "test": numbers}]).splitlines()
-    assert lines[1].split() == ["small-delta", "2", "sliding_window", "33.25", "33.25", "34.1", "35.5", "4"]
+    row |= {"validation": numbers, "test": numbers}
+    _, line, other = lm.table([row | {"data": "wikitext-103"}, row | {"data": "text"}]).splitlines()
+    assert line.split() == ["small-delta", "2", "sliding_window", "33.25", "33.25", "34.1", "35.5", "4"]
+    assert other.split() == ["small-delta", "2", "sliding_window", "33.25", "33.25", "4"]
+
+
+def test_the_table_is_of_a_folder(tmp_path, capsys):
+    numbers = {"perplexity": 3.5}
+    row = {"preset": "demo", "data": "demo", "vocabulary": "character", "evaluation": "segments", "step": 4}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "results.json").write_text(json.dumps(row | {"validation": numbers, "test": numbers}))
+    lm.main(lm.Config(table=True, out=tmp_path))
+    assert "3.50" in capsys.readouterr().out
 
 
 # --- the comparison --------------------------------------------------------------------------------------------------

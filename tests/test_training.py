@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import pathlib
 import shutil
 import subprocess
@@ -401,3 +402,16 @@ def test_two_processes_train_checkpoint_and_go_on_together(tmp_path):
     (step,) = saved_steps(tmp_path / "stopped")
     assert 3 <= step < 50
     assert all(code and f"stopped after step {step}, which is saved" in printed for printed, code in stopped), stopped
+
+
+def test_one_device_has_no_mesh_and_is_not_split(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(jax, "devices", lambda: [None])
+    assert training.make_mesh(1, 1) is None
+    with pytest.raises(ValueError, match="must be the number of devices, 1, got 1 · 2 · 1"):
+        training.make_mesh(2, 1)
+
+
+def test_a_perplexity_is_a_number():
+    assert training.perplexity(2.0) == pytest.approx(7.389056)
+    assert 1e300 < training.perplexity(1e6) < math.inf

@@ -218,6 +218,8 @@ def test_a_run_learns_writes_what_it_says_and_scores_as_sacrebleus_own_command(t
     first, *_, last = (line for line in (config.out / "metrics.jsonl").read_text().splitlines() if '"loss"' in line)
     assert json.loads(last)["loss"] < 0.7 * json.loads(first)["loss"]
     assert "demo-delta" in translation.table([results])
+    row = results | {"preset": "big-elu"}
+    assert "25.5" not in translation.table([row]) and "25.5" in translation.table([row | {"data": "wmt14 en-de"}])
 
 
 def test_the_same_command_again_trains_no_further_and_gives_the_same(trained):

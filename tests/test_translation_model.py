@@ -82,6 +82,10 @@ def test_decoding_token_by_token_equals_all_at_once(name):
     chex.assert_trees_all_close(scores, whole[:, :5], atol=1e-5)
 
 
+# A read is divided by zᵀq, which may be small: float32 leaves 8e-5 there, and one token of padding would leave 1e-2.
+PADDED = 5e-4
+
+
 @every_model
 @hypothesis.given(st.lists(st.integers(1, 6), min_size=4, max_size=4), st.integers(0, 99))
 @hypothesis.settings(max_examples=15, deadline=None)
@@ -90,10 +94,10 @@ def test_padding_changes_nothing(name, lengths, seed):
     more = lambda tokens, count: jnp.pad(tokens, ((0, 0), (0, count)))  # noqa: E731 -- pad_id is 0
     smoothed = score(model, source, target)
     padded = score(model, more(source, 5), more(target, 3))
-    chex.assert_trees_all_close(padded[:, :6], smoothed, atol=2e-5)
+    chex.assert_trees_all_close(padded[:, :6], smoothed, atol=PADDED)
     assert not np.any(padded[:, 6:]) and not np.any(smoothed[target == TINY.pad_id])
     alone = score(model, jnp.broadcast_to(source[:1], (2, 6)), jnp.broadcast_to(target[:1], (2, 6)))
-    chex.assert_trees_all_close(alone[0], smoothed[0], atol=2e-5)
+    chex.assert_trees_all_close(alone[0], smoothed[0], atol=PADDED)
 
 
 @every_model
