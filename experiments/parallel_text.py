@@ -50,7 +50,7 @@ def read_pairs(paths: Sequence[pathlib.Path]) -> Pairs:
 
 
 def _split_tabs(lines, name):
-    fields = [line.split("\t") for line in lines]
+    fields = [line.split("\t") if line else ["", ""] for line in lines]
     for i, row in enumerate(fields):
         if len(row) != 2:
             raise ValueError(f"line {i + 1} of {name} must be a sentence, a tab and its translation: {lines[i]!r}")
@@ -61,10 +61,10 @@ def _lines(path):
     if not path.is_file():
         raise ValueError(f"{path} is not there")
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8-sig", newline="\n") as file:  # a lone "\r", as web text has, ends no line
+            lines = [line.removesuffix("\n").removesuffix("\r") for line in file]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: {error}; convert it first") from error
-    lines = [line.rstrip("\n") for line in io.StringIO(text, newline="\n")]
     if not any(line.strip() for line in lines):
         raise ValueError(f"{path} is empty; name a file with some sentences in it")
     return lines
@@ -73,7 +73,7 @@ def _lines(path):
 def demo_pairs() -> dict[str, Pairs]:
     """The English and German sentences that ship, in three parts; their origin is in data/README.md."""
     path = pathlib.Path(__file__).parent / "data" / "demo.en-de.tsv.gz"
-    pairs = _split_tabs(gzip.decompress(path.read_bytes()).decode("utf-8").splitlines(), path)
+    pairs = _split_tabs(gzip.decompress(path.read_bytes()).decode("utf-8").removesuffix("\n").split("\n"), path)
     parts = {"train": slice(400, None), "validation": slice(200), "test": slice(200, 400)}
     return {name: pairs.part(rows) for name, rows in parts.items()}
 
@@ -133,19 +133,22 @@ class Subwords:
     """Parts of words by byte-pair encoding (Sennrich et al. 2016), of both languages together.
 
     Padding is 0, unknown 1, the start of a sentence 2 and its end 3; what the text of training did not have is bytes.
+    Text is normalised first as sentencepiece does by default (NFKC: "½" and "…" become "1⁄2" and "..."; spaces are
+    joined), so that translations are normal text; references are scored as they are.
     """
 
     model: bytes
 
     @classmethod
     def train(cls, pairs: Pairs, size: int) -> Subwords:
-        """Makes ``size`` of them from the text of training, of at most two million sentences.
+        """Makes ``size`` of them from the text of training, of at most two million sentences: the same every time.
 
         Raises:
           ValueError: a size that the text is too short, or too varied, for.
         """
         import sentencepiece
 
+        sentencepiece.set_random_generator_seed(0)  # which sentences, where there are more
         model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
@@ -189,7 +192,8 @@ class Subwords:
     def decode(self, rows: Iterable[Sequence[int]]) -> list[str]:
         """The sentences of tokens, which end at their first end."""
         cut = [list(itertools.takewhile(lambda token: token != EOS, map(int, row))) for row in rows]
-        return self._processor().decode([[token for token in row if token > UNKNOWN] for row in cut])
+        lines = self._processor().decode([[token for token in row if token > UNKNOWN] for row in cut])
+        return [" ".join(line.split()) for line in lines]  # the byte of a line's end is a token, too
 
 
 class Sentences(NamedTuple):
@@ -228,7 +232,9 @@ def usable(source: Sentences, target: Sentences, max_length: int) -> tuple[np.nd
 Batch = tuple[int, np.ndarray]  # the size that sentences are padded to, and their numbers
 
 
-def plan(lengths: np.ndarray, rows: np.ndarray, tokens: int, multiple: int, seed: int | None) -> list[Batch]:
+def plan(
+    lengths: np.ndarray, rows: np.ndarray, tokens: int, multiple: int, seed: int | None, most: int | None = None
+) -> list[Batch]:
     """Batches of sentences of similar lengths.
 
     Few sizes, so that few shapes are compiled; sentences that are longer than the largest are cut. The last batch of a
@@ -240,20 +246,22 @@ def plan(lengths: np.ndarray, rows: np.ndarray, tokens: int, multiple: int, seed
       tokens: of a batch with its padding, at most; but at least ``multiple`` rows.
       multiple: what the number of rows of a full batch is a multiple of, e.g. of the devices.
       seed: of the order within a size; None keeps it.
+      most: rows of a batch.
     """
     if seed is not None:
         rows = np.random.default_rng(seed).permutation(rows)
     bucket = np.searchsorted(SIZES, np.minimum(lengths[rows], SIZES[-1]))
     batches = []
     for index, size in enumerate(SIZES):
-        members, count = rows[bucket == index], rows_of(size, tokens, multiple)
+        members, count = rows[bucket == index], rows_of(size, tokens, multiple, most)
         batches += [(size, members[start : start + count]) for start in range(0, len(members), count)]
     return batches
 
 
-def rows_of(size: int, tokens: int, multiple: int) -> int:
+def rows_of(size: int, tokens: int, multiple: int, most: int | None = None) -> int:
     """Rows of a full batch."""
-    return max(multiple, tokens // size // multiple * multiple)
+    rows = tokens // size if most is None else min(tokens // size, most)
+    return max(multiple, rows // multiple * multiple)
 
 
 def pad(sentences: Sentences, rows: np.ndarray, size: int, count: int) -> np.ndarray:
@@ -268,8 +276,8 @@ def pad(sentences: Sentences, rows: np.ndarray, size: int, count: int) -> np.nda
 def batches(
     source: Sentences, target: Sentences, rows: np.ndarray, tokens: int, multiple: int, seed: int | None
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Batches {"source", "target"} of ``plan``: for ever, in a new order each epoch, and able to say where it is; once
-    and in order if seed is None."""
+    """Batches {"source", "target"} of ``plan``: for ever, the same batches in a new order each epoch, and able to say
+    where it is; once and in order if seed is None."""
 
     def collate(batch):
         size, members = batch

@@ -27,6 +27,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments import run_folder
@@ -264,7 +265,8 @@ def train(
                 stack.enter_context(filelock.FileLock(out / "lock", timeout=0))
             except filelock.Timeout as error:
                 raise ValueError(f"another run trains in {out}: wait for its end, or name another folder") from error
-            run_folder.check_identity(out / "run.json", {"training": dataclasses.asdict(config), **(identity or {})})
+            settings = {name: x for name, x in dataclasses.asdict(config).items() if name != "keep"}
+            run_folder.check_identity(out / "run.json", {"training": settings, **(identity or {})})
         if mesh is not None:
             stack.enter_context(jax.set_mesh(mesh))
         manager = stack.enter_context(run_folder.checkpoints(out, config.keep))
@@ -302,7 +304,7 @@ def _loop(graph, loss, batches, config, evaluate, mesh, manager, state, log, sta
             log.write_evaluation(step, measured)
         host = {"batches": batches.get_state(), **log.host()}
         run_folder.save(manager, state, host, measured.get("loss", math.inf))
-        if stop and not last:
+        if stop:
             manager.wait_until_finished()
             raise KeyboardInterrupt(f"stopped after step {step}, which is saved; the same command goes on from there")
     manager.wait_until_finished()
@@ -316,6 +318,14 @@ def make_mesh(fsdp: int, tensor: int) -> Mesh | None:
       ValueError: devices that are not there.
     """
     return None if jax.device_count() == fsdp == tensor == 1 else sharding.make_mesh(fsdp=fsdp, tensor=tensor)
+
+
+def of_first_process(data: bytes) -> bytes:
+    """What the first process has, in all of them; the others may give b""."""
+    if jax.process_count() == 1:
+        return data
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    return multihost_utils.broadcast_one_to_all(np.frombuffer(data.ljust(size, b"\0"), np.uint8)).tobytes()
 
 
 def perplexity(nats: float) -> float:
@@ -373,12 +383,12 @@ def load(
 ) -> tuple[nnx.Module, int]:
     """The best model of a run (the last, where nothing was evaluated, or if not ``best``), and its step.
 
-    With ``average`` above 1 it is the mean of the last so many checkpoints that there are, and the step of the last.
+    With ``average`` above 1 it is the mean of the last so many checkpoints, and the step of the last.
     A checkpoint that cannot be read is left out, and named; the next takes its place. No checkpoint is written or
     deleted, so that a run may go on at the same time.
 
     Raises:
-      ValueError: a folder without checkpoints, or without one that can be read.
+      ValueError: a folder without checkpoints, or with fewer that can be read than are to be averaged.
     """
     out = pathlib.Path(out).absolute()
     if not (out / "checkpoints").is_dir():
@@ -392,6 +402,11 @@ def load(
         if not steps:
             raise ValueError(f"{out / 'checkpoints'} is empty; train first, or name the folder of a run")
         read = run_folder.read_first(manager, steps, lambda step: manager.restore(step, args=args)["model"], average)
+        if len(read) < average:
+            raise ValueError(
+                f"{out / 'checkpoints'} has {len(read)} checkpoints, and {average} are to be averaged; a run keeps the "
+                "last so many as it is started with, and the best"
+            )
         restored = read[max(read)]
         sums = jax.tree.map(lambda *leaves: sum(leaves), *(tree["params"] for tree in read.values()))
         restored["params"] = jax.tree.map(lambda x: x / len(read), sums)

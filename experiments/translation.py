@@ -7,7 +7,7 @@
     python -m experiments.translation --table                all finished runs beside the paper's numbers
 
 A run is a folder, runs/translation/<preset>/ (--out), and the same command goes on where it was interrupted:
-checkpoints/, metrics.jsonl, tensorboard/, subwords.model, loss.png, translations.txt, results.json.
+checkpoints/, metrics.jsonl, tensorboard/, subwords.model, loss.png, translations.{validation,test}.txt, results.json.
 Times and numbers, and on what machine: experiments/README.md. The presets are in translation_presets.py.
 """
 
@@ -40,6 +40,7 @@ from fwt_jax import decode
 from fwt_jax.encoder_decoder import EncoderDecoder
 
 RUNS = pathlib.Path("runs/translation")
+MEMORY = 2**30  # bytes that the memories of a batch of translations may take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +55,8 @@ class Config:
     """The same, to choose the best checkpoint by; the first hundredth of --parallel, at least 100, if not given."""
     test: tuple[pathlib.Path, ...] = ()
     """The same, to score; the next hundredth of --parallel if not given."""
-    pair: str = "en-de"
-    """Source and target of WMT14."""
+    pair: str | None = None
+    """Source and target of WMT14, en-de if not given."""
     data_dir: pathlib.Path | None = None
     """Of TFDS, where it has prepared WMT14."""
     out: pathlib.Path | None = None
@@ -71,7 +72,7 @@ class Config:
     vocabulary: int | None = None
     """Subwords of both languages together."""
     average: int | None = None
-    """Last checkpoints whose mean is evaluated; 1: the best one by the loss of validation."""
+    """Last checkpoints whose mean is evaluated (a run keeps so many); 1: the best one by the loss of validation."""
     beam_size: int = 4
     """Hypotheses of the beam search."""
     length_penalty: float = 0.6
@@ -87,16 +88,33 @@ class Config:
 
 
 def settings(config: Config) -> Size:
-    """The preset with what the command line changes; its model lacks the size of the vocabulary."""
+    """The preset with what the command line changes; its model lacks the size of the vocabulary.
+
+    Raises:
+      ValueError: an unknown preset, numbers out of their ranges.
+    """
     size, model = find(config.preset)
     given = lambda **options: {name: x for name, x in options.items() if x is not None}  # noqa: E731
     options = given(steps=config.steps, accumulate=config.accumulate, seed=config.seed)
     average = size.average if config.average is None else config.average
-    if average < 1:
-        raise ValueError(f"average must be at least 1, got {average}")
     options["keep"] = max(average, size.training.keep)
     changes = given(tokens=config.tokens, vocabulary=config.vocabulary, average=average)
-    return dataclasses.replace(size, model=model, training=dataclasses.replace(size.training, **options), **changes)
+    recipe = dataclasses.replace(size.training, **options)
+    saved = {*range(0, recipe.steps, recipe.save_every), *range(0, recipe.steps, recipe.eval_every)}
+    if average > len(saved):  # with the last step, and without step 0
+        raise ValueError(
+            f"average must be at most {len(saved)}, the checkpoints of {recipe.steps} steps, got {average}"
+        )
+    for name, value, least in (
+        ("average", average, 1),
+        ("tokens", changes.get("tokens", 1), 1),
+        ("vocabulary", changes.get("vocabulary", 1), 1),
+        ("beam_size", config.beam_size, 1),
+        ("length_penalty", config.length_penalty, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    return dataclasses.replace(size, model=model, training=recipe, **changes)
 
 
 def read_data(config: Config) -> dict[str, Pairs]:
@@ -105,11 +123,14 @@ def read_data(config: Config) -> dict[str, Pairs]:
     Raises:
       ValueError: what is missing, and where to put it; see ``parallel_text``.
     """
+    if (config.parallel or config.preset.startswith("demo")) and (config.pair or config.data_dir):
+        raise ValueError("--pair and --data-dir are of WMT14; leave them out with --parallel, and with the demo's text")
     if not config.parallel:
         if config.validation or config.test:
             raise ValueError("--validation and --test belong to --parallel; name the pairs to train on, too")
-        demo = config.preset.startswith("demo")
-        return parallel_text.demo_pairs() if demo else parallel_text.load_wmt14(config.pair, config.data_dir)
+        if config.preset.startswith("demo"):
+            return parallel_text.demo_pairs()
+        return parallel_text.load_wmt14(config.pair or "en-de", config.data_dir)
     train, parts = parallel_text.read_pairs(config.parallel), {}
     for name, paths in (("validation", config.validation), ("test", config.test)):
         if paths:
@@ -164,14 +185,15 @@ def translate(
       multiple: what the rows of a batch are a multiple of, for a mesh.
       label: of the progress bar; None: none.
     """
-    source, timed = subwords.encode(lines), []  # (sentences, seconds) of batches that nothing is compiled for
+    source, timed = subwords.encode(lines), []  # (sentences, seconds) of full batches that nothing is compiled for
     written = np.flatnonzero(source.lengths > 1)
     out, longest = [""] * len(lines), parallel_text.SIZES[-1]
-    plan = parallel_text.plan(source.lengths, written, tokens, multiple, None)
+    most = max(1, MEMORY // _bytes_of_memory(model, beam_size))
+    plan = parallel_text.plan(source.lengths, written, tokens, multiple, None, most)
     with tqdm(total=len(written), desc=label, unit="sentence", disable=label is None) as bar:
         for i, (size, rows) in enumerate(plan):
             start = time.perf_counter()
-            count = parallel_text.rows_of(size, tokens, multiple)
+            count = parallel_text.rows_of(size, tokens, multiple, most)
             batch = training.place({"source": parallel_text.pad(source, rows, size, count)}, mesh)
             options = {"beam_size": beam_size, "max_length": size * 3 // 2 + 10, "length_penalty": length_penalty}
             best = decode.beam_search(model, batch["source"], **options).tokens[:, 0]
@@ -179,16 +201,23 @@ def translate(
                 best = jax.device_put(best, jax.NamedSharding(mesh, jax.P()))  # each process needs all
             for row, text in zip(rows, subwords.decode(np.asarray(best)[: len(rows)]), strict=True):
                 out[row] = text
-            if i and plan[i - 1][0] == size:
+            if i and plan[i - 1][0] == size and len(rows) == count:
                 timed.append((len(rows), time.perf_counter() - start))
             bar.update(len(rows))
     sentences, seconds = np.sum(timed, axis=0) if timed else (0, math.inf)
     return Translated(out, int(np.sum(source.lengths > longest)), float(sentences / seconds))
 
 
+def _bytes_of_memory(model, beam_size):
+    """Of a short sentence and its hypotheses. Fast weights have the same of a long one; a key-value cache's grows as
+    the sentences of a batch become fewer."""
+    read = lambda model: model.encode(jnp.zeros((1, 8), jnp.int32), 8, beam_size)  # noqa: E731
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(nnx.eval_shape(read, model)))
+
+
 class Translated(NamedTuple):
     """Translations in the order of the sentences, how many sentences were cut, and how many were translated a second,
-    without the time of compiling; 0 where there was not a second batch of a size."""
+    without the time of compiling; 0 where there was not a second full batch of a size."""
 
     lines: list[str]
     cut: int
@@ -208,6 +237,8 @@ def run(config: Config) -> dict:
     """Trains what is not trained yet, translates, and scores. Returns what results.json holds."""
     size = settings(config)
     out = config.out or RUNS / config.preset
+    mesh = training.make_mesh(config.fsdp, config.tensor)
+    nnx.eval_shape(lambda: EncoderDecoder(size.model, rngs=nnx.Rngs(0)))  # what is wrong is said before all work
     pairs = read_data(config)
     out.mkdir(parents=True, exist_ok=True)
     subwords = _subwords(out / "subwords.model", pairs["train"], size.vocabulary)
@@ -218,7 +249,6 @@ def run(config: Config) -> dict:
     }
     rows, left_out = parallel_text.usable(*data["train"], size.max_length)
     options = dataclasses.replace(size.model, vocab_size=len(subwords))
-    mesh = training.make_mesh(config.fsdp, config.tensor)
     multiple = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
     def make_model():
@@ -236,8 +266,9 @@ def run(config: Config) -> dict:
     identity = {
         "model": dataclasses.asdict(options),
         "batch": {"tokens": size.tokens, "max_length": size.max_length, "label_smoothing": size.label_smoothing},
-        "subwords": hashlib.sha256(subwords.model).hexdigest()[:16],
-        "text": hashlib.sha256(b"".join(x.tokens.tobytes() for x in data["train"])).hexdigest()[:16],
+        "rows": {"multiple": multiple * size.training.accumulate},  # on other devices, batches are others
+        "subwords": {"asked for": size.vocabulary, "sha256": _digest(subwords.model)},
+        "text": {name: _digest(b"".join(x.tokens.tobytes() for x in part)) for name, part in data.items()},
     }
     batches = parallel_text.batches(
         *data["train"], rows, size.tokens, multiple * size.training.accumulate, size.training.seed
@@ -255,7 +286,10 @@ def run(config: Config) -> dict:
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         model, step = training.load(out, make_model, average=size.average, mesh=mesh)
         results = {"preset": config.preset, "step": step, "average": size.average, "vocabulary": len(subwords)}
-        results |= {"data": _data_name(config), "beam_size": config.beam_size, "length_penalty": config.length_penalty}
+        results |= {"data": _data_name(config), "references": _digest("\n".join(pairs["test"].target).encode())}
+        results |= {"beam_size": config.beam_size, "length_penalty": config.length_penalty}
+        if jax.process_index() == 0:
+            (out / "results.json").unlink(missing_ok=True)  # until the new ones are complete
         for name in ("validation", "test"):
             results[name] = _score_part(config, model, subwords, pairs[name], name, multiple, mesh, out)
     if jax.process_index() == 0:
@@ -272,18 +306,24 @@ def run(config: Config) -> dict:
 def _data_name(config):
     if config.parallel:
         return "parallel"
-    return "demo" if config.preset.startswith("demo") else f"wmt14 {config.pair}"
+    return "demo" if config.preset.startswith("demo") else f"wmt14 {config.pair or 'en-de'}"
+
+
+def _digest(data):
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def _subwords(path, train, size):
-    """Those of the run, which are made with its first start."""
-    if not (path.exists() and (path.parent / "run.json").exists()):  # else those of a start that failed
-        subwords = Subwords.train(train, size)
-        if jax.process_index() == 0:
-            path.with_suffix(".tmp").write_bytes(subwords.model)
+    """Those of the run, which the first process makes with its first start."""
+    model = b""
+    if jax.process_index() == 0:
+        if path.exists() and (path.parent / "run.json").exists():  # else those of a start that failed
+            model = path.read_bytes()
+        else:
+            model = Subwords.train(train, size).model
+            path.with_suffix(".tmp").write_bytes(model)
             os.replace(path.with_suffix(".tmp"), path)
-        return subwords
-    return Subwords(path.read_bytes())
+    return Subwords(training.of_first_process(model))
 
 
 def _score_part(config, model, subwords, pairs, name, multiple, mesh, out):
@@ -310,11 +350,15 @@ def _score_part(config, model, subwords, pairs, name, multiple, mesh, out):
 
 def table(results: list[dict]) -> str:
     """BLEU and chrF, those of WMT14 En-De beside the paper's BLEU."""
-    rows = [("preset", "valid BLEU", "chrF", "test BLEU", "chrF", "paper's valid", "test", "step")]
+    rows = [
+        ("preset", "valid BLEU", "chrF", "test BLEU", "chrF", "paper's valid", "test", "step", "beam", "sentences/s")
+    ]
     for row in results:
         ours = (f"{row[name][metric]:.2f}" for name in ("validation", "test") for metric in ("bleu", "chrf"))
         paper = PAPER.get(row["preset"]) if row["data"] == "wmt14 en-de" else None
-        rows.append((row["preset"], *ours, *(paper or ("", "")), row["step"]))
+        search = f"{row['beam_size']}, {row['length_penalty']}"
+        speed = row["test"]["sentences_per_second"]
+        rows.append((row["preset"], *ours, *(paper or ("", "")), row["step"], search, speed))
     widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(str(x).ljust(width) for x, width in zip(row, widths, strict=True)) for row in rows)
 

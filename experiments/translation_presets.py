@@ -11,7 +11,11 @@ from fwt_jax.encoder_decoder import Attention, TranslationConfig
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A Transformer, and how it is trained: the recipe of fairseq (Ott et al. 2018), scaled to its data."""
+    """A Transformer, and how it is trained.
+
+    big and base have the recipe of fairseq (Ott et al. 2018), post-norm and an inverse square root; tiny and demo, for
+    few epochs, have layer normalisation inside the residual connections and a rate that falls to 0.
+    """
 
     model: TranslationConfig
     training: TrainConfig
@@ -43,11 +47,11 @@ SIZES = {
     # 29,000 captions, in the size of Wu et al. 2021; few epochs, so that the rate falls to 0 at their end
     "tiny": Size(
         dataclasses.replace(
-            BASE, encoder_layers=4, decoder_layers=4, d_model=128, d_ff=256, num_heads=4, dropout=0.2, **_PRE
+            BASE, encoder_layers=4, decoder_layers=4, d_model=128, d_ff=256, num_heads=4, dropout=0.1, **_PRE
         ),
-        TrainConfig(steps=5000, learning_rate=4e-3, warmup=600, eval_every=500, save_every=250, log_every=50, **_SHORT),
+        TrainConfig(steps=6000, learning_rate=3e-3, warmup=600, eval_every=500, save_every=250, log_every=50, **_SHORT),
         4000,
-        3072,
+        1536,
         max_length=64,
     ),
     "demo": Size(

@@ -17,7 +17,7 @@ from flax import nnx
 from jax import lax
 
 from fwt_jax import attention, feature_maps
-from fwt_jax.layers import DEFAULT_INIT, FeatureMap, _at_least_float32, _projections
+from fwt_jax.layers import DEFAULT_INIT, FeatureMap, _at_least_float32, _count_features, _projections
 from fwt_jax.memory import Memory
 
 
@@ -46,7 +46,8 @@ class CrossAttention(nnx.Module):
       normalize: False, or "read", for "sum".
 
     Raises:
-      ValueError: another rule: the order of the source does not matter here, which the delta rule depends on.
+      ValueError: another rule: the order of the source does not matter here, which the delta rule depends on; a feature
+        map that is none or divides by zero, as in ``FastWeightAttention``.
 
     Example:
       >>> layer = CrossAttention(512, 8, 64, rule="sum", rngs=nnx.Rngs(0))
@@ -76,6 +77,8 @@ class CrossAttention(nnx.Module):
         self.rule, self.normalize, self.eps, self.precision = rule, normalize, eps, precision
         self.feature_map = feature_map
         self.feature_normalization = feature_normalization or feature_maps.identity
+        if rule == "sum":
+            _count_features(feature_map, self.feature_normalization, num_heads, head_size)  # or says what is wrong
         options = dict(use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, kernel_init=kernel_init, rngs=rngs)
         self.query, self.key, self.value, self.out = _projections(
             in_features, num_heads, head_size, head_size, **options

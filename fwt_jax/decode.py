@@ -177,7 +177,7 @@ def beam_search(
 
     Args:
       model: its numbers do not depend on the padding of the source.
-      source: integers ``[B, S]``, padded with pad_id behind.
+      source: integers ``[B, S]``, padded with pad_id behind; a row of pad_id alone has no translation.
       max_length: L, tokens of a translation with its eos_id, at least 1; what is longer is ended there.
       beam_size: R, at least 1.
       length_penalty: a translation of n tokens is judged by log p / n^length_penalty; 0: by log p. At least 0.
@@ -207,7 +207,8 @@ def _beam_search(model, source, max_length, beam_size, length_penalty, early_sto
     graph, state = nnx.split(model)
     nothing = jnp.full((batch, beam_size, max_length), config.pad_id, jnp.int32)
     unknown = jnp.full((batch, beam_size), -jnp.inf)
-    first = unknown.at[:, 0].set(0.0)  # all hypotheses are equal at first, so only one may count
+    # All hypotheses are equal at first, so only one may count, and none of what is padding alone.
+    first = unknown.at[:, 0].set(jnp.where(jnp.any(source != config.pad_id, axis=1), 0.0, -jnp.inf))
     start = _Beams(jnp.zeros((), jnp.int32), nothing, first, Translations(nothing, unknown), memory)
 
     def done(beams):

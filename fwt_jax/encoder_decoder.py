@@ -30,7 +30,8 @@ class Attention:
 
     Attributes:
       rule: "softmax", or the rule of a fast weight memory: "sum", and "delta" in the decoder's self-attention.
-      feature_map, feature_size, feature_normalization: as in ``ModelConfig``.
+      feature_map, feature_size, feature_normalization: as in ``ModelConfig``, but that "favor_plus" estimates the
+        kernel of softmax attention, exp(kᵀq / √D): x is divided by D^¼, and nothing is added to its features.
       normalize, eps: attention normalisation, see ``fast_weight_attention``.
 
     Raises:
@@ -134,7 +135,7 @@ class TranslationConfig:
         if options.rule == "softmax":
             return SoftmaxAttention(*sizes, **shared) if causal else CrossAttention(*sizes, **shared)
         of_features = SimpleNamespace(head_size=self.head_size, **dataclasses.asdict(options))
-        shared |= features(of_features, rngs, orthogonal="rows")
+        shared |= features(of_features, rngs, orthogonal="rows", eps=0.0, scale=self.head_size**-0.25)
         kind = FastWeightAttention if causal else CrossAttention
         return kind(*sizes, rule=options.rule, normalize=options.normalize, eps=options.eps, **shared)
 

@@ -10,9 +10,8 @@ import numpy as np
 
 import fwt_jax
 
-# Compilation is most of the time of the tests. Without optimisation it takes a fifth of it, and rounds the same
-# way. The goldens, and what is said of the memory that a gradient needs, compile as users do.
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+# For the goldens and the memory that a gradient needs, which are to be those of users: not as conftest.py compiles.
+AS_USERS = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
 
 BATCH, HEADS, KEY_SIZE, VALUE_SIZE = 2, 2, 8, 5
 
@@ -121,7 +120,7 @@ def attend(arrays, **options):
 @functools.cache
 def compiled_attend(**options):
     """``attend`` compiled once per set of options (and per shape)."""
-    return jax.jit(functools.partial(attend, **options), compiler_options=QUICK)
+    return jax.jit(functools.partial(attend, **options))
 
 
 def outputs_and_gradients(arrays, cotangents, compiler_options=None, segment_ids=None, **options):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import reference
 from cases import (
-    QUICK,
+    AS_USERS,
     Case,
     attend,
     compiled_attend,
@@ -63,14 +63,14 @@ def _per_head(name, x):
     return np.sum(x, axis=tuple(axis for axis in range(1, x.ndim) if axis != heads))
 
 
-def check_against_reference(case, dtype, rtol, gradient_rtol, output_rtol=None, compiler_options=None, **options):
+def check_against_reference(case, dtype, rtol, gradient_rtol, output_rtol=None, **options):
     arrays = random_inputs(case)
     rounded = {name: None if x is None else jnp.asarray(x, dtype) for name, x in arrays.items()}
     for name in ("fast_weights", "key_sum"):  # the memory is never kept in less than float32
         rounded[name] = None if arrays[name] is None else jnp.asarray(arrays[name], jnp.promote_types(dtype, "float32"))
     segment_ids = jnp.asarray(random_segments(case.length)) if case.packed else None
     outputs, gradients = outputs_and_gradients(
-        rounded, random_cotangents(case), compiler_options, segment_ids, **case.options, **options
+        rounded, random_cotangents(case), segment_ids=segment_ids, **case.options, **options
     )
     assert outputs[0].dtype == dtype and outputs[1].dtype == outputs[2].dtype == jnp.promote_types(dtype, "float32")
     expected_outputs, expected_derivatives = expected(case)
@@ -91,13 +91,13 @@ def assert_relative(name, got, want, rtol):
 
 @pytest.mark.parametrize("case", list(covering_cases()), ids=str)
 def test_every_form_of_every_rule_is_the_reference(case, x64):
-    check_against_reference(case, jnp.float64, rtol=1e-9, gradient_rtol=1e-9, compiler_options=QUICK)
+    check_against_reference(case, jnp.float64, rtol=1e-9, gradient_rtol=1e-9)
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("case", list(every_case()), ids=str)
 def test_the_full_product_of_forms_rules_and_contexts_is_the_reference(case, x64):
-    check_against_reference(case, jnp.float64, rtol=1e-9, gradient_rtol=1e-9, compiler_options=QUICK)
+    check_against_reference(case, jnp.float64, rtol=1e-9, gradient_rtol=1e-9)
 
 
 ROUNDED = [
@@ -117,13 +117,13 @@ ROUNDED = [
 @pytest.mark.parametrize("case", ROUNDED, ids=str)
 def test_float32_is_the_float64_reference_to_its_own_rounding(case):
     """Tolerances: 2⁻²⁴ per operation, a hundred steps of them, and sums over tokens in the gradients."""
-    check_against_reference(case, jnp.float32, rtol=5e-6, gradient_rtol=2e-5, compiler_options=QUICK)
+    check_against_reference(case, jnp.float32, rtol=5e-6, gradient_rtol=2e-5)
 
 
 @pytest.mark.parametrize("case", ROUNDED, ids=str)
 def test_bfloat16_loses_no_more_than_the_rounding_of_inputs_and_outputs(case):
     """Tolerances: inputs, outputs and gradients carry 2⁻⁹ = 0.2 % each; what lies between is float32."""
-    check_against_reference(case, jnp.bfloat16, rtol=3e-2, gradient_rtol=6e-2, compiler_options=QUICK)
+    check_against_reference(case, jnp.bfloat16, rtol=3e-2, gradient_rtol=6e-2)
 
 
 KERNELS = [
@@ -145,12 +145,12 @@ KERNELS = [
 def test_a_kernel_is_the_float64_reference_to_its_rounding(case, precision):
     """Interpreted. Three passes of bfloat16 carry 2⁻¹⁶ for each product; and see float32 above."""
     rtol, gradient_rtol = (5e-6, 2e-5) if precision == "highest" else (1e-4, 2e-4)
-    check_against_reference(case, jnp.float32, rtol, gradient_rtol, compiler_options=QUICK, precision=precision)
+    check_against_reference(case, jnp.float32, rtol, gradient_rtol, precision=precision)
 
 
 @pytest.mark.parametrize("case", KERNELS, ids=str)
 def test_a_kernel_loses_no_more_in_bfloat16_than_inputs_outputs_and_operands(case):
-    check_against_reference(case, jnp.bfloat16, rtol=4e-2, gradient_rtol=8e-2, compiler_options=QUICK)
+    check_against_reference(case, jnp.bfloat16, rtol=4e-2, gradient_rtol=8e-2)
 
 
 def test_bfloat16_inputs_are_computed_in_float32():
@@ -205,7 +205,7 @@ def test_numbers_of_flash_linear_attention(golden, rule, form):
     arrays["query"] = arrays["query"] * scale
     arrays["key_sum"] = np.zeros(arrays["fast_weights"].shape[:-1], np.float32)
     cotangents = (golden["cot_o"], golden["cot_ht"], np.zeros_like(arrays["key_sum"]))
-    (out, fast_weights, _), gradients = outputs_and_gradients(arrays, cotangents, rule=rule, **form)
+    (out, fast_weights, _), gradients = outputs_and_gradients(arrays, cotangents, AS_USERS, rule=rule, **form)
     gradients["query"] = gradients["query"] * scale
     assert_relative("y", out, golden["naive_o"], 1e-5)
     assert_relative("fast_weights", fast_weights, golden["naive_ht"], 1e-5)

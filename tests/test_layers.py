@@ -10,7 +10,6 @@ import numpy as np
 import optax
 import pytest
 import reference
-from cases import QUICK
 from flax import linen, nnx
 from jax import lax
 
@@ -71,17 +70,13 @@ def inputs(batch=BATCH, length=LENGTH, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=(batch, length, D_MODEL)))
 
 
-def compiled(function):
-    return jax.jit(function, compiler_options=QUICK)
-
-
 def empty(layer, batch=BATCH, max_length=LENGTH):
     return layer.init_memory(batch, max_length) if isinstance(layer, SoftmaxAttention) else layer.init_memory(batch)
 
 
 def stream(layer, x):
     step = lambda memory, x: layer(x[:, None], memory)[::-1]  # noqa: E731
-    memory, y = compiled(lambda x: lax.scan(step, empty(layer), jnp.swapaxes(x, 0, 1)))(x)
+    memory, y = jax.jit(lambda x: lax.scan(step, empty(layer), jnp.swapaxes(x, 0, 1)))(x)
     return jnp.swapaxes(y[:, :, 0], 0, 1), memory
 
 
@@ -160,7 +155,7 @@ def assert_equals_numpy(layer, x, y, memory, segment_ids=np.zeros((BATCH, LENGTH
 @each_case
 def test_training(x64, name):
     layer, x = make(name, param_dtype=jnp.float64), inputs()
-    y, memory = compiled(lambda x: layer(x))(x)
+    y, memory = jax.jit(lambda x: layer(x))(x)
     assert_equals_numpy(layer, x, y, memory)
 
 
@@ -175,7 +170,7 @@ def test_streaming(x64, name):
 def test_packed_prefix_and_suffix(x64, name):
     """Two calls and three segments. The id of a call's first token says nothing: it continues the memory."""
     layer, x = make(name, param_dtype=jnp.float64), inputs()
-    call = compiled(lambda x, memory, segment_ids: layer(x, memory, segment_ids=segment_ids))
+    call = jax.jit(lambda x, memory, segment_ids: layer(x, memory, segment_ids=segment_ids))
     half = LENGTH // 2
     prefix, memory = call(x[:, :half], empty(layer), SEGMENT_IDS[:, :half])
     suffix, memory = call(x[:, half:], memory, SEGMENT_IDS[:, half:] + 10)
@@ -187,7 +182,7 @@ def test_packed_prefix_and_suffix(x64, name):
 def test_packed_sequences_do_not_see_each_other(name):
     layer = make(name)
     last = lambda x: jnp.sum(layer(x, segment_ids=SEGMENT_IDS)[0][:, -1])  # noqa: E731
-    seen = np.any(compiled(jax.grad(last))(inputs()), axis=-1)
+    seen = np.any(jax.jit(jax.grad(last))(inputs()), axis=-1)
     np.testing.assert_array_equal(seen, SEGMENT_IDS == SEGMENT_IDS[:, -1:])
 
 
@@ -231,7 +226,7 @@ def test_value_size_is_head_size_by_default():
 @pytest.mark.parametrize("name", ["sum, favor, read", "delta, elu, read", "softmax"])
 def test_bfloat16_computation(name):
     layer, x = make(name, dtype=jnp.bfloat16), inputs().astype(jnp.bfloat16)
-    y, memory = compiled(lambda x: layer(x))(x)
+    y, memory = jax.jit(lambda x: layer(x))(x)
     assert y.dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(layer, nnx.Param))} == {jnp.dtype("float32")}
     cache = dict(key=jnp.bfloat16, value=jnp.bfloat16, start=jnp.int32, length=jnp.int32)
@@ -243,7 +238,7 @@ def test_bfloat16_computation(name):
     assert streamed.dtype == jnp.bfloat16
     np.testing.assert_allclose(streamed.astype(float), y.astype(float), atol=0.05)
     precise = make(name)
-    np.testing.assert_allclose(y.astype(float), compiled(lambda x: precise(x)[0])(inputs()), atol=0.1)
+    np.testing.assert_allclose(y.astype(float), jax.jit(lambda x: precise(x)[0])(inputs()), atol=0.1)
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -253,7 +248,7 @@ def test_bfloat16_computation(name):
 def test_gradients_reach_every_parameter(name):
     graphdef, params, rest = nnx.split(make(name), nnx.Param, ...)
     loss = lambda params, x: jnp.sum(jnp.square(nnx.merge(graphdef, params, rest)(x)[0]))  # noqa: E731
-    grads = compiled(jax.grad(loss))(params, inputs())
+    grads = jax.jit(jax.grad(loss))(params, inputs())
     chex.assert_trees_all_equal_shapes(grads, params)
     for path, grad in nnx.to_flat_state(grads):
         assert np.all(np.isfinite(grad[...])), path
@@ -283,8 +278,8 @@ def test_a_step_of_training_lowers_the_loss(name, graph):
 @pytest.mark.parametrize("name", ["delta, favor", "softmax"])
 def test_one_sequence_under_vmap(name):
     layer, x = make(name), inputs()
-    y, _ = compiled(jax.vmap(lambda x: layer(x[None])))(x)
-    chex.assert_trees_all_close(y[:, 0], compiled(lambda x: layer(x)[0])(x), atol=1e-5)
+    y, _ = jax.jit(jax.vmap(lambda x: layer(x[None])))(x)
+    chex.assert_trees_all_close(y[:, 0], jax.jit(lambda x: layer(x)[0])(x), atol=1e-5)
 
 
 # --- feature maps with something to keep -----------------------------------------------------------------------------
@@ -306,9 +301,9 @@ def test_keys_and_queries_share_the_projection_that_is_drawn():
     """One draw a call, and the memory and the reads are those of a layer that keeps what was drawn."""
     layer, x = make("sum, favor, read"), inputs()
     drawn = layer.feature_map.draw(nnx.Rngs(projection=3)).keywords["projection"]
-    y, memory = compiled(lambda key: layer(x, rngs=nnx.Rngs(projection=key)))(jax.random.key(3))
+    y, memory = jax.jit(lambda key: layer(x, rngs=nnx.Rngs(projection=key)))(jax.random.key(3))
     layer.feature_map.projection[...] = drawn
-    chex.assert_trees_all_close((y, memory), compiled(lambda x: layer(x))(x), rtol=1e-4, atol=1e-4)
+    chex.assert_trees_all_close((y, memory), jax.jit(lambda x: layer(x))(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("orthogonal", "gram"), [("rows", lambda r: r @ r.T), ("columns", lambda r: r.T @ r)])
@@ -325,7 +320,7 @@ def test_a_trained_feature_map_has_a_kernel_for_each_head():
     feature_map = TrainedFeatureMap(t2r, HEADS, HEAD_SIZE, 7, rngs=nnx.Rngs(0))
     feature_map.bias[...] = jax.random.normal(jax.random.key(0), (HEADS, 7))
     x = jax.random.normal(jax.random.key(1), (BATCH, LENGTH, HEADS, HEAD_SIZE))
-    y = compiled(lambda x: feature_map(x))(x)
+    y = jax.jit(lambda x: feature_map(x))(x)
     for head in range(HEADS):
         expected = np.maximum(
             np.array(x[:, :, head]) @ feature_map.kernel[head] + feature_map.bias[head][None, None], 0
@@ -353,15 +348,15 @@ def test_a_full_cache_is_refused_or_reads_nan():
 
 def test_a_cache_in_a_jitted_function_may_be_a_constant():
     layer, x = make("softmax"), inputs()
-    _, memory = compiled(lambda x, memory: layer(x, memory))(x[:, :5], empty(layer))
-    y, _ = compiled(lambda x: layer(x, memory))(x[:, 5:])
-    np.testing.assert_allclose(y, compiled(lambda x: layer(x)[0])(x)[:, 5:], atol=1e-5)
+    _, memory = jax.jit(lambda x, memory: layer(x, memory))(x[:, :5], empty(layer))
+    y, _ = jax.jit(lambda x: layer(x, memory))(x[:, 5:])
+    np.testing.assert_allclose(y, jax.jit(lambda x: layer(x)[0])(x)[:, 5:], atol=1e-5)
 
 
 def test_rows_of_a_cache_may_have_different_lengths():
     """Prompts of 3 and 5 tokens, padded to 5 on the right: the lengths are set back, and the padding is overwritten."""
     layer, x = make("softmax"), inputs()
-    call, whole = compiled(lambda x, memory: layer(x, memory)), compiled(lambda x: layer(x)[0])
+    call, whole = jax.jit(lambda x, memory: layer(x, memory)), jax.jit(lambda x: layer(x)[0])
     _, memory = call(x[:, :5], empty(layer))
     y, memory = call(x[:, 5:], memory._replace(length=jnp.array([3, 5])))
     np.testing.assert_allclose(y[1], whole(x)[1, 5:], atol=1e-5)
@@ -372,7 +367,7 @@ def test_rows_of_a_cache_may_have_different_lengths():
 @pytest.mark.parametrize("name", ["delta, elu, read", "softmax"])
 def test_rows_of_a_memory_can_be_selected(name):
     layer, x, rows = make(name), inputs(), np.array([1, 1, 0])
-    call = compiled(lambda x, memory: layer(x, memory))
+    call = jax.jit(lambda x, memory: layer(x, memory))
     _, memory = call(x[:, :4], empty(layer))
     y, _ = call(x[rows, 4:], jax.tree.map(lambda leaf: leaf[rows], memory))
     np.testing.assert_allclose(y, call(x[:, 4:], memory)[0][rows], atol=1e-5)
@@ -402,30 +397,30 @@ def favor_attention(rngs):
 @pytest.mark.parametrize("make_layer", [functools.partial(FastWeightAttention, 6, 2, 4), favor_attention])
 def test_a_layer_in_a_linen_model(make_layer):
     model, x = LinenBlock(make_layer), inputs()
-    variables = compiled(model.init)(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
     assert set(variables) == ({"params"} if make_layer is not favor_attention else {"params", "RandomProjection"})
     assert variables["params"]["ToLinen_0"]["query"]["kernel"].shape == (6, 2, 4)
-    y, memory = compiled(model.apply)(variables, x)
-    step, carried, steps = compiled(model.apply), None, []
+    y, memory = jax.jit(model.apply)(variables, x)
+    step, carried, steps = jax.jit(model.apply), None, []
     for t in range(LENGTH):
         y_t, carried = step(variables, x[:, t : t + 1], carried)
         steps.append(y_t)
     chex.assert_trees_all_close((jnp.concatenate(steps, axis=1), carried), (y, memory), atol=1e-5)
 
     loss = lambda variables: jnp.sum(jnp.square(model.apply(variables, x)[0]))  # noqa: E731
-    grads = compiled(jax.grad(loss))(variables)
+    grads = jax.jit(jax.grad(loss))(variables)
     assert all(np.all(np.isfinite(grad)) and np.any(grad) for grad in jax.tree.leaves(grads["params"]))
     chex.assert_trees_all_equal_shapes(grads, variables)
-    drawn, _ = compiled(lambda key: model.apply(variables, x, rngs={"dropout": key}))(jax.random.key(1))
+    drawn, _ = jax.jit(lambda key: model.apply(variables, x, rngs={"dropout": key}))(jax.random.key(1))
     assert (np.max(np.abs(drawn - y)) > 1e-4) == (make_layer is favor_attention)
 
 
 def test_a_softmax_layer_in_a_linen_model():
     model, x = nnx.bridge.to_linen(SoftmaxAttention, D_MODEL, HEADS, HEAD_SIZE), inputs()
-    (y, _), variables = compiled(model.init_with_output)(jax.random.key(0), x)
+    (y, _), variables = jax.jit(model.init_with_output)(jax.random.key(0), x)
     memory = model.apply(variables, BATCH, LENGTH, nnx_method="init_memory")
-    prefix, memory = compiled(model.apply)(variables, x[:, :4], memory)
-    suffix, memory = compiled(model.apply)(variables, x[:, 4:], memory)
+    prefix, memory = jax.jit(model.apply)(variables, x[:, :4], memory)
+    suffix, memory = jax.jit(model.apply)(variables, x[:, 4:], memory)
     np.testing.assert_allclose(jnp.concatenate([prefix, suffix], axis=1), y, atol=1e-5)
 
 

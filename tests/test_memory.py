@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from cases import QUICK, Case, attend, compiled_attend, outputs_and_gradients, random_inputs
+from cases import AS_USERS, Case, attend, compiled_attend, outputs_and_gradients, random_inputs
 
 import fwt_jax
 from fwt_jax import memory, triangular
@@ -141,9 +141,9 @@ def test_kernels_bear_correlated_keys_and_strong_writes(kind, beta):
     exact = {name: x.astype(jnp.float32) for name, x in arrays.items()}
     shapes = jax.eval_shape(lambda arrays: attend(arrays, form="recurrent"), exact)
     cotangents = [np.random.default_rng(3).normal(size=x.shape) for x in shapes]
-    want = outputs_and_gradients(exact, cotangents, QUICK, rule="delta", form="recurrent")
+    want = outputs_and_gradients(exact, cotangents, rule="delta", form="recurrent")
     for inputs, precision, tolerance in ((arrays, None, 0.1 * beta), (exact, "highest", 5e-4 * beta)):
-        got = outputs_and_gradients(inputs, cotangents, QUICK, implementation="pallas", precision=precision)
+        got = outputs_and_gradients(inputs, cotangents, implementation="pallas", precision=precision)
         for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             chex.assert_trees_all_close(np.float32(x), np.float32(y), rtol=0, atol=tolerance * np.max(np.abs(y)))
 
@@ -164,8 +164,8 @@ def test_long_sequences_of_correlated_keys_keep_three_digits(kind, beta, chunk_s
     arrays = {name: np.float32(x) for name, x in arrays.items()}
     cotangents = [random.normal(size=size) for size in ((*shape, 5), (1, 1, keys.shape[-1], 5), (1, 1, keys.shape[-1]))]
     exact = {name: np.float64(x) for name, x in arrays.items()}
-    want = outputs_and_gradients(exact, cotangents, QUICK, rule="delta", form="recurrent")
-    got = outputs_and_gradients(arrays, [np.float32(x) for x in cotangents], QUICK, rule="delta", chunk_size=chunk_size)
+    want = outputs_and_gradients(exact, cotangents, rule="delta", form="recurrent")
+    got = outputs_and_gradients(arrays, [np.float32(x) for x in cotangents], rule="delta", chunk_size=chunk_size)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         tolerance = 3e-3 if (beta, kind) == ("2", "equal") else 1e-3
         chex.assert_trees_all_close(np.float64(x), np.float64(y), rtol=0, atol=tolerance * np.max(np.abs(y)))
@@ -181,7 +181,7 @@ def loss_and_gradients(rule, form):
         out, fast_weights, _ = attend(arrays, rule=rule, form=form)
         return jnp.sum(out**2) + jnp.sum(fast_weights**2), out
 
-    return jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
 def float32_inputs(**kwargs):
@@ -276,7 +276,7 @@ def test_nothing_is_retrieved_before_the_first_key_nor_by_a_zero_key(form):
         out, _, _ = attend(arrays, rule="delta", normalize="retrieval", form=form)
         return jnp.sum(out**2), out
 
-    (_, out), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)(arrays)
+    (_, out), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays)
     chex.assert_tree_all_finite((out, gradients))
     mass = jnp.sum(arrays["key"][:, 0] * arrays["query"][:, 0], -1, keepdims=True)
     first = arrays["beta"][:, 0, :, None] * arrays["value"][:, 0] * mass / (mass + 1e-6)
@@ -368,7 +368,13 @@ def test_a_gradient_through_131072_tokens_fits_in_two_gibibytes_and_grows_linear
         tokens = jax.ShapeDtypeStruct((1, length, 4, 64), jnp.float32)
         arrays = dict.fromkeys(("query", "key", "value"), tokens)
         arrays["beta"] = jax.ShapeDtypeStruct((1, length, 4), jnp.float32)
-        return gradient_at_length("delta", "chunkwise").lower(arrays).compile().memory_analysis().temp_size_in_bytes
+        return (
+            gradient_at_length("delta", "chunkwise")
+            .lower(arrays)
+            .compile(AS_USERS)
+            .memory_analysis()
+            .temp_size_in_bytes
+        )
 
     assert temporary(8192) < temporary(131_072) < min(2**31, 16.5 * temporary(8192))
 
@@ -388,7 +394,11 @@ def test_two_gradients_in_one_program_finish():
 def test_the_recurrent_gradient_needs_far_less_than_a_memory_per_token(rule):
     """About 2√T = 64 of them, and some copies of the inputs, each of which is worth 32 memories."""
     temporary = (
-        gradient_at_length(rule, "recurrent").lower(long_inputs()).compile().memory_analysis().temp_size_in_bytes
+        gradient_at_length(rule, "recurrent")
+        .lower(long_inputs())
+        .compile(AS_USERS)
+        .memory_analysis()
+        .temp_size_in_bytes
     )
     per_memory = SIZE * SIZE * 4
     assert 0 < temporary < LENGTH * per_memory / 3

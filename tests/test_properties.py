@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import QUICK, attend, compiled_attend
+from cases import attend, compiled_attend
 from hypothesis import strategies as st
 
 import fwt_jax
@@ -119,7 +119,7 @@ def gradients_of_early_reads(**options):
     def early(arrays):
         return jnp.sum(jnp.sin(attend(arrays, **options)[0][:, :7]))
 
-    return jax.jit(jax.grad(early), compiler_options=QUICK)
+    return jax.jit(jax.grad(early))
 
 
 @functools.cache
@@ -131,7 +131,7 @@ def gradients_behind_a_reset(**options):
         key_sum = key_sum if options.get("normalize") else 0.0
         return jnp.sum(jnp.sin(out[:, 7:])) + jnp.sum(jnp.sin(fast_weights)) + jnp.sum(key_sum)
 
-    return jax.jit(jax.grad(late), compiler_options=QUICK)
+    return jax.jit(jax.grad(late))
 
 
 @every_form

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import QUICK, Case, attend, random_inputs
+from cases import Case, attend, random_inputs
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -32,38 +32,34 @@ def loss(arrays, options):
     return sum(jnp.sum(jnp.sin(x)) for x in attend(arrays, **options))
 
 
-def jit(function):
-    return jax.jit(function, compiler_options=QUICK)
-
-
 @every_form
 def test_jit_checkpoint_and_vmap_change_nothing(options, x64):
     arrays = float64_inputs(options)
     gradient = jax.grad(lambda arrays: loss(arrays, options))
     run = lambda arrays: (attend(arrays, **options), gradient(arrays))  # noqa: E731
-    want = jit(run)(arrays)
+    want = jax.jit(run)(arrays)
     if options["form"] == "recurrent":
         chex.assert_trees_all_close(run(arrays), want, rtol=1e-11, atol=1e-12)
 
     checkpointed = jax.checkpoint(functools.partial(attend, **options))
-    again = jit(jax.grad(lambda arrays: sum(jnp.sum(jnp.sin(x)) for x in checkpointed(arrays))))
+    again = jax.jit(jax.grad(lambda arrays: sum(jnp.sum(jnp.sin(x)) for x in checkpointed(arrays))))
     chex.assert_trees_all_close(again(arrays), want[1], rtol=1e-11, atol=1e-12)
 
     pair = jax.tree.map(lambda x, y: jnp.stack([y, x]), arrays, float64_inputs(options, seed=3))
-    both = jit(jax.vmap(run))(pair)
+    both = jax.jit(jax.vmap(run))(pair)
     chex.assert_trees_all_close(jax.tree.map(lambda x: x[1], both), want, rtol=1e-11, atol=1e-12)
 
 
 @every_form
 def test_forward_mode_is_reverse_mode_and_second_derivatives_are_differences_of_first(options, x64):
     arrays, direction = float64_inputs(options), float64_inputs(options, seed=4)
-    gradient = jit(jax.grad(lambda arrays: loss(arrays, options)))
+    gradient = jax.jit(jax.grad(lambda arrays: loss(arrays, options)))
 
-    _, forward = jit(lambda x, v: jax.jvp(lambda x: loss(x, options), (x,), (v,)))(arrays, direction)
+    _, forward = jax.jit(lambda x, v: jax.jvp(lambda x: loss(x, options), (x,), (v,)))(arrays, direction)
     reverse = sum(jnp.vdot(gradient(arrays)[name], direction[name]) for name in arrays)
     chex.assert_trees_all_close(forward, reverse, rtol=1e-10)
 
-    product = jit(lambda x, v: jax.jvp(jax.grad(lambda x: loss(x, options)), (x,), (v,))[1])(arrays, direction)
+    product = jax.jit(lambda x, v: jax.jvp(jax.grad(lambda x: loss(x, options)), (x,), (v,))[1])(arrays, direction)
     step = 1e-5
     ahead, behind = (
         gradient(jax.tree.map(lambda x, v, sign=sign: x + sign * step * v, arrays, direction)) for sign in (1, -1)
@@ -91,16 +87,16 @@ def test_shards_of_the_batch_and_of_the_heads_give_the_same_numbers(options, x64
         gradients, outputs = jax.grad(losses, has_aux=True)(arrays)
         return outputs, gradients
 
-    want = jit(run)(arrays, segment_ids)
+    want = jax.jit(run)(arrays, segment_ids)
     mesh = jax.make_mesh((4, 2), ("batch", "heads"), axis_types=(AxisType.Auto, AxisType.Auto))
     tokens, memory = P("batch", None, "heads"), P("batch", "heads")
     specs = {name: memory if name in ("fast_weights", "key_sum") else tokens for name in arrays}
     in_specs = (specs, P("batch") if packed else None)
     placed = jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), (arrays, segment_ids), in_specs)
-    chex.assert_trees_all_close(jit(run)(*placed), want, rtol=1e-10, atol=1e-12)
+    chex.assert_trees_all_close(jax.jit(run)(*placed), want, rtol=1e-10, atol=1e-12)
     out_specs = ((tokens, memory, memory), specs)
     mapped = jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
-    chex.assert_trees_all_close(jit(mapped)(arrays, segment_ids), want, rtol=1e-10, atol=1e-12)
+    chex.assert_trees_all_close(jax.jit(mapped)(arrays, segment_ids), want, rtol=1e-10, atol=1e-12)
 
 
 def test_kernels_bear_vmap_and_checkpoint_and_refuse_what_they_do_not_have(monkeypatch):
@@ -114,7 +110,7 @@ def test_kernels_bear_vmap_and_checkpoint_and_refuse_what_they_do_not_have(monke
         return jax.grad(lambda x: jnp.sum(jnp.sin(checkpointed(x))))(x)
 
     for function in (attention, gradient):
-        got, want = (jit(jax.vmap(functools.partial(function, implementation=i)))(x) for i in ("pallas", "xla"))
+        got, want = (jax.jit(jax.vmap(functools.partial(function, implementation=i)))(x) for i in ("pallas", "xla"))
         chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-5)
     with pytest.raises(NotImplementedError, match=r'no derivative of its gradient; use implementation="xla"'):
         jax.grad(lambda x: jnp.sum(gradient(x, "pallas")))(x[0])
@@ -151,7 +147,7 @@ def test_constants_may_be_made_in_shard_map(options, start):
     run = functools.partial(constants_and, options=options, start=start)
     check_vma = "implementation" not in options  # JAX's interpreter of kernels fails it
     mapped = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=(specs[0], specs[0]), check_vma=check_vma)
-    chex.assert_trees_all_close(jit(mapped)(*inputs), jit(run)(*inputs), rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(jax.jit(mapped)(*inputs), jax.jit(run)(*inputs), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("start", [False, True], ids=["no memory", "empty memory"])
@@ -160,8 +156,8 @@ def test_meshes_of_explicit_axes_keep_their_sharding(options, start):
     mesh, _, inputs, placed = sharded_inputs(AxisType.Explicit)
     run = functools.partial(constants_and, options=options, start=start)
     with jax.set_mesh(mesh):
-        gradient, out = jit(run)(*placed)
-    chex.assert_trees_all_close((gradient, out), jit(run)(*inputs), rtol=1e-5, atol=1e-5)
+        gradient, out = jax.jit(run)(*placed)
+    chex.assert_trees_all_close((gradient, out), jax.jit(run)(*inputs), rtol=1e-5, atol=1e-5)
     for x in (gradient, out):
         assert x.sharding.is_equivalent_to(placed[0].sharding, 4)
 
@@ -171,7 +167,9 @@ def test_a_shard_of_the_batch_does_not_gather_the_others():
     mesh = jax.make_mesh((4, 2), ("batch", "heads"), axis_types=(AxisType.Auto, AxisType.Auto))
     sharding = NamedSharding(mesh, P("batch", None, "heads"))
     x, beta = (jax.device_put(jnp.ones((4, 10, 2, *size)), sharding) for size in ((8,), ()))
-    compiled = jit(lambda x, beta: fwt_jax.fast_weight_attention(x, x, x, beta, chunk_size=4)).lower(x, beta).compile()
+    compiled = (
+        jax.jit(lambda x, beta: fwt_jax.fast_weight_attention(x, x, x, beta, chunk_size=4)).lower(x, beta).compile()
+    )
     text = compiled.as_text()
     assert not [word for word in ("all-gather", "all-reduce", "all-to-all", "collective-permute") if word in text]
     assert compiled(x, beta)[0].sharding.is_equivalent_to(sharding, 4)

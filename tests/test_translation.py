@@ -1,5 +1,6 @@
 """The translation experiment: sentence pairs, subwords, batches, BLEU, resume, and what is refused."""
 
+import dataclasses
 import gzip
 import json
 import pathlib
@@ -67,6 +68,30 @@ def test_files_that_are_not_pairs(files, words, tmp_path):
             (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(ValueError, match=words):
         parallel_text.read_pairs([tmp_path / name for name in files])
+
+
+def test_lines_end_where_other_programs_end_them(tmp_path):
+    (tmp_path / "a").write_bytes("\ufeffone\rI\r\ntwo\u2028\n\n".encode())
+    (tmp_path / "b").write_bytes(b"eins\nzwei\n\n")
+    assert parallel_text.read_pairs([tmp_path / "a", tmp_path / "b"]) == (
+        ["one\rI", "two\u2028", ""],
+        ["eins", "zwei", ""],
+    )
+    (tmp_path / "c").write_text("a\tb\n\n")
+    assert parallel_text.read_pairs([tmp_path / "c"]) == (["a", ""], ["b", ""])
+
+
+def test_subwords_are_the_same_every_time_even_of_some_sentences_and_no_translation_has_two_lines(monkeypatch):
+    import sentencepiece
+
+    train = sentencepiece.SentencePieceTrainer.train
+    few = lambda **options: train(**options | {"input_sentence_size": 300})  # noqa: E731 -- of 14,000
+    monkeypatch.setattr(sentencepiece.SentencePieceTrainer, "train", few)
+    one, same = (Subwords.train(parallel_text.demo_pairs()["train"], 400) for _ in range(2))
+    assert one == same
+    line_end = one._processor().piece_to_id("<0x0A>")
+    letter = int(one.encode(["a"]).row(0)[-2])
+    assert one.decode([[letter, line_end, letter, EOS]]) == ["a a"]
 
 
 def test_subwords_come_back_as_text_even_what_was_never_seen():
@@ -197,7 +222,6 @@ def trained(tmp_path_factory):
         steps=60,
         tokens=256,
         vocabulary=320,
-        average=2,
         beam_size=2,
     )
     return config, translation.run(config)
@@ -229,6 +253,12 @@ def test_the_same_command_again_trains_no_further_and_gives_the_same(trained):
         assert {**again[part], "sentences_per_second": 0} == {**results[part], "sentences_per_second": 0}
 
 
+def test_a_run_is_not_mixed_with_another(trained):
+    config, _ = trained
+    with pytest.raises(ValueError, match=r"subwords.asked for was 320 and is 330"):
+        translation.run(dataclasses.replace(config, vocabulary=330))
+
+
 def test_translating_keeps_the_order_and_cuts_what_is_too_long(trained, monkeypatch):
     config, _ = trained
     subwords = Subwords((config.out / "subwords.model").read_bytes())
@@ -240,6 +270,9 @@ def test_translating_keeps_the_order_and_cuts_what_is_too_long(trained, monkeypa
     assert cut == 0 and together[1] == together[4] == "" and together[0] == together[5]
     for line, expected in zip(lines, together, strict=True):
         assert translation.translate(model, subwords, [line], **options)[0] == [expected]
+    with monkeypatch.context() as patch:
+        patch.setattr(translation, "MEMORY", 2 * translation._bytes_of_memory(model, 2))  # two sentences at once
+        assert translation.translate(model, subwords, lines, **options)[0] == together
     mesh = sharding.make_mesh()
     assert translation.translate(model, subwords, lines, multiple=8, mesh=mesh, **options)[0] == together
     monkeypatch.setattr(parallel_text, "SIZES", (8,))
@@ -300,6 +333,13 @@ def test_presets_are_the_papers():
         ({"preset": "huge-elu"}, "preset must be one of .* with SIZE one of big, base, tiny, demo, or demo; got"),
         ({"preset": "tiny-dpfp"}, "got 'tiny-dpfp'"),
         ({"preset": "tiny-elu", "average": 0}, "average must be at least 1, got 0"),
+        ({"steps": 100, "average": 2}, "average must be at most 1, the checkpoints of 100 steps, got 2"),
+        ({"tokens": 0}, "tokens must be at least 1, got 0"),
+        ({"beam_size": 0}, "beam_size must be at least 1, got 0"),
+        ({"length_penalty": -0.5}, "length_penalty must be at least 0, got -0.5"),
+        ({"preset": "demo-dpfp-64"}, "dpfp of vectors of size 32 takes nu from 1 to 63, got nu=64"),
+        ({"fsdp": 3}, "must be the number of devices, 8"),
+        ({"pair": "de-en"}, "--pair and --data-dir are of WMT14"),
         ({"preset": "tiny-elu", "test": (pathlib.Path("x"),)}, "--validation and --test belong to --parallel"),
     ],
 )

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 from hypothesis import strategies as st
 
-from fwt_jax import decode, sharding
+from fwt_jax import decode, fast_weight_cross_attention, sharding
 from fwt_jax.encoder_decoder import Attention, EncoderDecoder, TranslationConfig
 
 TINY = TranslationConfig(
@@ -145,6 +145,18 @@ def test_dropout_and_random_features_come_from_rngs():
     assert np.abs(drawn - kept).max() > 1e-4
 
 
+@pytest.mark.parametrize("heads", [8, 16])
+def test_the_weights_of_random_features_have_sum_one_from_the_start(heads):
+    """Of inputs that are normalised: with the kernel exp(kᵀq), too many of them would be less than eps."""
+    config = TranslationConfig(vocab_size=20, d_model=512, num_heads=heads, cross=Attention("sum", "favor_plus", 32))
+    layer = config.make_attention("cross", nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (1, 24, 512))
+    query, key = (layer.feature_map(projection(x)) for projection in (layer.query, layer.key))
+    ones = jnp.ones((1, 24, heads, 1))
+    weights, _ = fast_weight_cross_attention(query, key, ones, normalize="read")
+    np.testing.assert_allclose(weights, 1, atol=1e-3)
+
+
 def test_bfloat16_computes_in_it_and_keeps_float32_outside():
     model = make("each another", dtype="bfloat16")
     losses = model.losses(sentences(2, 5), sentences(2, 5, seed=1))
@@ -198,6 +210,63 @@ def test_a_beam_that_holds_everything_finds_the_best_of_all(decoder, penalty):
 @nnx.jit
 def plain(model, source, target):
     return model.losses(source, target)
+
+
+def searched(log_p, beam_size, length, penalty, early_stop):
+    """The beam search that ``beam_search`` describes, in plain Python; log_p: of all next tokens after some."""
+    live, found = [((), 0.0)], []
+    for step in range(1, length + 1):
+        new = [
+            ((*tokens, token), score + after[token])
+            for tokens, score in live
+            for after in [log_p(tokens)]
+            for token in range(SMALL.vocab_size)
+            if token != SMALL.pad_id and (step < length or token == SMALL.eos_id)
+        ]
+        new.sort(key=lambda row: -row[1])
+        found += [(t, s / len(t) ** penalty) for t, s in new[:beam_size] if t[-1] == SMALL.eos_id]
+        found = sorted(found, key=lambda row: -row[1])[:beam_size]
+        live = [row for row in new if row[0][-1] != SMALL.eos_id][:beam_size]
+        if not live or (early_stop and len(found) == beam_size):
+            break
+    return found
+
+
+@pytest.mark.parametrize("early_stop", [True, False])
+@pytest.mark.parametrize("beam_size", [2, 3])
+def test_a_beam_is_that_of_plain_python(beam_size, early_stop):
+    """Of a model whose logits are sharp, so that translations of many lengths end in the beam."""
+    model = EncoderDecoder(SMALL, rngs=nnx.Rngs(2))
+    model.embedding[...] *= 3
+    source, length = sentences(6, 4, seed=8) % SMALL.vocab_size, 7
+    source = jnp.where(source == SMALL.pad_id, 4, source)
+    options = {"beam_size": beam_size, "max_length": length, "length_penalty": 0.8, "early_stop": early_stop}
+    translations = decode.beam_search(model, source, **options)
+    lengths = set()
+    for row in range(6):
+
+        def log_p(tokens, row=row):
+            before = np.full((1, length + 1), SMALL.bos_id)
+            before[0, 1 : len(tokens) + 1] = tokens
+            scores = log_probabilities(model, source[row : row + 1], jnp.asarray(before, jnp.int32))
+            return np.asarray(scores[0, len(tokens)])
+
+        expected = searched(log_p, beam_size, length, 0.8, early_stop)
+        got = [[token for token in tokens if token] for tokens in translations.tokens[row].tolist()]
+        assert [tuple(tokens) for tokens in got if tokens] == [tokens for tokens, _ in expected]
+        np.testing.assert_allclose(translations.scores[row, : len(expected)], [s for _, s in expected], atol=1e-4)
+        lengths |= {len(tokens) for tokens, _ in expected}
+    assert len(lengths) > 1
+
+
+def test_padding_of_the_source_changes_no_translation_and_padding_alone_has_none():
+    model, source = make("each another"), sentences(3, 6, seed=4, lengths=[6, 2, 4])
+    options = {"beam_size": 2, "max_length": 6}
+    want = decode.beam_search(model, source, **options)
+    got = decode.beam_search(model, jnp.pad(source, ((0, 1), (0, 3))), **options)
+    np.testing.assert_array_equal(got.tokens[:3], want.tokens)
+    chex.assert_trees_all_close(got.scores[:3], want.scores, atol=1e-5)
+    assert not np.any(got.tokens[3]) and np.all(np.isneginf(got.scores[3]))
 
 
 def greedy(model, source, length):
