@@ -20,7 +20,7 @@ from flax import nnx
 
 from fwt_jax import output_layer
 from fwt_jax.cross_attention import CrossAttention
-from fwt_jax.layers import FastWeightAttention, SoftmaxAttention
+from fwt_jax.layers import FastWeightAttention, FavorPlus, SoftmaxAttention
 from fwt_jax.models import FEATURE_MAPS, FeedForward, dropout, features, sinusoids, through_blocks
 
 
@@ -135,9 +135,16 @@ class TranslationConfig:
         if options.rule == "softmax":
             return SoftmaxAttention(*sizes, **shared) if causal else CrossAttention(*sizes, **shared)
         of_features = SimpleNamespace(head_size=self.head_size, **dataclasses.asdict(options))
-        shared |= features(of_features, rngs, orthogonal="rows", eps=0.0, scale=self.head_size**-0.25)
+        shared |= features(of_features, rngs, _SoftmaxFeatures)
         kind = FastWeightAttention if causal else CrossAttention
         return kind(*sizes, rule=options.rule, normalize=options.normalize, eps=options.eps, **shared)
+
+
+class _SoftmaxFeatures(FavorPlus):
+    """FAVOR+ of x / D^¼: E[φ(k)ᵀφ(q)] = exp(kᵀq / √D), as softmax attention weighs (Choromanski et al. 2021)."""
+
+    def __call__(self, x, projection=None):
+        return super().__call__(x * self.head_size**-0.25, projection)
 
 
 INIT = nnx.initializers.xavier_uniform()

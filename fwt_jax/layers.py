@@ -178,7 +178,6 @@ class FavorPlus(nnx.Module):
       head_size, num_features: D, and M, the number of rows of R; K = 2·M.
       orthogonal: "rows" is the paper; "columns" the authors' language-model toolkit. See ``orthogonal_projection``.
       eps: see ``feature_maps.favor_plus``; 0 is the paper, 1e-4 the authors' language-model toolkit.
-      scale: of x; D^−¼ gives the kernel of softmax attention, exp(kᵀq / √D), and 1 exp(kᵀq), as in the paper.
       rngs: the stream "params" is used.
 
     Example:
@@ -187,29 +186,18 @@ class FavorPlus(nnx.Module):
     """
 
     def __init__(
-        self,
-        head_size: int,
-        num_features: int,
-        *,
-        orthogonal: str = "rows",
-        eps: float = 0.0,
-        scale: float = 1.0,
-        rngs: nnx.Rngs,
+        self, head_size: int, num_features: int, *, orthogonal: str = "rows", eps: float = 0.0, rngs: nnx.Rngs
     ):
-        self.head_size, self.num_features, self.orthogonal = head_size, num_features, orthogonal
-        self.eps, self.scale = eps, scale
+        self.head_size, self.num_features, self.orthogonal, self.eps = head_size, num_features, orthogonal, eps
         self.projection = RandomProjection(self._project(rngs.params()))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """φ(x) ``[..., 2·M]`` of x ``[..., D]``, with the projection that is kept."""
-        return self._features(x, self.projection[...])
+    def __call__(self, x: jax.Array, projection: jax.Array | None = None) -> jax.Array:
+        """φ(x) ``[..., 2·M]`` of x ``[..., D]``, with the projection that is kept if none is given."""
+        return feature_maps.favor_plus(x, self.projection[...] if projection is None else projection, eps=self.eps)
 
     def draw(self, rngs: nnx.Rngs) -> FeatureMap:
         """The same map with a new projection, from the stream "projection" (or "default"); the kept one stays."""
-        return functools.partial(self._features, projection=self._project(rngs.projection()))
-
-    def _features(self, x, projection):
-        return feature_maps.favor_plus(x * jnp.asarray(self.scale, x.dtype), projection, eps=self.eps)
+        return functools.partial(self, projection=self._project(rngs.projection()))
 
     def _project(self, key):
         return feature_maps.orthogonal_projection(key, self.num_features, self.head_size, orthogonal=self.orthogonal)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -143,15 +144,17 @@ class ModelConfig:
 INIT = nnx.initializers.normal(0.02)
 
 
-def features(config, rngs: nnx.Rngs, **favor_plus) -> dict:
+TOOLKIT_FAVOR_PLUS = functools.partial(FavorPlus, orthogonal="columns", eps=1e-4)
+
+
+def features(config, rngs: nnx.Rngs, favor_plus: Callable[..., FavorPlus] = TOOLKIT_FAVOR_PLUS) -> dict:
     """feature_map and feature_normalization of a layer, from feature_map, feature_size, feature_normalization and
-    head_size of a configuration; ``favor_plus``: options of ``FavorPlus``."""
+    head_size of a configuration."""
     feature_map = getattr(feature_maps, config.feature_map)
     if config.feature_map == "dpfp":
         feature_map = functools.partial(feature_map, nu=config.feature_size)
     elif config.feature_map == "favor_plus":
-        options = {"orthogonal": "columns", "eps": 1e-4} | favor_plus
-        feature_map = FavorPlus(config.head_size, config.feature_size, **options, rngs=rngs)
+        feature_map = favor_plus(config.head_size, config.feature_size, rngs=rngs)
     normalization = {
         None: None,
         "sum": functools.partial(feature_maps.sum_normalize, eps=0.0),
