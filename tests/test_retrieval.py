@@ -242,7 +242,9 @@ def finished(run):
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc").exists(), reason="finds processes in /proc")
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "end", [signal.SIGTERM, *(pytest.param(x, marks=pytest.mark.exhaustive) for x in (signal.SIGINT, signal.SIGKILL))]
+)
 def test_nothing_goes_on_behind_a_sweep_that_was_ended(end, tmp_path):
     command = [sys.executable, "-m", "experiments.retrieval", "capacity", "--sizes", "100", "--out", str(tmp_path)]
     root, log = pathlib.Path(__file__).parents[1], tmp_path / "log"

@@ -53,7 +53,15 @@ def three_steps(config, mesh):
 on_one_device = functools.cache(lambda config: three_steps(config, None))
 
 
-@pytest.mark.parametrize(("axes", "rule"), [*((axes, "delta") for axes in MESHES), (MESHES[2], "softmax")], ids=str)
+@pytest.mark.parametrize(
+    ("axes", "rule"),
+    [
+        (MESHES[2], "delta"),
+        (MESHES[2], "softmax"),
+        *(pytest.param(axes, "delta", marks=pytest.mark.exhaustive) for axes in MESHES if axes != MESHES[2]),
+    ],
+    ids=str,
+)
 def test_eight_devices_train_as_one(axes, rule):
     config = dataclasses.replace(TINY, rule=rule, positions=None)
     want, state = on_one_device(config)
