@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 PAD, UNKNOWN, BOS, EOS = range(4)
+SENTENCES = 2_000_000  # from which subwords are made, at most
 SIZES = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # tokens; longer sentences are cut
 
 
@@ -148,18 +149,18 @@ class Subwords:
         """
         import sentencepiece
 
-        sentencepiece.set_random_generator_seed(0)  # which sentences, where there are more
-        model = io.BytesIO()
+        model, lines = io.BytesIO(), [*pairs.source, *pairs.target]
+        if len(lines) > SENTENCES:  # its own choice would be another one in every process
+            chosen = np.random.default_rng(0).choice(len(lines), SENTENCES, replace=False)
+            lines = [lines[i] for i in np.sort(chosen)]
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=itertools.chain(pairs.source, pairs.target),
+                sentence_iterator=iter(lines),
                 model_writer=model,
                 vocab_size=size,
                 model_type="bpe",
                 byte_fallback=True,
                 character_coverage=0.9999,
-                input_sentence_size=2_000_000,
-                shuffle_input_sentence=True,
                 pad_id=PAD,
                 unk_id=UNKNOWN,
                 bos_id=BOS,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import hashlib
 import json
 import pathlib
 import subprocess
@@ -20,6 +21,7 @@ from experiments.translation_presets import PAPER, SIZES, find
 from fwt_jax import sharding
 from fwt_jax.encoder_decoder import EncoderDecoder, TranslationConfig
 
+ROOT = pathlib.Path(__file__).parent.parent
 WORDS = {"one": "eins", "two": "zwei", "three": "drei", "red": "rot", "blue": "blau", "house": "Haus", "tree": "Baum"}
 
 
@@ -81,14 +83,17 @@ def test_lines_end_where_other_programs_end_them(tmp_path):
     assert parallel_text.read_pairs([tmp_path / "c"]) == (["a", ""], ["b", ""])
 
 
-def test_subwords_are_the_same_every_time_even_of_some_sentences_and_no_translation_has_two_lines(monkeypatch):
-    import sentencepiece
-
-    train = sentencepiece.SentencePieceTrainer.train
-    few = lambda **options: train(**options | {"input_sentence_size": 300})  # noqa: E731 -- of 14,000
-    monkeypatch.setattr(sentencepiece.SentencePieceTrainer, "train", few)
-    one, same = (Subwords.train(parallel_text.demo_pairs()["train"], 400) for _ in range(2))
-    assert one == same
+def test_subwords_are_the_same_in_every_process_even_of_some_sentences_and_no_translation_has_two_lines(monkeypatch):
+    monkeypatch.setattr(parallel_text, "SENTENCES", 300)  # of 14,000
+    one = Subwords.train(parallel_text.demo_pairs()["train"], 400)
+    program = """
+import hashlib
+from experiments import parallel_text as p
+p.SENTENCES = 300
+print(hashlib.sha256(p.Subwords.train(p.demo_pairs()["train"], 400).model).hexdigest())
+"""
+    other = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert other.stdout.strip() == hashlib.sha256(one.model).hexdigest()
     line_end = one._processor().piece_to_id("<0x0A>")
     letter = int(one.encode(["a"]).row(0)[-2])
     assert one.decode([[letter, line_end, letter, EOS]]) == ["a a"]
