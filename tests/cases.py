@@ -7,11 +7,19 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import fwt_jax
 
 # For the goldens and the memory that a gradient needs, which are to be those of users: not as conftest.py compiles.
 AS_USERS = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+
+
+def some(every, cases):
+    """Parameters of a test: one in ``every`` of the cases, from the first on; the others run with -m exhaustive."""
+    marks = [() if i % every == 0 else pytest.mark.exhaustive for i in range(len(cases))]
+    return [pytest.param(case, marks=mark) for case, mark in zip(cases, marks, strict=True)]
+
 
 BATCH, HEADS, KEY_SIZE, VALUE_SIZE = 2, 2, 8, 5
 

@@ -7,10 +7,11 @@ import jax
 import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # of the processes that tests start
-# Most of the time goes into compiling what runs for milliseconds: a quarter of it is left without LLVM's optimisations
-# and with XLA's older way to write fusions.
+# Most of the time goes into compiling what runs for milliseconds: a sixth of it is left without LLVM's optimisations,
+# with XLA's older way to write fusions, and with programs compiled in one piece.
 QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}"
+PIECES = "--xla_cpu_parallel_codegen_split_count=1"
+os.environ["XLA_FLAGS"] = f"{QUICK} {PIECES} {os.environ.get('XLA_FLAGS', '')}"
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import attend, compiled_attend
+from cases import attend, compiled_attend, some
 from hypothesis import strategies as st
 
 import fwt_jax
@@ -134,7 +134,7 @@ def gradients_behind_a_reset(**options):
     return jax.jit(jax.grad(late))
 
 
-@every_form
+@pytest.mark.parametrize("options", some(2, list(FORMS.values())), ids=FORMS)
 @hypothesis.given(sequences())
 def test_no_gradient_flows_from_the_past_to_the_future_nor_across_documents(options, arrays):
     """Exact zeros, not small numbers; but for log_decay, whose cumulative sums leave their rounding behind."""

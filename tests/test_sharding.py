@@ -57,7 +57,7 @@ on_one_device = functools.cache(lambda config: three_steps(config, None))
     ("axes", "rule"),
     [
         (MESHES[2], "delta"),
-        (MESHES[2], "softmax"),
+        pytest.param(MESHES[2], "softmax", marks=pytest.mark.exhaustive),
         *(pytest.param(axes, "delta", marks=pytest.mark.exhaustive) for axes in MESHES if axes != MESHES[2]),
     ],
     ids=str,

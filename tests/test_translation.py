@@ -213,7 +213,16 @@ def test_empty_and_long_pairs_are_left_out_and_counted():
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def small_demo():
+    demo = SIZES["demo"]
+    model = dataclasses.replace(demo.model, encoder_layers=1, decoder_layers=1, d_model=64, d_ff=64, num_heads=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SIZES, "demo", dataclasses.replace(demo, model=model))
+        yield
+
+
+@pytest.fixture(scope="module")
+def trained(small_demo, tmp_path_factory):
     """A copying model of seven words, by the command's own function."""
     folder = tmp_path_factory.mktemp("translation")
     train, held_out = pairs_of_words(400), pairs_of_words(20, seed=1)
@@ -285,7 +294,9 @@ def test_translating_keeps_the_order_and_cuts_what_is_too_long(trained, monkeypa
     assert cut == 1
 
 
-def test_a_step_on_eight_devices_is_that_of_one(trained, tmp_path):
+@pytest.mark.exhaustive
+def test_a_step_on_eight_devices_is_that_of_one(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(parallel_text, "SIZES", (16,))
     subwords = Subwords((trained[0].out / "subwords.model").read_bytes())
     train = pairs_of_words(200, seed=2)
     data = subwords.encode(train.source), subwords.encode(train.target)
@@ -310,7 +321,8 @@ def test_the_loss_of_validation_counts_tokens_and_no_padding(trained):
     options = TranslationConfig(len(subwords), 1, 1, d_model=16, d_ff=16, num_heads=2)
     model = EncoderDecoder(options, rngs=nnx.Rngs(0))
     rows = [[jnp.asarray(x.row(i))[None] for x in data] for i in range(9)]
-    losses = np.concatenate([np.asarray(model.losses(*row))[0] for row in rows])
+    loss = nnx.jit(lambda model, source, target: model.losses(source, target)[0])
+    losses = np.concatenate([np.asarray(loss(model, *row)) for row in rows])
     np.testing.assert_allclose(translation.nats(model, *data, 4), np.mean(losses), rtol=1e-5)
     np.testing.assert_allclose(translation.nats(model, *data, 8, sharding.make_mesh()), np.mean(losses), rtol=1e-5)
 

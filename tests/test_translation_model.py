@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import some
 from flax import nnx
 from hypothesis import strategies as st
 
@@ -32,7 +33,7 @@ MODELS = {
     "each another": {"encoder": SUM, "decoder": SOFTMAX, "cross": DPFP},
 }
 every_model = pytest.mark.parametrize("name", MODELS)
-some_models = pytest.mark.parametrize("name", ["FAVOR+", "each another"])
+some_models = pytest.mark.parametrize("name", some(2, list(MODELS)))
 
 
 @functools.cache
@@ -63,7 +64,7 @@ def log_probabilities(model, source, tokens):
 # --- the model -------------------------------------------------------------------------------------------------------
 
 
-@every_model
+@some_models
 def test_decoding_token_by_token_equals_all_at_once(name):
     model, source, target = make(name), sentences(3, 7), sentences(3, 9, seed=1, lengths=[9, 9, 9])
     memory, steps = nnx.jit(lambda model: model.encode(source, max_length=9))(model), []
@@ -86,7 +87,7 @@ def test_decoding_token_by_token_equals_all_at_once(name):
 PADDED = 5e-4
 
 
-@every_model
+@some_models
 @hypothesis.given(st.lists(st.integers(1, 6), min_size=4, max_size=4), st.integers(0, 99))
 @hypothesis.settings(max_examples=15, deadline=None)
 def test_padding_changes_nothing(name, lengths, seed):
@@ -121,7 +122,7 @@ def test_the_loss_is_the_cross_entropy_with_smoothed_labels(smoothing):
     chex.assert_trees_all_close(model.losses(source, target, label_smoothing=smoothing), expected, atol=2e-5)
 
 
-@some_models
+@pytest.mark.parametrize("name", some(2, ["each another", "FAVOR+"]))
 def test_recomputing_blocks_changes_nothing_and_all_parameters_learn(name):
     source, target = sentences(2, 5), sentences(2, 5, seed=1)
 
@@ -281,7 +282,7 @@ def greedy(model, source, length):
     return tokens[0, 1 : i + 2].tolist()
 
 
-@every_model
+@some_models
 def test_beam_one_is_greedy_whatever_stands_beside_a_sentence(name):
     model, source = make(name), sentences(3, 6, seed=4)
     translations = decode.beam_search(model, source, beam_size=1, max_length=8)
@@ -290,7 +291,7 @@ def test_beam_one_is_greedy_whatever_stands_beside_a_sentence(name):
         assert [int(token) for token in translations.tokens[row, 0] if token != TINY.pad_id] == expected
 
 
-@some_models
+@pytest.mark.parametrize("name", some(2, ["each another", "FAVOR+"]))
 def test_the_scores_are_those_of_the_teacher_forced_model_and_better_with_a_larger_beam(name):
     model, source = make(name), sentences(4, 6, seed=5)
     best = []
@@ -308,7 +309,7 @@ def test_the_scores_are_those_of_the_teacher_forced_model_and_better_with_a_larg
 # --- many devices ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("axes", [{}, {"fsdp": 2, "tensor": 2}], ids=["data 8", "data 2, fsdp 2, tensor 2"])
+@pytest.mark.parametrize("axes", some(2, [{"fsdp": 2, "tensor": 2}, {}]), ids=str)
 @pytest.mark.parametrize("name", ["softmax", "each another", "delta decoder"])
 def test_eight_devices_decode_and_score_as_one(name, axes):
     model, source, target = make(name), sentences(8, 6, seed=6), sentences(8, 6, seed=7)
