@@ -86,7 +86,7 @@ def generate(
 
 
 def _check_range(name, x, low, high):
-    if x is None or isinstance(x, jax.core.Tracer):  # whose numbers are not known yet
+    if x is None or isinstance(x, jax.core.Tracer) or x.size == 0:  # of a tracer no numbers are known yet
         return
     least, most = int(jnp.min(x)), int(jnp.max(x))
     if least < low or most > high:
@@ -197,6 +197,7 @@ def beam_search(
     ):
         if not good:
             raise ValueError(f"{name}, got {value}")
+    _check_range("source", source, 0, model.config.vocab_size - 1)
     return _beam_search(model, source, max_length, beam_size, float(length_penalty), early_stop)
 
 

@@ -18,7 +18,7 @@ from flax import nnx
 from experiments import parallel_text, training, translation
 from experiments.parallel_text import EOS, PAD, Pairs, Sentences, Subwords
 from experiments.translation_presets import PAPER, SIZES, find
-from fwt_jax import sharding
+from fwt_jax import decode, sharding
 from fwt_jax.encoder_decoder import EncoderDecoder, TranslationConfig
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -273,7 +273,7 @@ def test_a_run_is_not_mixed_with_another(trained):
         translation.run(dataclasses.replace(config, vocabulary=330))
 
 
-def test_translating_keeps_the_order_and_cuts_what_is_too_long(trained, monkeypatch):
+def test_translating_keeps_the_order_and_cuts_what_is_too_long(trained, monkeypatch, tmp_path, capsys):
     config, _ = trained
     subwords = Subwords((config.out / "subwords.model").read_bytes())
     options = TranslationConfig(len(subwords), 1, 1, d_model=16, d_ff=16, num_heads=2)
@@ -285,13 +285,17 @@ def test_translating_keeps_the_order_and_cuts_what_is_too_long(trained, monkeypa
     for line, expected in zip(lines, together, strict=True):
         assert translation.translate(model, subwords, [line], **options)[0] == [expected]
     with monkeypatch.context() as patch:
-        patch.setattr(translation, "MEMORY", 2 * translation._bytes_of_memory(model, 2))  # two sentences at once
+        search, batches = decode.beam_search, []
+        patch.setattr(decode, "beam_search", lambda *args, **kw: batches.append(len(args[1])) or search(*args, **kw))
+        patch.setattr(translation, "MEMORY", 2 * translation._bytes_of_memory(model, 2))
         assert translation.translate(model, subwords, lines, **options)[0] == together
+        assert set(batches) == {2}  # sentences at once
     mesh = sharding.make_mesh()
     assert translation.translate(model, subwords, lines, multiple=8, mesh=mesh, **options)[0] == together
     monkeypatch.setattr(parallel_text, "SIZES", (8,))
-    _, cut, _ = translation.translate(model, subwords, ["one " * 30, "two"], **options)
-    assert cut == 1
+    pairs = Pairs(["one " * 30, "two"], ["eins", "zwei"])
+    results = translation._score_part(config, model, subwords, pairs, "validation", 1, None, tmp_path)
+    assert results["cut"] == 1 and "1 of 2 sentences were cut to 8 tokens" in capsys.readouterr().out
 
 
 @pytest.mark.exhaustive

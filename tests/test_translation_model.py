@@ -375,6 +375,10 @@ def test_a_beam_search_that_is_none(options, words):
 
 def test_tokens_that_are_none():
     model, source = make("sum"), sentences(2, 4)
+    with pytest.raises(ValueError, match="source must be from 0 to 19, got 0 to 20"):
+        decode.beam_search(model, jnp.asarray([[0, 20]]), max_length=3)
+    with pytest.raises(ValueError, match=r"source must be integers \[B, S\], S ≥ 1, got int32\[2, 0\]"):
+        decode.beam_search(model, source[:, :0], max_length=3)
     with pytest.raises(ValueError, match=r"source must be integers \[B, S\], S ≥ 1, got float32\[2, 4\]"):
         model(source.astype(jnp.float32), source)
     with pytest.raises(ValueError, match=r"the target must be integers \[2, T\], got int32\[3, 4\]"):
