@@ -81,14 +81,13 @@ def separate(content: str) -> str:
     return "\n".join(" ".join(re.findall(r"<unk>|\w+|[^\w\s]", line)) for line in content.splitlines()) + "\n"
 
 
+def _digest(content):
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
 def run(config: Config, name: str, seed: int) -> dict:
     """One model: trained, evaluated on every test text, in segments (all) and by sliding window (its first words)."""
     out = config.out / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-{seed}"
-    texts = [path.stem for path in (config.validation, *config.test)]
-    if (out / "results.json").exists():
-        results = json.loads((out / "results.json").read_text(encoding="utf-8"))
-        if results["tokens"] == config.steps * BATCH * LENGTH and all(name in results for name in texts):
-            return results
     train, validation = words_of(config.train), words_of(config.validation)
     vocabulary = text.Vocabulary.words(train, min_count=MIN_COUNT)
     model_options = dataclasses.replace(BASE, vocab_size=len(vocabulary), cutoffs=CUTOFFS, **MODELS[name])
@@ -104,13 +103,19 @@ def run(config: Config, name: str, seed: int) -> dict:
         return {"loss": evaluation.segments(model, held_out, LENGTH, 8)}
 
     batches = text.Segments(vocabulary.encode(train), BATCH, LENGTH)
-    words = hashlib.sha256(train.encode()).hexdigest()[:16]
-    identity = {"model": dataclasses.asdict(model_options), "vocabulary": vocabulary.digest(), "text": words}
+    identity = {"model": dataclasses.asdict(model_options), "vocabulary": vocabulary.digest()}
+    identity |= {"text": _digest(train), "validation": _digest(validation)}
+    tests = {path.stem: _digest(words_of(path)) for path in config.test}
+    of = _digest(json.dumps([identity, dataclasses.asdict(settings), tests, WINDOWS]))
+    if (out / "results.json").exists():
+        results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+        if results.get("of") == of:
+            return results
     training.train(make_model, loss, batches, settings, out, evaluate=evaluate, identity=identity)
     model, step = training.load(out, make_model)
     parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
     results = {"model": name, "seed": seed, "step": step, "parameters": parameters, "vocabulary": len(vocabulary)}
-    results["tokens"] = int(config.steps * BATCH * LENGTH)
+    results |= {"tokens": config.steps * BATCH * LENGTH, "of": of}
     for path in (config.validation, *config.test):
         tokens = vocabulary.encode(words_of(path))
         results[path.stem] = {

@@ -25,6 +25,12 @@ class Preset:
     table: int = 0  # of the paper
     paper: tuple[float, float] | None = None  # perplexity, validation and test
 
+    def __post_init__(self):
+        if self.carry and self.model.rule == "softmax" and self.model.positions != "relative":
+            raise ValueError('carry needs a memory of constant size; softmax has one with positions="relative" alone')
+        if self.carry and self.model.rule != "softmax" and self.model.feature_map == "favor_plus":
+            raise ValueError("carry cannot be with favor_plus, whose features are drawn anew in every step of training")
+
 
 SMALL = ModelConfig(vocab_size=267_735, cutoffs=(20_000, 40_000, 200_000), scan=True)
 MEDIUM = dataclasses.replace(SMALL, d_model=256, head_size=32)

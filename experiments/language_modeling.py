@@ -105,21 +105,25 @@ def read_data(config: Config, preset: Preset, out: pathlib.Path) -> Data:
     else:
         parts = wikitext.load(config.wikitext)
     train, validation, test = (parts[name] for name in ("train", "validation", "test"))
-    vocabulary = _vocabulary(config, preset, train)
     path = out / "vocabulary.json"
-    if jax.process_index() == 0 and not (path.exists() and (out / "run.json").exists()):
-        vocabulary.save(path)  # a start that failed before may have left that of another text
+    kept = path.exists() and (out / "run.json").exists()  # a start that failed may have left that of another text
+    vocabulary = _vocabulary(config, preset, train, path if kept else None)
+    if jax.process_index() == 0 and not kept:
+        vocabulary.save(path)
     arrays = (vocabulary.encode(part) for part in (train, validation, test))
     return Data(vocabulary, *arrays, (text.count_words(validation), text.count_words(test)))
 
 
-def _vocabulary(config, preset, train):
+def _vocabulary(config, preset, train, kept):
     kind, size = config.vocabulary or preset.vocabulary, config.vocabulary_size
     if size < 0:
         raise ValueError(f"vocabulary_size must be a number of words or pieces, or 0 for all words, got {size}")
     if kind == "character":
         return text.Vocabulary.characters(train)
-    if kind == "sentencepiece":
+    if kind == "sentencepiece":  # which takes long, and another version of it may find other pieces
+        before = kept and text.Vocabulary.load(kept)
+        if before and before.kind == kind:
+            return before
         return text.Vocabulary.sentencepiece(train, size)
     if preset.data == "demo" or config.text:
         return text.Vocabulary.words(train, max_size=size or sys.maxsize)  # with one for unknown words
@@ -158,7 +162,7 @@ def loss(model, batch, memory, rngs):
 def run(config: Config) -> dict:
     """Trains what is not trained yet, evaluates, generates, and draws. Returns what results.json holds."""
     preset = settings(config)
-    out = config.out or RUNS / "-".join((config.preset, *(path.stem for path in config.text[:1])))
+    out = run_folder.folder(config.out or RUNS / "-".join((config.preset, *(path.stem for path in config.text[:1]))))
     out.mkdir(parents=True, exist_ok=True)
     data = read_data(config, preset, out)
     model_options = model_config(preset, len(data.vocabulary))
@@ -175,7 +179,8 @@ def run(config: Config) -> dict:
         "model": dataclasses.asdict(model_options),
         "batch": {"rows": preset.batch_size, "length": preset.length, "carry": preset.carry},
         "vocabulary": {"kind": data.vocabulary.kind, "size": len(data.vocabulary), "sha256": data.vocabulary.digest()},
-        "text": {"tokens": len(data.train), "sha256": hashlib.sha256(data.train.tobytes()).hexdigest()[:16]},
+        "asked for": {"vocabulary_size": config.vocabulary_size},
+        "text": {"tokens": len(data.train), "sha256": _digest(data.train), "validation": _digest(data.validation)},
     }
     _describe(config, preset, data, model_options, out)
     memory = make_model().init_memory(preset.batch_size) if preset.carry else None
@@ -195,6 +200,10 @@ def run(config: Config) -> dict:
         print(table([results]))
         print(f"wrote {out}/: results.json, loss.png, metrics.jsonl, checkpoints")
     return results
+
+
+def _digest(tokens):
+    return hashlib.sha256(tokens.tobytes()).hexdigest()[:16]
 
 
 def _describe(config, preset, data, options, out):

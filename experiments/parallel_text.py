@@ -156,6 +156,7 @@ class Subwords:
         try:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=iter(lines),
+                max_sentence_length=1 + max(len(line.encode()) for line in lines),  # longer ones are skipped
                 model_writer=model,
                 vocab_size=size,
                 model_type="bpe",

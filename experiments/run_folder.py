@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -41,12 +42,15 @@ def checkpoints(out: pathlib.Path, keep: int = 2, *, read_only: bool = False) ->
 
 
 def _loss(metrics):
-    return metrics["loss"] if metrics else math.inf
+    """∞ for what was not measured, and for NaN, with which nothing can be sorted."""
+    return metrics["loss"] if metrics and math.isfinite(metrics["loss"]) else math.inf
 
 
 def _mend_losses(folder):
     """A loss that cannot be read, which orbax would fail of, is as one that was not measured."""
     for path in sorted(folder.glob("[0-9]*/metrics/metrics")) if jax.process_index() == 0 else ():
+        if not path.parents[1].name.isdigit():
+            continue  # a run writes it just now
         try:
             float(json.loads(path.read_text(encoding="utf-8"))["loss"])
         except FileNotFoundError:
@@ -152,6 +156,36 @@ def _read(manager, step, abstract):
 
 
 # --- what people read ------------------------------------------------------------------------------------------------
+
+
+def folder(path: pathlib.Path) -> pathlib.Path:
+    """The absolute path of the folder of a run.
+
+    Raises:
+      ValueError: the address of a bucket, which would become a folder of that name on each machine.
+    """
+    if re.match("[a-z0-9]{2,}:/", str(path)):
+        raise ValueError(f"the folder of a run must be on a file system, got {path}; mount the bucket (gcsfuse) first")
+    return path.absolute()
+
+
+def check_that_all_see(path: pathlib.Path):
+    """What the first process wrote, of several.
+
+    Raises:
+      ValueError: in a process that does not find it within a minute.
+    """
+    if jax.process_count() == 1:
+        return
+    multihost_utils.sync_global_devices(f"{path} is written")
+    end = time.monotonic() + 60  # network file systems may take a while
+    while not path.exists():
+        if time.monotonic() > end:
+            raise ValueError(
+                f"process {jax.process_index()} does not see {path}, which the first one wrote; the folder of a run "
+                "must be on storage that all machines share"
+            )
+        time.sleep(1)
 
 
 def check_identity(path: pathlib.Path, identity: dict[str, Any]):

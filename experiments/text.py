@@ -70,10 +70,12 @@ class Vocabulary:
         import sentencepiece
 
         _check_text(text)
+        longest = max(len(line.encode()) for line in text.splitlines()) + 1  # what is longer would be skipped
         model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=iter(text.splitlines()),
+                max_sentence_length=longest,
                 model_writer=model,
                 vocab_size=size,
                 model_type="bpe",

@@ -257,7 +257,7 @@ def train(
       KeyboardInterrupt: asked to stop (SIGINT, SIGTERM); a checkpoint of the last step was written. (Several processes
         all stop where one of them gets SIGTERM; SIGINT ends them at once, with the checkpoints that there are.)
     """
-    out = pathlib.Path(out).absolute()
+    out = run_folder.folder(pathlib.Path(out))
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
             out.mkdir(parents=True, exist_ok=True)
@@ -267,6 +267,7 @@ def train(
                 raise ValueError(f"another run trains in {out}: wait for its end, or name another folder") from error
             settings = {name: x for name, x in dataclasses.asdict(config).items() if name != "keep"}
             run_folder.check_identity(out / "run.json", {"training": settings, **(identity or {})})
+        run_folder.check_that_all_see(out / "run.json")
         if mesh is not None:
             stack.enter_context(jax.set_mesh(mesh))
         manager = stack.enter_context(run_folder.checkpoints(out, config.keep))
@@ -282,7 +283,9 @@ def train(
 
 
 def _loop(graph, loss, batches, config, evaluate, mesh, manager, state, log, stack):
-    step_function = jax.jit(make_step(graph, loss, config), donate_argnums=0)
+    # Else the compiler may split what the table does not, and compiles the second step anew for it.
+    split = None if mesh is None else (jax.tree.map(lambda x: x.sharding, state), None)
+    step_function = jax.jit(make_step(graph, loss, config), donate_argnums=0, out_shardings=split)
     # Several processes must stop at the same step: jax.distributed handles SIGTERM then, and orbax knows of it.
     asked_to_stop = threading.Event() if jax.process_count() > 1 else stack.enter_context(_signals())
     pending = None  # the metrics of the last step, which are read when the next is under way
@@ -329,7 +332,7 @@ def of_first_process(data: bytes) -> bytes:
 
 
 def perplexity(nats: float) -> float:
-    """exp(nats); at most 1e304, which JSON can hold."""
+    """exp(nats); at most 1e304, which JSON can hold. NaN stays NaN."""
     return math.exp(min(nats, 700.0))
 
 

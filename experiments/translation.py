@@ -236,7 +236,7 @@ def score(translations: list[str], references: list[str]) -> dict:
 def run(config: Config) -> dict:
     """Trains what is not trained yet, translates, and scores. Returns what results.json holds."""
     size = settings(config)
-    out = config.out or RUNS / config.preset
+    out = run_folder.folder(config.out or RUNS / config.preset)
     mesh = training.make_mesh(config.fsdp, config.tensor)
     nnx.eval_shape(lambda: EncoderDecoder(size.model, rngs=nnx.Rngs(0)))  # what is wrong is said before all work
     pairs = read_data(config)

@@ -6,6 +6,7 @@ parts = load(pathlib.Path("wikitext-103"))     # {"train": ..., "validation": ..
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import pathlib
 import re
@@ -34,11 +35,16 @@ def load(folder: pathlib.Path | None, data_dir: pathlib.Path | None = None) -> d
         )
     import tensorflow_datasets as tfds
 
-    # By the sizes of the files, so that others of the same name are prepared anew.
-    sizes = "-".join(str((folder / name).stat().st_size) for name in FILES.values())
-    data = _builder()(data_dir=home / "wikitext" / sizes, file_format="array_record")
+    # By what the files hold, so that others of the same name are prepared anew.
+    digest = hashlib.sha256(b"".join(_digest(folder / name) for name in FILES.values())).hexdigest()[:16]
+    data = _builder()(data_dir=home / "wikitext" / digest, file_format="array_record")
     data.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=folder, num_shards=1))
     return {split: "".join(map(_text, data.as_data_source(split))) for split in FILES}
+
+
+def _digest(path):
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _text(example):

@@ -68,12 +68,7 @@ def config_from_toolkit(arguments: Mapping) -> ModelConfig:
         scale = {"memory_length": arguments.get("mem_len", 0), "clamp_length": clamp_length}
     size, default = SIZES.get(feature_map, (None, 1))
     return ModelConfig(
-        vocab_size=arguments["n_token"],
-        num_layers=arguments["n_layer"],
-        d_model=arguments["d_model"],
-        d_ff=arguments["d_inner"],
-        num_heads=arguments["n_head"],
-        head_size=arguments["d_head"],
+        **{ours: arguments[theirs] for theirs, ours in FIELDS.items()},
         rule=rule,
         feature_map=feature_map,
         feature_size=arguments.get(size, default),
@@ -88,7 +83,9 @@ def config_from_toolkit(arguments: Mapping) -> ModelConfig:
 
 
 SIZES = {"favor_plus": ("performer_proj_dim", 16), "dpfp": ("dpfp_n_roll", 2)}  # and the toolkit's defaults
-REQUIRED = ("attn_type", "n_layer", "n_head", "d_model", "d_head", "d_inner", "n_token", "cutoffs")
+FIELDS = {"n_layer": "num_layers", "n_head": "num_heads", "d_model": "d_model", "d_head": "head_size"}
+FIELDS |= {"d_inner": "d_ff", "n_token": "vocab_size"}
+REQUIRED = ("attn_type", *FIELDS, "cutoffs")
 
 
 def from_toolkit(state: Mapping[str, np.ndarray], arguments: Mapping, projections=None) -> DecoderLM:
@@ -115,7 +112,11 @@ def from_toolkit(state: Mapping[str, np.ndarray], arguments: Mapping, projection
     for name, variable, take, _ in _table(model, arguments):
         variable[...] = jnp.asarray(take(state[name]), jnp.float32)
     for block, projection in zip(model.blocks, projections or (), strict=projections is not None):
-        block.attention.feature_map.projection[...] = jnp.asarray(projection, jnp.float32).T
+        chosen = block.attention.feature_map.projection
+        if projection.shape != chosen.shape[::-1]:
+            wanted = f"[{config.head_size}, {config.feature_size}] for performer_proj_dim={config.feature_size}"
+            raise ValueError(f"a projection must be {wanted}, got {list(projection.shape)}")
+        chosen[...] = jnp.asarray(projection, jnp.float32).T
     return model
 
 
@@ -249,7 +250,11 @@ def load(path: str | os.PathLike, arguments: Mapping | None = None) -> DecoderLM
         state = {name.removeprefix(prefix): x for name, x in arrays.items() if name.startswith(prefix)}
         state = {name.removeprefix("module."): x for name, x in state.items() if not name.startswith("projection/")}
         return from_toolkit(state, config, projections or None)
-    model = DecoderLM(ModelConfig(**config | {"cutoffs": tuple(config["cutoffs"])}), rngs=nnx.Rngs(0))
+    try:
+        config = ModelConfig(**config | {"cutoffs": tuple(config.get("cutoffs", ()))})
+    except TypeError as error:  # names that this version does not have
+        raise ValueError(f"the config of {path} is no ModelConfig of this version: {error}") from error
+    model = DecoderLM(config, rngs=nnx.Rngs(0))
     variables = _by_name(model)
     _check_names(variables, arrays, f"{path} does not fit its config")
     for name, variable in variables.items():
@@ -293,13 +298,7 @@ def arguments_of(config: ModelConfig) -> dict[str, Any]:
       ValueError: a model that no attn_type is.
     """
     sizes = {"performer_proj_dim": config.feature_size, "dpfp_n_roll": config.feature_size}
-    arguments = {
-        "n_layer": config.num_layers,
-        "n_head": config.num_heads,
-        "d_model": config.d_model,
-        "d_head": config.head_size,
-        "d_inner": config.d_ff,
-        "n_token": config.vocab_size,
+    arguments = {theirs: getattr(config, ours) for theirs, ours in FIELDS.items()} | {
         "cutoffs": list(config.cutoffs),
         "dropout": config.dropout,
         "no_pos": config.positions is None,

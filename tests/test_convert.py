@@ -109,6 +109,23 @@ def test_names_and_shapes_that_do_not_fit_are_all_named(tmp_path):
         convert.load(path)
 
 
+def test_a_config_of_another_version_and_projections_of_another_size_are_named(tmp_path):
+    convert.save(DecoderLM(TINY, rngs=nnx.Rngs(0)), tmp_path / "new.npz")
+    arrays = dict(np.load(tmp_path / "new.npz"))
+    config = json.loads(str(arrays["config"])) | {"speed": 2}
+    np.savez(tmp_path / "new.npz", **arrays | {"config": json.dumps(config)})
+    with pytest.raises(ValueError, match=r"new.npz is no ModelConfig of this version: .*'speed'"):
+        convert.load(tmp_path / "new.npz")
+    golden = next(path for path in GOLDEN if path.stem == "type25")
+    arrays = dict(np.load(golden))
+    config = json.loads(str(arrays["config"]))
+    m = config.pop("performer_proj_dim")
+    np.savez(tmp_path / "old.npz", **arrays | {"config": json.dumps(config)})
+    words = rf"a projection must be \[.*, 16\] for performer_proj_dim=16, got \[.*, {m}\]"
+    with pytest.raises(ValueError, match=words):
+        convert.load(tmp_path / "old.npz")
+
+
 def test_files_that_are_none(tmp_path, capsys):
     (tmp_path / "weights.bin").write_bytes(b"")
     for path, words in (("nothing.npz", "is not there"), ("weights.bin", "must end in .pt, .npz or .safetensors")):

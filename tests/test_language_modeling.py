@@ -242,6 +242,8 @@ def test_the_comparison_trains_every_model_and_goes_on(tmp_path, monkeypatch):
     config = comparison.Config(paths[0], paths[1], (paths[2],), tmp_path / "out", steps=2)
     results = [comparison.run(config, name, 1) for name in itertools.islice(comparison.MODELS, 2)]
     assert comparison.run(config, "softmax", 1) == results[0]
+    paths[2].write_text("Another test text .\n" * 60)
+    assert comparison.run(config, "softmax", 1)["test"] != results[0]["test"]
     with pytest.raises(ValueError, match=r"holds another run: training.steps was 2 and is 3"):
         comparison.run(dataclasses.replace(config, steps=3), "softmax", 1)
     twice = dataclasses.replace(config, test=(paths[2], tmp_path / "other" / "test.txt"))

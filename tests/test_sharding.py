@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from experiments import training
+from experiments import text, training
 from fwt_jax import sharding
 from fwt_jax.models import DecoderLM, ModelConfig
 
@@ -86,6 +86,22 @@ def test_parameters_moments_and_memories_are_split_by_the_table():
     assert specs["memory"][0].fast_weights == P(("data", "fsdp"), "tensor")
     moments = [s for s in jax.tree.leaves(specs["optimizer"], is_leaf=lambda s: isinstance(s, P)) if s != P()]
     assert len(moments) == 2 * sum(s != P() for s in jax.tree.leaves(specs["params"]))
+
+
+def test_what_is_trained_stays_split_by_the_table_and_a_step_is_compiled_once(tmp_path, monkeypatch):
+    mesh, make, compiled = sharding.make_mesh(fsdp=2, tensor=2), maker(dataclasses.replace(TINY, cutoffs=())), []
+    jit = jax.jit
+
+    def remember(function, **options):
+        compiled.append(jit(function, **options))
+        return compiled[-1]
+
+    monkeypatch.setattr(jax, "jit", remember)
+    batches = text.Segments(np.arange(8 * 13) % 96, 8, 4)
+    model = training.train(make, loss, batches, dataclasses.replace(CONFIG, steps=3), tmp_path, mesh=mesh)
+    params = nnx.as_pure(nnx.state(model, nnx.Param))
+    jax.tree.map(lambda x, s: chex.assert_equal(x.sharding, s), params, sharding.partition(mesh, params))
+    assert compiled[-1]._cache_size() == 1
 
 
 def test_a_vocabulary_that_cannot_be_split_stays_whole():

@@ -38,6 +38,11 @@ def test_characters():
     assert vocabulary.decode([2, 3, 1, 0]) == "ab\n\ufffd"
 
 
+def test_sentencepiece_learns_from_long_lines_too():
+    line = " ".join(["memory", "weights", "of", "linear", "transformers"] * 400)
+    assert len(text.Vocabulary.sentencepiece(f"{line}\nx\n", 300).encode(line)) < len(line) / 3
+
+
 def test_sentencepiece_encodes_every_text():
     corpus = text.demo_text()[:50_000]
     vocabulary = Vocabulary.sentencepiece(corpus, 500)

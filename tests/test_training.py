@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import pathlib
 import shutil
@@ -116,6 +117,30 @@ def test_the_last_two_checkpoints_and_the_best_stay(tmp_path):
     assert training.load(tmp_path, make_model, best=False)[1] == 24
 
 
+def test_a_loss_that_is_nan_is_as_one_that_was_not_measured(tmp_path):
+    measured = iter([3.0, 1.0, 2.0, math.nan, 2.5, 2.2])
+    config = dataclasses.replace(CONFIG, steps=24, eval_every=4, save_every=4)
+    run(tmp_path, config, evaluate=lambda model: {"loss": next(measured)})
+    assert saved_steps(tmp_path) == [8, 20, 24]
+    assert training.load(tmp_path, make_model)[1] == 8
+
+
+def test_a_bucket_is_no_folder():
+    with pytest.raises(ValueError, match="must be on a file system, got gs:/bucket/run; mount the bucket"):
+        run(pathlib.Path("gs://bucket/run"))
+
+
+def test_a_folder_that_other_processes_do_not_see(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(run_folder.multihost_utils, "sync_global_devices", lambda name: None)
+    monkeypatch.setattr(run_folder.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(run_folder.time, "monotonic", itertools.count(0, 30).__next__)
+    with pytest.raises(ValueError, match=r"process 0 does not see .*run.json, which the first one wrote"):
+        run_folder.check_that_all_see(tmp_path / "run.json")
+    (tmp_path / "run.json").touch()
+    run_folder.check_that_all_see(tmp_path / "run.json")
+
+
 def test_load_gives_the_last_model_where_nothing_was_evaluated(tmp_path):
     model = run(tmp_path, dataclasses.replace(CONFIG, steps=5), evaluate=None)
     loaded, step = training.load(tmp_path, make_model)
@@ -199,8 +224,9 @@ def test_load_leaves_alone_what_a_run_is_writing(whole, tmp_path):
     shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
     under_way = tmp_path / "checkpoints" / "16.orbax-checkpoint-tmp"
     shutil.copytree(tmp_path / "checkpoints" / "12", under_way)
+    (under_way / "metrics" / "metrics").write_text("")
     training.load(tmp_path, make_model)
-    assert under_way.is_dir()
+    assert (under_way / "metrics" / "metrics").read_text() == ""
 
 
 def test_a_run_whose_checkpoints_are_all_broken_is_not_begun_anew(whole, tmp_path):
