@@ -30,9 +30,9 @@ def checkpoints(out: pathlib.Path, keep: int = 2, *, read_only: bool = False) ->
     """
     _mend_losses(out / "checkpoints")
     if read_only:
-        return ocp.CheckpointManager(
-            out / "checkpoints", options=ocp.CheckpointManagerOptions(read_only=True, best_fn=_loss, best_mode="min")
-        )
+        quiet = {"create": False, "save_interval_steps": 0}  # else it warns of them
+        options = ocp.CheckpointManagerOptions(read_only=True, best_fn=_loss, best_mode="min", **quiet)
+        return ocp.CheckpointManager(out / "checkpoints", options=options)
     best = preservation_policy.BestN(get_metric_fn=_loss, reverse=True, n=1)
     kept = preservation_policy.AnyPreservationPolicy([preservation_policy.LatestN(keep), best])
     options = ocp.CheckpointManagerOptions(
