@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import json
 import math
 import pathlib
 import shutil
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from experiments import language_modeling as lm
 from experiments import run_folder, text, training
 from fwt_jax.models import DecoderLM, ModelConfig
 
@@ -391,7 +393,17 @@ def count(self):
 t.text.Segments.__next__ = count
 assert t.training.of_first_process(b"seven\\0\\0" if number == 0 else b"") == b"seven\\0\\0"
 t.run(out, t.LONGER, mesh=sharding.make_mesh(fsdp=4), evaluate=None)
+t.whole_experiment(out.parent, "lm two")
 """
+
+
+def whole_experiment(folder, name):
+    """A memory that is carried, evaluation, a sample and results, by the command's own function."""
+    short = dataclasses.replace(CONFIG, steps=4, eval_every=2, accumulate=2)
+    preset = lm.Preset(TINY, short, 16, 16, "demo", "character", "carried", carry=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(lm.PRESETS, "tiny", preset)
+        return lm.run(lm.Config("tiny", (folder / "book.txt",), out=folder / name, fsdp=2, sample=5))
 
 
 @pytest.mark.exhaustive
@@ -415,6 +427,7 @@ def test_two_processes_train_checkpoint_and_go_on_together(tmp_path):
         ]
         return [(process.communicate()[1], process.returncode) for process in processes]
 
+    (tmp_path / "book.txt").write_text("".join(f"the {i} cats sat on mat {i * 7 % 10}\n" for i in range(300)))
     stopped = both(3)
     (step,) = saved_steps(tmp_path / "two")
     assert 3 <= step < LONGER.save_every
@@ -425,6 +438,9 @@ def test_two_processes_train_checkpoint_and_go_on_together(tmp_path):
     loaded, step = training.load(tmp_path / "two", make_model)
     assert step == LONGER.steps
     chex.assert_trees_all_close(nnx.state(loaded), nnx.state(model), rtol=1e-3, atol=1e-4)
+    got, want = json.loads((tmp_path / "lm two" / "results.json").read_text()), whole_experiment(tmp_path, "lm one")
+    np.testing.assert_allclose(got["test"]["nats"], want["test"]["nats"], rtol=1e-4)
+    assert got["step"] == want["step"] and (tmp_path / "lm two" / "samples.txt").exists()
 
 
 def test_one_device_has_no_mesh_and_is_not_split(monkeypatch):
