@@ -47,7 +47,7 @@ SIZES = {
     # 29,000 captions, in the size of Wu et al. 2021; few epochs, so that the rate falls to 0 at their end
     "tiny": Size(
         dataclasses.replace(
-            BASE, encoder_layers=4, decoder_layers=4, d_model=128, d_ff=256, num_heads=4, dropout=0.2, **_PRE
+            BASE, encoder_layers=4, decoder_layers=4, d_model=128, d_ff=256, num_heads=4, dropout=0.1, **_PRE
         ),
         TrainConfig(steps=6000, learning_rate=3e-3, warmup=600, eval_every=500, save_every=250, log_every=50, **_SHORT),
         4000,
