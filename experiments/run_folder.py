@@ -177,7 +177,7 @@ def check_that_all_see(path: pathlib.Path):
     """
     if jax.process_count() == 1:
         return
-    multihost_utils.sync_global_devices(f"{path} is written")
+    multihost_utils.sync_global_devices("the folder of a run")
     end = time.monotonic() + 60  # network file systems may take a while
     while not path.exists():
         if time.monotonic() > end:

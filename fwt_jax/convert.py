@@ -112,11 +112,11 @@ def from_toolkit(state: Mapping[str, np.ndarray], arguments: Mapping, projection
     for name, variable, take, _ in _table(model, arguments):
         variable[...] = jnp.asarray(take(state[name]), jnp.float32)
     for block, projection in zip(model.blocks, projections or (), strict=projections is not None):
-        chosen = block.attention.feature_map.projection
+        chosen, projection = block.attention.feature_map.projection, np.asarray(projection, np.float32)
         if projection.shape != chosen.shape[::-1]:
             wanted = f"[{config.head_size}, {config.feature_size}] for performer_proj_dim={config.feature_size}"
             raise ValueError(f"a projection must be {wanted}, got {list(projection.shape)}")
-        chosen[...] = jnp.asarray(projection, jnp.float32).T
+        chosen[...] = jnp.asarray(projection.T)
     return model
 
 

@@ -105,6 +105,18 @@ def attn_type(name):
     return 24 + kind if "delta" in name else (34, 35, 6)[kind]
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rule": "softmax"}, 'softmax has one with positions="relative" alone'),
+        ({"feature_map": "favor_plus"}, "carry cannot be with favor_plus"),
+    ],
+)
+def test_memories_that_cannot_be_carried(options, words):
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(PRESETS["demo"], carry=True, model=dataclasses.replace(TINY, **options))
+
+
 def test_an_unknown_preset_names_all():
     with pytest.raises(ValueError, match=r"preset must be one of demo, small-softmax, .*, got 'small'"):
         lm.main(lm.Config(preset="small"))
