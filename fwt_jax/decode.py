@@ -177,7 +177,8 @@ def beam_search(
 
     Args:
       model: its numbers do not depend on the padding of the source.
-      source: integers ``[B, S]``, padded with pad_id behind; a row of pad_id alone has no translation.
+      source: integers ``[B, S]``, from 0 to vocab_size − 1, padded with pad_id behind; a row of pad_id alone has no
+        translation.
       max_length: L, tokens of a translation with its eos_id, at least 1; what is longer is ended there.
       beam_size: R, at least 1.
       length_penalty: a translation of n tokens is judged by log p / n^length_penalty; 0: by log p. At least 0.

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # of the processes that tests start
-# Most of the time goes into compiling what runs for milliseconds: a sixth of it is left without LLVM's optimisations,
+# Most of the time goes into compiling what runs for milliseconds: a tenth of it is left without LLVM's optimisations,
 # with XLA's older way to write fusions, and with programs compiled in one piece.
 QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 PIECES = "--xla_cpu_parallel_codegen_split_count=1"

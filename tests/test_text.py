@@ -191,8 +191,9 @@ def test_wikitext_comes_back_as_its_files_have_it(folder):
         parts = wikitext.load(folder / "files", folder / "data")
         for split, name in wikitext.FILES.items():
             assert parts[split] == (folder / "files" / name).read_text(encoding="utf-8"), split
-    (folder / "files" / "wiki.test.tokens").write_text("other\n")
-    assert wikitext.load(folder / "files", folder / "data")["test"] == "other\n"
+    for other in ("other\n", "OTHER\n"):  # of one size
+        (folder / "files" / "wiki.test.tokens").write_text(other)
+        assert wikitext.load(folder / "files", folder / "data")["test"] == other
 
 
 def test_articles_are_cut_before_their_titles():
