@@ -18,7 +18,7 @@ import pytest
 from flax import nnx
 
 from experiments import language_modeling as lm
-from experiments import run_folder, text, training
+from experiments import run_folder, text, training, translation, translation_presets
 from fwt_jax.models import DecoderLM, ModelConfig
 
 TINY = ModelConfig(vocab_size=64, num_layers=1, d_model=16, d_ff=32, num_heads=2, head_size=8, positions=None)
@@ -394,6 +394,7 @@ t.text.Segments.__next__ = count
 assert t.training.of_first_process(b"seven\\0\\0" if number == 0 else b"") == b"seven\\0\\0"
 t.run(out, t.LONGER, mesh=sharding.make_mesh(fsdp=4), evaluate=None)
 t.whole_experiment(out.parent, "lm two")
+t.whole_translation(out.parent, "translation two")
 """
 
 
@@ -404,6 +405,18 @@ def whole_experiment(folder, name):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(lm.PRESETS, "tiny", preset)
         return lm.run(lm.Config("tiny", (folder / "book.txt",), out=folder / name, fsdp=2, sample=5))
+
+
+def whole_translation(folder, name):
+    """Subwords, batches, beam search and scores, by the command's own function."""
+    demo = translation_presets.SIZES["demo"]
+    model = dataclasses.replace(demo.model, encoder_layers=1, decoder_layers=1, d_model=32, d_ff=32, num_heads=2)
+    files = (folder / "numbers.en", folder / "numbers.de")
+    with pytest.MonkeyPatch.context() as patch:
+        fast = dataclasses.replace(demo.training, warmup=10, learning_rate=1e-2)
+        patch.setitem(translation_presets.SIZES, "demo", dataclasses.replace(demo, model=model, training=fast))
+        config = translation.Config("demo", files, out=folder / name, steps=60, tokens=256, vocabulary=300, fsdp=2)
+        return translation.run(config)
 
 
 @pytest.mark.exhaustive
@@ -427,6 +440,11 @@ def test_two_processes_train_checkpoint_and_go_on_together(tmp_path):
         ]
         return [(process.communicate()[1], process.returncode) for process in processes]
 
+    words = {"one": "eins", "two": "zwei", "three": "drei", "four": "vier", "five": "fünf", "six": "sechs"}
+    rows = [" ".join(row) for row in np.random.default_rng(0).choice(list(words), (400, 4))]
+    (tmp_path / "numbers.en").write_text("".join(f"{row}\n" for row in rows))
+    german = [" ".join(words[word] for word in row.split()) for row in rows]
+    (tmp_path / "numbers.de").write_text("".join(f"{row}\n" for row in german), encoding="utf-8")
     (tmp_path / "book.txt").write_text("".join(f"the {i} cats sat on mat {i * 7 % 10}\n" for i in range(300)))
     stopped = both(3)
     (step,) = saved_steps(tmp_path / "two")
@@ -441,6 +459,13 @@ def test_two_processes_train_checkpoint_and_go_on_together(tmp_path):
     got, want = json.loads((tmp_path / "lm two" / "results.json").read_text()), whole_experiment(tmp_path, "lm one")
     np.testing.assert_allclose(got["test"]["nats"], want["test"]["nats"], rtol=1e-4)
     assert got["step"] == want["step"] and (tmp_path / "lm two" / "samples.txt").exists()
+    want = whole_translation(tmp_path, "translation one")
+    got = json.loads((tmp_path / "translation two" / "results.json").read_text())
+    assert {**got["test"], "sentences_per_second": 0} == {**want["test"], "sentences_per_second": 0}
+    one, two = (run_folder.read_metrics(tmp_path / f"translation {x}" / "metrics.jsonl")[-1] for x in ("one", "two"))
+    np.testing.assert_allclose(two["validation_loss"], one["validation_loss"], rtol=1e-4)
+    one, two = ((tmp_path / f"translation {x}" / "translations.test.txt").read_text() for x in ("one", "two"))
+    assert one == two and len(set(one.splitlines())) > 5
 
 
 def test_one_device_has_no_mesh_and_is_not_split(monkeypatch):

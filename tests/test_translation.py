@@ -271,6 +271,8 @@ def test_a_run_is_not_mixed_with_another(trained):
     config, _ = trained
     with pytest.raises(ValueError, match=r"subwords.asked for was 320 and is 330"):
         translation.run(dataclasses.replace(config, vocabulary=330))
+    with pytest.raises(ValueError, match=r"text.validation was '.*' and is"):  # the best is the best of one text
+        translation.run(dataclasses.replace(config, validation=config.parallel))
 
 
 def test_translating_keeps_the_order_and_cuts_what_is_too_long(trained, monkeypatch, tmp_path, capsys):
