@@ -8,7 +8,7 @@ import io
 import itertools
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import grain
@@ -232,10 +232,11 @@ def usable(source: Sentences, target: Sentences, max_length: int) -> tuple[np.nd
 
 
 Batch = tuple[int, np.ndarray]  # the size that sentences are padded to, and their numbers
+Most = Callable[[int], int]
 
 
 def plan(
-    lengths: np.ndarray, rows: np.ndarray, tokens: int, multiple: int, seed: int | None, most: int | None = None
+    lengths: np.ndarray, rows: np.ndarray, tokens: int, multiple: int, seed: int | None, most: Most | None = None
 ) -> list[Batch]:
     """Batches of sentences of similar lengths.
 
@@ -248,7 +249,7 @@ def plan(
       tokens: of a batch with its padding, at most; but at least ``multiple`` rows.
       multiple: what the number of rows of a full batch is a multiple of, e.g. of the devices.
       seed: of the order within a size; None keeps it.
-      most: rows of a batch.
+      most: rows of a batch of a size; but at least ``multiple``.
     """
     if seed is not None:
         rows = np.random.default_rng(seed).permutation(rows)
@@ -260,9 +261,9 @@ def plan(
     return batches
 
 
-def rows_of(size: int, tokens: int, multiple: int, most: int | None = None) -> int:
+def rows_of(size: int, tokens: int, multiple: int, most: Most | None = None) -> int:
     """Rows of a full batch."""
-    rows = tokens // size if most is None else min(tokens // size, most)
+    rows = tokens // size if most is None else min(tokens // size, most(size))
     return max(multiple, rows // multiple * multiple)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -23,10 +24,13 @@ from tqdm import tqdm
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def checkpoints(out: pathlib.Path, keep: int = 2, *, read_only: bool = False) -> ocp.CheckpointManager:
+def checkpoints(
+    out: pathlib.Path, keep: int = 2, saves: Callable[[int], bool] = lambda step: True, *, read_only: bool = False
+) -> ocp.CheckpointManager:
     """The checkpoints of a run, of which the last ``keep`` and the best stay. They appear whole or not at all.
 
-    With ``read_only`` no checkpoint is written or deleted, so that a run may be at work there.
+    That of an interruption, of a step that the run does not save otherwise, stays until the next is written: what is
+    averaged must not depend on it. With ``read_only`` none is written or deleted, so that a run may be at work there.
     """
     _mend_losses(out / "checkpoints")
     if read_only:
@@ -34,11 +38,22 @@ def checkpoints(out: pathlib.Path, keep: int = 2, *, read_only: bool = False) ->
         options = ocp.CheckpointManagerOptions(read_only=True, best_fn=_loss, best_mode="min", **quiet)
         return ocp.CheckpointManager(out / "checkpoints", options=options)
     best = preservation_policy.BestN(get_metric_fn=_loss, reverse=True, n=1)
-    kept = preservation_policy.AnyPreservationPolicy([preservation_policy.LatestN(keep), best])
+    kept = preservation_policy.AnyPreservationPolicy([_Last(keep, saves), best])
     options = ocp.CheckpointManagerOptions(
         best_fn=_loss, best_mode="min", preservation_policy=kept, cleanup_tmp_directories=True
     )
     return ocp.CheckpointManager(out / "checkpoints", options=options)
+
+
+@dataclasses.dataclass
+class _Last(preservation_policy.PreservationPolicy):
+    keep: int
+    saves: Callable[[int], bool]
+
+    def should_preserve(self, checkpoints, *, context):
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = {*[step for step in steps if self.saves(step)][-self.keep :], *steps[-1:]}
+        return [step in kept for step in steps]
 
 
 def _loss(metrics):

@@ -93,6 +93,10 @@ class TrainConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint is written after a step, without any interruption."""
+        return step == self.steps or step % self.eval_every == 0 or step % self.save_every == 0
+
 
 def learning_rate(config: TrainConfig) -> Callable[[jax.Array], jax.Array]:
     """The learning rate of update number t = 0, 1, ... ``[]`` -> ``[]``.
@@ -270,7 +274,7 @@ def train(
         run_folder.check_that_all_see(out / "run.json")
         if mesh is not None:
             stack.enter_context(jax.set_mesh(mesh))
-        manager = stack.enter_context(run_folder.checkpoints(out, config.keep))
+        manager = stack.enter_context(run_folder.checkpoints(out, config.keep, config.saves))
         init = functools.partial(initial_state, make_model, config, memory)
         state, host = run_folder.restore(manager, _abstract(jax.eval_shape(init), mesh))
         if state is None:
@@ -298,7 +302,7 @@ def _loop(graph, loss, batches, config, evaluate, mesh, manager, state, log, sta
         pending = (step, metrics)
         last = step == config.steps
         stop = manager.reached_preemption(step) if jax.process_count() > 1 else asked_to_stop.is_set()
-        if not (last or stop or step % config.eval_every == 0 or step % config.save_every == 0):
+        if not (stop or config.saves(step)):
             continue
         log.read(*pending)  # nothing is saved that is not finite
         pending, measured = None, {}

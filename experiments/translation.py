@@ -40,7 +40,7 @@ from fwt_jax import decode
 from fwt_jax.encoder_decoder import EncoderDecoder
 
 RUNS = pathlib.Path("runs/translation")
-MEMORY = 2**30  # bytes that the memories of a batch of translations may take
+MEMORY = 2**30  # bytes of a device that the memories of a batch of translations may take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,11 +100,9 @@ def settings(config: Config) -> Size:
     options["keep"] = max(average, size.training.keep)
     changes = given(tokens=config.tokens, vocabulary=config.vocabulary, average=average)
     recipe = dataclasses.replace(size.training, **options)
-    saved = {*range(0, recipe.steps, recipe.save_every), *range(0, recipe.steps, recipe.eval_every)}
-    if average > len(saved):  # with the last step, and without step 0
-        raise ValueError(
-            f"average must be at most {len(saved)}, the checkpoints of {recipe.steps} steps, got {average}"
-        )
+    saved = sum(map(recipe.saves, range(1, recipe.steps + 1)))
+    if average > saved:
+        raise ValueError(f"average must be at most {saved}, the checkpoints of {recipe.steps} steps, got {average}")
     for name, value, least in (
         ("average", average, 1),
         ("tokens", changes.get("tokens", 1), 1),
@@ -154,10 +152,11 @@ def _nats(model, batch):
     return loss(0.0, model, batch, None, None)[:2]
 
 
-def nats(model: EncoderDecoder, source: Sentences, target: Sentences, multiple: int, mesh=None) -> float:
-    """Cross-entropy of a token of the target, without label smoothing, over all pairs."""
+def nats(
+    model: EncoderDecoder, source: Sentences, target: Sentences, rows: np.ndarray, multiple: int, mesh=None
+) -> float:
+    """Cross-entropy of a token of the target, without label smoothing, over some pairs."""
     sums = np.zeros(2)
-    rows = np.arange(len(source))
     for batch in parallel_text.batches(source, target, rows, 4096, multiple, None):
         sums += [float(x) for x in _nats(model, training.place(batch, mesh))]
     return float(sums[0] / sums[1])
@@ -188,14 +187,18 @@ def translate(
     source, timed = subwords.encode(lines), []  # (sentences, seconds) of full batches that nothing is compiled for
     written = np.flatnonzero(source.lengths > 1)
     out, longest = [""] * len(lines), parallel_text.SIZES[-1]
-    most = max(1, MEMORY // _bytes_of_memory(model, beam_size))
+
+    @functools.cache
+    def most(size):
+        return MEMORY * multiple // _bytes_of_memory(model, size, beam_size)
+
     plan = parallel_text.plan(source.lengths, written, tokens, multiple, None, most)
     with tqdm(total=len(written), desc=label, unit="sentence", disable=label is None) as bar:
         for i, (size, rows) in enumerate(plan):
             start = time.perf_counter()
             count = parallel_text.rows_of(size, tokens, multiple, most)
             batch = training.place({"source": parallel_text.pad(source, rows, size, count)}, mesh)
-            options = {"beam_size": beam_size, "max_length": size * 3 // 2 + 10, "length_penalty": length_penalty}
+            options = {"beam_size": beam_size, "max_length": _longest(size), "length_penalty": length_penalty}
             best = decode.beam_search(model, batch["source"], **options).tokens[:, 0]
             if mesh is not None:
                 best = jax.device_put(best, jax.NamedSharding(mesh, jax.P()))  # each process needs all
@@ -208,10 +211,13 @@ def translate(
     return Translated(out, int(np.sum(source.lengths > longest)), float(sentences / seconds))
 
 
-def _bytes_of_memory(model, beam_size):
-    """Of a short sentence and its hypotheses. Fast weights have the same of a long one; a key-value cache's grows as
-    the sentences of a batch become fewer."""
-    read = lambda model: model.encode(jnp.zeros((1, 8), jnp.int32), 8, beam_size)  # noqa: E731
+def _longest(size):
+    return size * 3 // 2 + 10
+
+
+def _bytes_of_memory(model, size, beam_size):
+    """Of a sentence of so many tokens and its hypotheses."""
+    read = lambda model: model.encode(jnp.zeros((1, size), jnp.int32), _longest(size), beam_size)  # noqa: E731
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(nnx.eval_shape(read, model)))
 
 
@@ -248,6 +254,7 @@ def run(config: Config) -> dict:
         if name != "test"
     }
     rows, left_out = parallel_text.usable(*data["train"], size.max_length)
+    held_out, of_held_out = parallel_text.usable(*data["validation"], parallel_text.SIZES[-1])
     options = dataclasses.replace(size.model, vocab_size=len(subwords))
     multiple = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
@@ -255,13 +262,14 @@ def run(config: Config) -> dict:
         return EncoderDecoder(options, rngs=nnx.Rngs(size.training.seed))
 
     def evaluate(model):
-        value = nats(model, *data["validation"], multiple, mesh)
+        value = nats(model, *data["validation"], held_out, multiple, mesh)
         return {"loss": value, "perplexity": training.perplexity(value)}
 
     if jax.process_index() == 0:
         shapes = nnx.eval_shape(make_model)
         count = sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(shapes, nnx.Param)))
         print(f"{config.preset}: {count:,} parameters, {len(subwords):,} subwords; {left_out}")
+        print(f"for the loss of validation, {of_held_out}")
         print(f"{size.training.steps:,} steps of at most {size.tokens:,} tokens, in {out}/")
     identity = {
         "model": dataclasses.asdict(options),
@@ -335,7 +343,7 @@ def _score_part(config, model, subwords, pairs, name, multiple, mesh, out):
         length_penalty=config.length_penalty,
         multiple=multiple,
         mesh=mesh,
-        label=f"translating {name}",
+        label=f"translating {name}" if jax.process_index() == 0 else None,
     )
     if jax.process_index() == 0:
         if cut:

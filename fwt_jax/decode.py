@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from fwt_jax import sharding
 from fwt_jax.encoder_decoder import EncoderDecoder
 from fwt_jax.models import DecoderLM
 
@@ -169,7 +170,7 @@ def beam_search(
     length_penalty: float = 1.0,
     early_stop: bool = True,
 ) -> Translations:
-    """Translates sentences: a beam search in one compiled loop. beam_size 1 is greedy.
+    """Translates sentences: a beam search in one compiled loop. beam_size 1 is greedy, with early_stop.
 
     Each step extends every hypothesis by every token, and keeps the R best that do not end; of those that end, the ones
     among the R best of all count. The memories of the hypotheses go with them: fast weights are of constant size, with
@@ -231,7 +232,7 @@ def _beam_search(model, source, max_length, beam_size, length_penalty, early_sto
         scores = jnp.where((beams.step == max_length - 1) & ~ends[None, None], -jnp.inf, scores)
 
         # Each hypothesis can end in one way, so that of the 2R best at least R go on.
-        scores, places = lax.top_k(scores.reshape(batch, -1), 2 * beam_size)
+        scores, places = _top_k(scores.reshape(batch, -1), 2 * beam_size)
         parents, tokens = places // config.vocab_size, (places % config.vocab_size).astype(jnp.int32)
         extended = _take(beams.tokens, parents).at[:, :, beams.step].set(tokens)
         ended = tokens == config.eos_id
@@ -240,12 +241,12 @@ def _beam_search(model, source, max_length, beam_size, length_penalty, early_sto
         found = Translations(
             jnp.concatenate([beams.found.tokens, extended], axis=1), jnp.concatenate([beams.found.scores, new], axis=1)
         )
-        best_scores, best = lax.top_k(found.scores, beam_size)
+        best_scores, best = _top_k(found.scores, beam_size)
         found = Translations(_take(found.tokens, best), best_scores)
 
-        live_scores, live = lax.top_k(jnp.where(ended, -jnp.inf, scores), beam_size)
+        live_scores, live = _top_k(jnp.where(ended, -jnp.inf, scores), beam_size)
         rows = jnp.take_along_axis(parents, live, axis=1)
-        memories = jax.tree.map(lambda x: _take_rows(x, rows), memory.decoder)
+        memories = jax.tree.map(lambda x: take_rows(x, rows), memory.decoder)
         return _Beams(beams.step + 1, _take(extended, live), live_scores, found, memory._replace(decoder=memories))
 
     def goes_on(beams):
@@ -254,11 +255,17 @@ def _beam_search(model, source, max_length, beam_size, length_penalty, early_sto
     return lax.while_loop(goes_on, step, start).found
 
 
+def _top_k(scores, k):
+    """Of each row ``[B, N]``: ``[B, k]``. By itself the compiler brings all rows to all devices."""
+    return sharding.over_batch(lambda scores, _: lax.top_k(scores, k), scores, ())
+
+
 def _take(x, rows):
     """x ``[B, R, ...]`` and rows ``[B, R']`` -> ``[B, R', ...]``."""
     return jax.vmap(lambda x, rows: x[rows])(x, rows)
 
 
-def _take_rows(x, rows):
-    """The same for x ``[B·R, ...]`` -> ``[B·R, ...]``, sentence by sentence, so that each stays on its device."""
+def take_rows(x, rows):
+    """x ``[B·R, ...]``, the hypotheses of a sentence one after another, and for each the one that it extends, ``[B, R]``
+    -> ``[B·R, ...]``; sentence by sentence, so that each stays on its device."""
     return _take(x.reshape(*rows.shape, *x.shape[1:]), rows).reshape(x.shape)

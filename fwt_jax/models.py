@@ -320,10 +320,11 @@ def through_blocks(call, blocks, x, memories, rngs, *, scan: bool, remat: bool):
     Args:
       memories: what each block takes, trees of one shape.
       scan: by ``lax.scan`` over the parameters of equal blocks, put into one array: one block is compiled instead of
-        all. Random numbers are others.
+        all. Random numbers are others. Not for a single token, where putting memories together costs more than the
+        blocks themselves.
       remat: recompute each block in the backward pass.
     """
-    if not scan:
+    if not scan or x.shape[1] == 1:
         call, after = nnx.remat(call) if remat else call, []
         for block, before in zip(blocks, memories, strict=True):
             x, memory = call(block, x, before, rngs)

@@ -102,6 +102,16 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(kind, at, whole, tmp_path):
         assert all(step <= at for step in steps)
     chex.assert_trees_all_equal(nnx.state(run(tmp_path)), whole[1])
     assert losses_of(tmp_path) == losses_of(whole[0])
+    assert saved_steps(tmp_path) == saved_steps(whole[0])  # so that their mean is that of another run, too
+
+
+def test_the_checkpoint_of_an_interruption_stays_until_the_next(tmp_path):
+    saves = {5, 10, 15}.__contains__
+    with run_folder.checkpoints(tmp_path, 2, saves) as manager:
+        for step, stay in ((5, [5]), (8, [5, 8]), (10, [5, 10]), (12, [5, 10, 12]), (15, [10, 15])):
+            run_folder.save(manager, training.State(jnp.asarray(step), *[{"x": jnp.ones(1)}] * 3, None), {})
+            manager.wait_until_finished()
+            assert saved_steps(tmp_path) == stay
 
 
 def test_a_finished_run_is_not_repeated(whole):

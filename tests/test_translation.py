@@ -289,7 +289,7 @@ def test_translating_keeps_the_order_and_cuts_what_is_too_long(trained, monkeypa
     with monkeypatch.context() as patch:
         search, batches = decode.beam_search, []
         patch.setattr(decode, "beam_search", lambda *args, **kw: batches.append(len(args[1])) or search(*args, **kw))
-        patch.setattr(translation, "MEMORY", 2 * translation._bytes_of_memory(model, 2))
+        patch.setattr(translation, "MEMORY", 2 * translation._bytes_of_memory(model, 8, 2))
         assert translation.translate(model, subwords, lines, **options)[0] == together
         assert set(batches) == {2}  # sentences at once
     mesh = sharding.make_mesh()
@@ -301,16 +301,20 @@ def test_translating_keeps_the_order_and_cuts_what_is_too_long(trained, monkeypa
 
 
 @pytest.mark.exhaustive
-def test_a_step_on_eight_devices_is_that_of_one(trained, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("preset", "accumulate"), [("base-softmax", 1), ("tiny-delta-dpfp-2", 2)])
+def test_a_step_on_eight_devices_is_that_of_one(preset, accumulate, trained, tmp_path, monkeypatch):
     monkeypatch.setattr(parallel_text, "SIZES", (16,))
     subwords = Subwords((trained[0].out / "subwords.model").read_bytes())
     train = pairs_of_words(200, seed=2)
     data = subwords.encode(train.source), subwords.encode(train.target)
-    settings = training.TrainConfig(steps=3, learning_rate=1e-3, schedule="constant", warmup=0, save_every=3, eps=1e-3)
-    options = TranslationConfig(len(subwords), 1, 1, d_model=16, d_ff=16, num_heads=4, dropout=0.1)
+    settings = training.TrainConfig(
+        steps=3, learning_rate=1e-3, schedule="constant", warmup=0, save_every=3, eps=1e-3, accumulate=accumulate
+    )
+    sizes = {"encoder_layers": 2, "decoder_layers": 2, "d_model": 16, "d_ff": 16, "num_heads": 4}
+    options = dataclasses.replace(find(preset)[1], vocab_size=len(subwords), dropout=0.1, **sizes)
 
     def run(out, mesh):
-        batches = parallel_text.batches(*data, np.arange(200), 256, 8, 0)
+        batches = parallel_text.batches(*data, np.arange(200), 256, 8 * accumulate, 0)
         loss = lambda *args: translation.loss(0.1, *args)  # noqa: E731
         make = lambda: EncoderDecoder(options, rngs=nnx.Rngs(0))  # noqa: E731
         model = training.train(make, loss, batches, settings, tmp_path / out, mesh=mesh)
@@ -329,8 +333,10 @@ def test_the_loss_of_validation_counts_tokens_and_no_padding(trained):
     rows = [[jnp.asarray(x.row(i))[None] for x in data] for i in range(9)]
     loss = nnx.jit(lambda model, source, target: model.losses(source, target)[0])
     losses = np.concatenate([np.asarray(loss(model, *row)) for row in rows])
-    np.testing.assert_allclose(translation.nats(model, *data, 4), np.mean(losses), rtol=1e-5)
-    np.testing.assert_allclose(translation.nats(model, *data, 8, sharding.make_mesh()), np.mean(losses), rtol=1e-5)
+    all_rows = np.arange(9)
+    np.testing.assert_allclose(translation.nats(model, *data, all_rows, 4), np.mean(losses), rtol=1e-5)
+    mesh = sharding.make_mesh()
+    np.testing.assert_allclose(translation.nats(model, *data, all_rows, 8, mesh), np.mean(losses), rtol=1e-5)
 
 
 # --- settings --------------------------------------------------------------------------------------------------------

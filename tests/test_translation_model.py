@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import re
 
 import chex
 import hypothesis
@@ -29,7 +30,7 @@ MODELS = {
     "sum": {"encoder": SUM, "decoder": SUM, "cross": SUM},
     "pre-norm, DPFP": {"encoder": DPFP, "decoder": DPFP, "cross": DPFP, "norm": "pre"},
     "FAVOR+": {"encoder": FAVOR, "decoder": FAVOR, "cross": FAVOR},
-    "delta decoder": {"decoder": DELTA},
+    "delta decoder": {"decoder": DELTA, "scan": True},
     "each another": {"encoder": SUM, "decoder": SOFTMAX, "cross": DPFP},
 }
 every_model = pytest.mark.parametrize("name", MODELS)
@@ -324,6 +325,17 @@ def test_eight_devices_decode_and_score_as_one(name, axes):
         spread = nnx.merge(graph, nnx.State(state))
         got = score(spread, source, target), decode.beam_search(spread, source, max_length=6, beam_size=3)
     chex.assert_trees_all_close(got, expected, atol=1e-5)
+
+
+def test_no_scores_leave_their_device():
+    """Those of all tokens are of the size of the vocabulary, and choosing among them is the work of each device."""
+    model, source = make("delta decoder"), sentences(8, 6)
+    mesh = sharding.make_mesh()
+    source = jax.device_put(source, sharding.batch_partition(mesh, source))
+    with jax.set_mesh(mesh):
+        text = decode._beam_search.lower(model, source, 6, 3, 1.0, True).compile().as_text()
+    gathered = re.findall(r"= \(?(\w+\[[\d,]*\])\S* all-gather", text)
+    assert not [shape for shape in gathered if shape != "pred[8]"], gathered
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

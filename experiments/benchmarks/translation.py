@@ -21,6 +21,7 @@ from experiments import training
 from experiments.benchmarks.language_models import timed
 from experiments.translation import loss
 from experiments.translation_presets import find
+from fwt_jax.decode import take_rows
 from fwt_jax.encoder_decoder import EncoderDecoder
 
 PRESETS = ("tiny-softmax", "tiny-elu", "tiny-dpfp-2", "tiny-delta")
@@ -63,19 +64,21 @@ def decode(rounds: int):
 
 def _decoding(model, memory):
     graph, state = nnx.split(model)
+    parents = jax.random.randint(jax.random.key(1), (8, 4), 0, 4)  # of the hypotheses that go on
 
     @jax.jit
-    def decode(state, memory):
+    def decode(state, memory, parents):
         def step(carry, _):
             tokens, memory = carry
             model = nnx.merge(graph, state)
             hidden, memory = model.decode(tokens, memory)
+            memory = memory._replace(decoder=jax.tree.map(lambda x: take_rows(x, parents), memory.decoder))
             tokens = jnp.argmax(model.log_probabilities(hidden), axis=-1).astype(jnp.int32)
             return (tokens, memory), None
 
         return jax.lax.scan(step, (jnp.full((32, 1), 5, jnp.int32), memory), length=STEPS)[0][0]
 
-    return lambda: decode(state, memory)
+    return lambda: decode(state, memory, parents)
 
 
 def train(rounds: int):
