@@ -266,6 +266,6 @@ def _take(x, rows):
 
 
 def take_rows(x, rows):
-    """x ``[B·R, ...]``, the hypotheses of a sentence one after another, and for each the one that it extends, ``[B, R]``
-    -> ``[B·R, ...]``; sentence by sentence, so that each stays on its device."""
+    """x ``[B·R, ...]``, the hypotheses of a sentence one after another, and which of them each extends, ``[B, R]`` ->
+    ``[B·R, ...]``; sentence by sentence, so that each stays on its device."""
     return _take(x.reshape(*rows.shape, *x.shape[1:]), rows).reshape(x.shape)
