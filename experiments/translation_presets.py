@@ -49,10 +49,19 @@ SIZES = {
         dataclasses.replace(
             BASE, encoder_layers=4, decoder_layers=4, d_model=128, d_ff=256, num_heads=4, dropout=0.1, **_PRE
         ),
-        TrainConfig(steps=6000, learning_rate=3e-3, warmup=600, eval_every=500, save_every=250, log_every=50, **_SHORT),
+        TrainConfig(
+            steps=9000,
+            learning_rate=2.5e-3,
+            warmup=900,
+            eval_every=750,
+            save_every=250,
+            log_every=50,
+            **_SHORT | {"clip": 1.0},
+        ),
         4000,
-        1536,
+        1024,
         max_length=64,
+        average=5,
     ),
     "demo": Size(
         dataclasses.replace(
