@@ -96,11 +96,10 @@ def settings(config: Config) -> Size:
     size, model = find(config.preset)
     given = lambda **options: {name: x for name, x in options.items() if x is not None}  # noqa: E731
     options = given(steps=config.steps, accumulate=config.accumulate, seed=config.seed)
-    average = size.average if config.average is None else config.average
-    options["keep"] = max(average, size.training.keep)
-    changes = given(tokens=config.tokens, vocabulary=config.vocabulary, average=average)
     recipe = dataclasses.replace(size.training, **options)
     saved = sum(map(recipe.saves, range(1, recipe.steps + 1)))
+    average = min(size.average, saved) if config.average is None else config.average
+    changes = given(tokens=config.tokens, vocabulary=config.vocabulary, average=average)
     if average > saved:
         raise ValueError(f"average must be at most {saved}, the checkpoints of {recipe.steps} steps, got {average}")
     for name, value, least in (
@@ -112,6 +111,7 @@ def settings(config: Config) -> Size:
     ):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
+    recipe = dataclasses.replace(recipe, keep=max(average, recipe.keep))
     return dataclasses.replace(size, model=model, training=recipe, **changes)
 
 

@@ -378,6 +378,12 @@ def test_settings_that_are_none(options, words, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_the_checkpoints_that_are_averaged_are_kept_and_there():
+    for options, average, keep in (({}, 5, 5), ({"steps": 300}, 2, 2), ({"average": 7}, 7, 7), ({"average": 1}, 1, 2)):
+        size = translation.settings(translation.Config("tiny-elu", **options))
+        assert (size.average, size.training.keep) == (average, keep)
+
+
 def test_too_few_pairs_to_hold_some_out(tmp_path):
     paths = write(tmp_path, "few", pairs_of_words(250))
     with pytest.raises(ValueError, match="250 pairs are too few to hold some out; name files with --validation"):
