@@ -71,7 +71,7 @@ class Config:
     """Of the parameters, of dropout and of the order."""
     vocabulary: int | None = None
     """Subwords of both languages together."""
-    average: int | None = None
+    average: int = 1
     """Last checkpoints whose mean is evaluated (a run keeps so many); 1: the best one by the loss of validation."""
     beam_size: int = 4
     """Hypotheses of the beam search."""
@@ -98,12 +98,13 @@ def settings(config: Config) -> Size:
     options = given(steps=config.steps, accumulate=config.accumulate, seed=config.seed)
     recipe = dataclasses.replace(size.training, **options)
     saved = sum(map(recipe.saves, range(1, recipe.steps + 1)))
-    average = min(size.average, saved) if config.average is None else config.average
-    changes = given(tokens=config.tokens, vocabulary=config.vocabulary, average=average)
-    if average > saved:
-        raise ValueError(f"average must be at most {saved}, the checkpoints of {recipe.steps} steps, got {average}")
+    changes = given(tokens=config.tokens, vocabulary=config.vocabulary)
+    if config.average > saved:
+        raise ValueError(
+            f"average must be at most {saved}, the checkpoints of {recipe.steps} steps, got {config.average}"
+        )
     for name, value, least in (
-        ("average", average, 1),
+        ("average", config.average, 1),
         ("tokens", changes.get("tokens", 1), 1),
         ("vocabulary", changes.get("vocabulary", 1), 1),
         ("beam_size", config.beam_size, 1),
@@ -111,7 +112,7 @@ def settings(config: Config) -> Size:
     ):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
-    recipe = dataclasses.replace(recipe, keep=max(average, recipe.keep))
+    recipe = dataclasses.replace(recipe, keep=max(config.average, recipe.keep))
     return dataclasses.replace(size, model=model, training=recipe, **changes)
 
 
@@ -292,8 +293,8 @@ def run(config: Config) -> dict:
         mesh=mesh,
     )
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        model, step = training.load(out, make_model, average=size.average, mesh=mesh)
-        results = {"preset": config.preset, "step": step, "average": size.average, "vocabulary": len(subwords)}
+        model, step = training.load(out, make_model, average=config.average, mesh=mesh)
+        results = {"preset": config.preset, "step": step, "average": config.average, "vocabulary": len(subwords)}
         results |= {"data": _data_name(config), "references": _digest("\n".join(pairs["test"].target).encode())}
         results |= {"beam_size": config.beam_size, "length_penalty": config.length_penalty}
         if jax.process_index() == 0:
@@ -365,7 +366,7 @@ def table(results: list[dict]) -> str:
         ours = (f"{row[name][metric]:.2f}" for name in ("validation", "test") for metric in ("bleu", "chrf"))
         paper = PAPER.get(row["preset"]) if row["data"] == "wmt14 en-de" else None
         search = f"{row['beam_size']}, {row['length_penalty']}"
-        speed = row["test"]["sentences_per_second"]
+        speed = row["test"]["sentences_per_second"] or ""  # too few to measure
         rows.append((row["preset"], *ours, *(paper or ("", "")), row["step"], search, speed))
     widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(str(x).ljust(width) for x, width in zip(row, widths, strict=True)) for row in rows)

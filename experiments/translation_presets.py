@@ -23,11 +23,10 @@ class Size:
     tokens: int  # of a batch, on the longer side, with padding
     max_length: int = 256  # tokens of a sentence that is trained on
     label_smoothing: float = 0.1
-    average: int = 1  # last checkpoints whose mean is evaluated; 1: the best one
 
 
 _ADAM = {"b2": 0.98, "clip": 0.0, "schedule": "inverse_sqrt"}
-_SHORT = _ADAM | {"schedule": "cosine", "seed": 1}
+_SHORT = _ADAM | {"clip": 1.0, "schedule": "cosine", "seed": 1}
 _WMT = TrainConfig(
     steps=40_000, learning_rate=1e-3, warmup=4000, accumulate=16, eval_every=1000, log_every=50, seed=1, **_ADAM
 )
@@ -50,26 +49,19 @@ SIZES = {
             BASE, encoder_layers=4, decoder_layers=4, d_model=128, d_ff=256, num_heads=4, dropout=0.1, **_PRE
         ),
         TrainConfig(
-            steps=9000,
-            learning_rate=2.5e-3,
-            warmup=900,
-            eval_every=750,
-            save_every=250,
-            log_every=50,
-            **_SHORT | {"clip": 1.0},
+            steps=9000, learning_rate=2.5e-3, warmup=900, eval_every=750, save_every=250, log_every=50, **_SHORT
         ),
         4000,
         1024,
         max_length=64,
-        average=5,
     ),
     "demo": Size(
         dataclasses.replace(
             BASE, encoder_layers=2, decoder_layers=2, d_model=128, d_ff=256, num_heads=4, dropout=0.2, **_PRE
         ),
-        TrainConfig(steps=1100, learning_rate=5e-3, warmup=200, eval_every=275, save_every=275, log_every=25, **_SHORT),
+        TrainConfig(steps=1500, learning_rate=4e-3, warmup=200, eval_every=375, save_every=375, log_every=25, **_SHORT),
         2500,
-        2048,
+        1024,
         max_length=48,
     ),
 }
