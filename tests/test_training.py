@@ -108,8 +108,9 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(kind, at, whole, tmp_path):
 def test_the_checkpoint_of_an_interruption_stays_until_the_next(tmp_path):
     saves = {5, 10, 15}.__contains__
     with run_folder.checkpoints(tmp_path, 2, saves) as manager:
-        for step, stay in ((5, [5]), (8, [5, 8]), (10, [5, 10]), (12, [5, 10, 12]), (15, [10, 15])):
-            run_folder.save(manager, training.State(jnp.asarray(step), *[{"x": jnp.ones(1)}] * 3, None), {})
+        for step, stay in ((5, [5]), (8, [5, 8]), (10, [5, 10]), (12, [5, 10, 12]), (15, [5, 10, 15])):
+            loss = 1.0 if step == 5 else math.inf  # the best one stays, and must not be that of an interruption here
+            run_folder.save(manager, training.State(jnp.asarray(step), *[{"x": jnp.ones(1)}] * 3, None), {}, loss)
             manager.wait_until_finished()
             assert saved_steps(tmp_path) == stay
 

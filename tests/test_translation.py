@@ -267,6 +267,18 @@ def test_the_same_command_again_trains_no_further_and_gives_the_same(trained):
         assert {**again[part], "sentences_per_second": 0} == {**results[part], "sentences_per_second": 0}
 
 
+def test_the_loss_of_validation_leaves_out_what_is_empty(trained):
+    config, _ = trained
+    subwords = Subwords((config.out / "subwords.model").read_bytes())
+    pairs = parallel_text.read_pairs(config.validation)  # the first is empty
+    options = dataclasses.replace(find(config.preset)[1], vocab_size=len(subwords))
+    model, step = training.load(config.out, lambda: EncoderDecoder(options, rngs=nnx.Rngs(0)))
+    expected = translation.nats(model, *map(subwords.encode, pairs), np.arange(1, len(pairs.source)), 8)
+    lines = map(json.loads, (config.out / "metrics.jsonl").read_text().splitlines())
+    (loss,) = {line["validation_loss"] for line in lines if line["step"] == step and "validation_loss" in line}
+    np.testing.assert_allclose(loss, expected, rtol=1e-4)
+
+
 def test_a_run_is_not_mixed_with_another(trained):
     config, _ = trained
     with pytest.raises(ValueError, match=r"subwords.asked for was 320 and is 330"):
@@ -287,6 +299,7 @@ def test_translating_keeps_the_order_and_cuts_what_is_too_long(trained, monkeypa
     for line, expected in zip(lines, together, strict=True):
         assert translation.translate(model, subwords, [line], **options)[0] == [expected]
     with monkeypatch.context() as patch:
+        assert translation._bytes_of_memory(model, 64, 2) > 4 * translation._bytes_of_memory(model, 8, 2)
         search, batches = decode.beam_search, []
         patch.setattr(decode, "beam_search", lambda *args, **kw: batches.append(len(args[1])) or search(*args, **kw))
         patch.setattr(translation, "MEMORY", 2 * translation._bytes_of_memory(model, 8, 2))
