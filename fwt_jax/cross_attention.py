@@ -47,7 +47,8 @@ class CrossAttention(nnx.Module):
 
     Raises:
       ValueError: another rule: the order of the source does not matter here, which the delta rule depends on; a feature
-        map that is none or divides by zero, as in ``FastWeightAttention``.
+        map that is none or divides by zero, as in ``FastWeightAttention``. When called: x or a source that is not
+        floating point and of three axes, a mask that is not bool ``[B, S]``, x and a source or memory of different B.
 
     Example:
       >>> layer = CrossAttention(512, 8, 64, rule="sum", rngs=nnx.Rngs(0))
@@ -98,6 +99,8 @@ class CrossAttention(nnx.Module):
           y, as x.
         """
         feature_map = self.feature_map
+        self._check("source", source, mask)
+        self._check("x", x, batch=len(source))
         if rngs is not None and hasattr(feature_map, "draw"):
             feature_map = feature_map.draw(rngs)  # once: keys and queries must share it
         if self.rule == "softmax":
@@ -109,11 +112,28 @@ class CrossAttention(nnx.Module):
 
     def write(self, source: jax.Array, mask: jax.Array | None = None) -> Memory | Source:
         """The memory of a source: fast weights ``[B, H, K, V]`` and key sums, or keys and values for softmax."""
+        self._check("source", source, mask)
         return self._write(source, mask, self.feature_map)
 
     def read(self, x: jax.Array, memory: Memory | Source) -> jax.Array:
         """y, as x ``[B, T, in_features]``, from what ``write`` returned."""
+        self._check("x", x, batch=len(memory[0]))
         return self._read(x, memory, self.feature_map)
+
+    def _check(self, name, x, mask=None, batch=None):
+        size = self.query.in_features[0]
+        if x.ndim != 3 or x.shape[-1] != size or 0 in x.shape or not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(
+                f"{name} must be floating point and [B, tokens, {size}] with at least one token, "
+                f"got {x.dtype}{list(x.shape)}; for one token or one sequence add an axis of length 1"
+            )
+        if batch not in (None, len(x)):
+            raise ValueError(f"x must have the {batch} rows of its source, got {len(x)}; repeat the source or x")
+        if mask is not None and (mask.shape != x.shape[:2] or mask.dtype != jnp.bool_):
+            raise ValueError(
+                f"mask must be bool {list(x.shape[:2])}, True where the source is no padding, "
+                f"got {mask.dtype}{list(mask.shape)}; a mask that is added to scores is mask == 0 here"
+            )
 
     def _write(self, source, mask, feature_map):
         key, value = self.key(source), self.value(source)

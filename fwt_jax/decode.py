@@ -1,4 +1,4 @@
-"""Generation: what was given at once, then token by token from a memory of constant size.
+"""Generation: what was given at once, then token by token from a memory, with fast weights of constant size.
 
 tokens = generate(model, prompts, 100, key=key)                          # a DecoderLM goes on
 translations = beam_search(model, source, beam_size=4, max_length=50)    # an EncoderDecoder translates
@@ -116,11 +116,11 @@ def _generate(model, prompts, lengths, key, temperature, max_new_tokens, greedy,
         tokens = choose(hidden[:, -1], key)
         return (tokens, memory), tokens
 
-    first, *rest = jax.random.split(key, max_new_tokens)
-    first = choose(hidden[:, -1], first)
-    if not rest:
+    keys = jax.random.split(key, max_new_tokens)
+    first = choose(hidden[:, -1], keys[0])
+    if max_new_tokens == 1:
         return first[:, None]
-    _, tokens = lax.scan(step, (first, memory), jnp.stack(rest))
+    _, tokens = lax.scan(step, (first, memory), keys[1:])
     return jnp.concatenate([first[None], tokens]).T
 
 

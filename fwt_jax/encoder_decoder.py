@@ -32,10 +32,14 @@ class Attention:
       rule: "softmax", or the rule of a fast weight memory: "sum", and "delta" in the decoder's self-attention.
       feature_map, feature_size, feature_normalization: as in ``ModelConfig``, but that "favor_plus" estimates the
         kernel of softmax attention, exp(kᵀq / √D): x is divided by D^¼, and nothing is added to its features.
-      normalize, eps: attention normalisation, see ``fast_weight_attention``.
+      normalize, eps: attention normalisation, see ``fast_weight_attention``; eps is above 0.
 
     Raises:
-      ValueError: an unknown name, a feature_size below 1.
+      ValueError: an unknown name, a feature_size below 1, an eps of 0, features for softmax, "delta" with features that
+        are not normalised: with those of long keys the delta rule diverges (section 4.2).
+
+    Example:
+      >>> delta = Attention("delta", feature_normalization="sum", normalize=False)
     """
 
     rule: Literal["softmax", "sum", "delta"] = "softmax"
@@ -56,6 +60,18 @@ class Attention:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {getattr(self, name)!r}")
         if self.feature_size < 1:
             raise ValueError(f"feature_size must be at least 1, got {self.feature_size}")
+        if not self.eps > 0:
+            raise ValueError(f"eps must be above 0, for sentences that are padding alone, got {self.eps}")
+        if self.rule == "delta" and self.feature_normalization is None:
+            raise ValueError(
+                'rule "delta" diverges with features that are not normalised, got feature_normalization=None; '
+                'take "sum", with normalize=False, or "l2"'
+            )
+        others = [f.name for f in dataclasses.fields(self)[1:] if getattr(self, f.name) != f.default]
+        if self.rule == "softmax" and others:
+            raise ValueError(
+                f'rule "softmax" has no features to which {", ".join(others)} could apply; take rule "sum"'
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +87,7 @@ class TranslationConfig:
         at the end of encoder and decoder).
       dropout: rate, after the embeddings and after each sublayer.
       remat, scan: as in ``ModelConfig``.
-      dtype: of the computation; float32 or bfloat16. Parameters, memories, normalisations and losses are float32.
+      dtype: as in ``ModelConfig``.
       pad_id, bos_id, eos_id: tokens of the vocabulary: padding, and what stands before and after each sentence.
 
     Raises:
@@ -103,8 +119,10 @@ class TranslationConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.d_model % self.num_heads or self.d_model % 2:
             raise ValueError(f"d_model must be even and a multiple of num_heads {self.num_heads}, got {self.d_model}")
-        for name in ("encoder", "cross"):
-            if getattr(self, name).rule == "delta":
+        for name in ("encoder", "decoder", "cross"):
+            if not isinstance(getattr(self, name), Attention):
+                raise ValueError(f'{name} must be an Attention, as Attention("sum"), got {getattr(self, name)!r}')
+            if name != "decoder" and getattr(self, name).rule == "delta":
                 raise ValueError(
                     f'{name}.rule must be "softmax" or "sum", got "delta", which depends on the order in which the '
                     "source is written; only the decoder's attention is causal"
@@ -250,7 +268,7 @@ class EncoderDecoder(nnx.Module):
         """log p of the token of the target after each.
 
         Args:
-          source: integers ``[B, S]``, padded with pad_id behind.
+          source: integers ``[B, S]`` from 0 to V − 1, which is not checked, padded with pad_id behind.
           tokens: integers ``[B, T]``: bos_id and the target.
           rngs: for dropout and the projections of "favor_plus", see ``DecoderLM``; without: evaluation.
 
@@ -274,8 +292,14 @@ class EncoderDecoder(nnx.Module):
         Args:
           source, rngs: as in ``__call__``.
           targets: integers ``[B, T]`` that end with eos_id, then padding; bos_id is put before them here.
-          label_smoothing: ε, from 0 to 1.
+          label_smoothing: ε, from 0 to 1, a Python number.
+
+        Raises:
+          ValueError: as ``__call__``; a label_smoothing outside of its range.
         """
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"label_smoothing must be from 0 to 1, got {label_smoothing}")
+        targets = _tokens("targets", targets)
         bos = jnp.full((len(targets), 1), self.config.bos_id, targets.dtype)
         hidden = self._hidden(source, jnp.concatenate([bos, targets[:, :-1]], axis=1), rngs)
         losses = output_layer.losses(hidden, targets, self._output())
@@ -292,7 +316,12 @@ class EncoderDecoder(nnx.Module):
           source: as in ``__call__``.
           max_length: tokens of the target that softmax attention has room for.
           hypotheses: R, in which each sentence is translated at once.
+
+        Raises:
+          ValueError: a source that is not integers ``[B, S]``, numbers below 1.
         """
+        if min(max_length, hypotheses) < 1:
+            raise ValueError(f"max_length and hypotheses must be at least 1, got {max_length} and {hypotheses}")
         encoded = self._encode(source, None)
         sources = tuple(block.cross_attention.write(*encoded) for block in self.decoder)
         rows = len(source) * hypotheses
@@ -306,8 +335,15 @@ class EncoderDecoder(nnx.Module):
         Args:
           tokens: integers ``[B·R, T]``, the hypotheses of a sentence one after another; T = 1 unless R = 1.
           memory: what ``encode`` or an earlier call returned.
+
+        Raises:
+          ValueError: tokens that are not integers of these shapes, of other rows than the memory's.
         """
-        if len(tokens) != len(jax.tree.leaves(memory.source)[0]) and tokens.shape[1] != 1:
+        tokens = _tokens("tokens", tokens)
+        rows, sentences = (len(jax.tree.leaves(part)[0]) for part in (memory.decoder, memory.source))
+        if len(tokens) != rows:
+            raise ValueError(f"tokens must have the {rows} rows of the memory, got {len(tokens)}")
+        if rows != sentences and tokens.shape[1] != 1:
             raise ValueError(f"several hypotheses of a sentence take one token at a time, got {list(tokens.shape)}")
         hidden, after = self._decode(tokens, memory.position, memory.decoder, memory.source, None)
         return hidden, TranslationMemory(memory.position + tokens.shape[1], after, memory.source)
@@ -318,13 +354,13 @@ class EncoderDecoder(nnx.Module):
 
     def _hidden(self, source, tokens, rngs):
         encoded = self._encode(source, rngs)
-        if tokens.ndim != 2 or len(tokens) != len(source) or not jnp.issubdtype(tokens.dtype, jnp.integer):
-            raise ValueError(f"the target must be integers [{len(source)}, T], got {tokens.dtype}{list(tokens.shape)}")
+        tokens = _tokens("the target", tokens)
+        if len(tokens) != len(source):
+            raise ValueError(f"source and target must have as many rows, got {len(source)} and {len(tokens)}")
         return self._decode(tokens, 0, (None,) * len(self.decoder), encoded, rngs)[0]
 
     def _encode(self, source, rngs):
-        if source.ndim != 2 or 0 in source.shape or not jnp.issubdtype(source.dtype, jnp.integer):
-            raise ValueError(f"source must be integers [B, S], S ≥ 1, got {source.dtype}{list(source.shape)}")
+        source = _tokens("source", source)
         mask = source != self.config.pad_id
         x = self._embed(source, 0, rngs)
 
@@ -352,6 +388,13 @@ class EncoderDecoder(nnx.Module):
 
     def _output(self):
         return self.embedding[...], jnp.zeros(self.config.vocab_size)
+
+
+def _tokens(name, x):
+    x = jnp.asarray(x)
+    if x.ndim != 2 or 0 in x.shape or not jnp.issubdtype(x.dtype, jnp.integer):
+        raise ValueError(f"{name} must be integers [rows, length], with at least one of each, got {x.dtype}{list(x.shape)}")
+    return x
 
 
 def _layer_norm(config, rngs):

@@ -65,7 +65,7 @@ class FastWeightAttention(nnx.Module):
       num_features: K.
 
     Raises:
-      ValueError: sizes below 1, a feature map that is none or divides by zero (DPFP of an odd size with eps 0),
+      ValueError: sizes below 1, a feature map that is none or divides by zero (ReLU, DPFP of an odd size, with eps 0),
         options that ``fast_weight_attention`` refuses.
 
     Example:
@@ -396,14 +396,14 @@ def _count_features(feature_map, feature_normalization, num_heads, head_size):
             "feature_map and feature_normalization must change the last axis only, "
             f"got {heads.shape} -> {features.shape}"
         )
-    if head_size % 2:
+    for second in (-1, 1) if head_size % 2 else (-1,):
         with jax.ensure_compile_time_eval():
-            signs = jnp.broadcast_to(1.0 - 2.0 * (jnp.arange(head_size) % 2), heads.shape)
-            extreme = feature_normalization(feature_map(signs))
+            signs = jnp.where(jnp.arange(head_size) % 2, second, -1.0)
+            extreme = feature_normalization(feature_map(jnp.broadcast_to(signs, heads.shape)))
         if not isinstance(extreme, jax.core.Tracer) and not np.all(np.isfinite(extreme)):
             raise ValueError(
-                f"the features of [1, −1, 1, …], of head_size {head_size}, are not finite: DPFP of an odd size can be "
-                "all zeros; leave out the eps of sum_normalize, or take an even head_size"
+                f"the features of [−1, {second}, −1, …], of head_size {head_size}, are not finite: those of ReLU, and "
+                "of DPFP of an odd size, can be all zeros; take others, or sum_normalize without its eps"
             )
     return features.shape[-1]
 

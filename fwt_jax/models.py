@@ -52,7 +52,8 @@ class ModelConfig:
       dropout: rate, after the embedding, the attention, inside and after the feed-forward layer, and before the output.
       remat: recompute each block in the backward pass.
       scan: compile one block for all, by ``lax.scan``: for many layers, of which compiling would take minutes.
-      dtype: of the computation; float32 or bfloat16. Parameters, memories, normalisations and losses are float32.
+      dtype: of the computation; float32 or bfloat16. Parameters, fast weights, normalisations, the output layer and
+        losses are float32; keys and values that softmax attention keeps are of dtype.
       implementation: of the memory, see ``fast_weight_attention``.
 
     Raises:
@@ -145,6 +146,7 @@ INIT = nnx.initializers.normal(0.02)
 
 
 TOOLKIT_FAVOR_PLUS = functools.partial(FavorPlus, orthogonal="columns", eps=1e-4)
+_partial = functools.cache(functools.partial)  # equal ones are one object, so that equal models are compiled once
 
 
 def features(config, rngs: nnx.Rngs, favor_plus: Callable[..., FavorPlus] = TOOLKIT_FAVOR_PLUS) -> dict:
@@ -152,12 +154,12 @@ def features(config, rngs: nnx.Rngs, favor_plus: Callable[..., FavorPlus] = TOOL
     head_size of a configuration."""
     feature_map = getattr(feature_maps, config.feature_map)
     if config.feature_map == "dpfp":
-        feature_map = functools.partial(feature_map, nu=config.feature_size)
+        feature_map = _partial(feature_map, nu=config.feature_size)
     elif config.feature_map == "favor_plus":
         feature_map = favor_plus(config.head_size, config.feature_size, rngs=rngs)
     normalization = {
         None: None,
-        "sum": functools.partial(feature_maps.sum_normalize, eps=0.0),
+        "sum": _partial(feature_maps.sum_normalize, eps=0.0),
         "l2": feature_maps.l2_normalize,
     }[config.feature_normalization]
     return {"feature_map": feature_map, "feature_normalization": normalization}

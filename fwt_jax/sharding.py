@@ -64,7 +64,8 @@ def make_mesh(
 def partition(mesh: Mesh, tree: Any, rules: Sequence[tuple[str, P]] = RULES) -> Any:
     """The ``NamedSharding`` of every array of a tree (or ``ShapeDtypeStruct``), by its path.
 
-    An axis of the mesh that does not divide its dimension is left out: a vocabulary of 267,735 words stays whole.
+    An axis of the mesh that does not divide its dimension is left out: a vocabulary of 267,735 words stays whole, as
+    does what has no axes.
 
     Raises:
       ValueError: a rule with more axes than its array.
@@ -72,7 +73,7 @@ def partition(mesh: Mesh, tree: Any, rules: Sequence[tuple[str, P]] = RULES) -> 
 
     def of(path, x):
         path = jax.tree_util.keystr(path, simple=True, separator="/")
-        spec = next((spec for expression, spec in rules if re.search(expression, path)), P())
+        spec = next((spec for expression, spec in rules if x.ndim and re.search(expression, path)), P())
         if len(spec) > x.ndim:
             raise ValueError(f"{path} is split by {spec}, and has only {x.ndim} axes, {list(x.shape)}; mend the rules")
         fits = (

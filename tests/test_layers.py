@@ -446,7 +446,7 @@ def test_a_softmax_layer_in_a_linen_model():
         (dict(feature_map=functools.partial(dpfp, nu=8)), "dpfp of vectors of size 4 takes nu from 1 to 7, got nu=8"),
         (
             dict(head_size=3, feature_map=dpfp, feature_normalization=sum_normalize_exactly),
-            "of head_size 3, are not finite: DPFP of an odd size can be all zeros; leave out the eps of sum_normalize",
+            "of head_size 3, are not finite: those of ReLU, and of DPFP of an odd size, can be all zeros; take others",
         ),
         (dict(value_size=0), "sizes must be at least 1, got .*'value_size': 0"),
         (dict(num_heads=-1), "sizes must be at least 1, got .*'num_heads': -1"),

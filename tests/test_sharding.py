@@ -84,6 +84,7 @@ def test_parameters_moments_and_memories_are_split_by_the_table():
     assert feed_forward["out"]["kernel"] == P("tensor", "fsdp")
     assert specs["params"]["embedding"] == P("tensor", "fsdp")
     assert specs["memory"][0].fast_weights == P(("data", "fsdp"), "tensor")
+    assert sharding.partition(mesh, {"memory": {"position": jnp.zeros(())}})["memory"]["position"].spec == P()
     moments = [s for s in jax.tree.leaves(specs["optimizer"], is_leaf=lambda s: isinstance(s, P)) if s != P()]
     assert len(moments) == 2 * sum(s != P() for s in jax.tree.leaves(specs["params"]))
 

@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 from cases import some
 from flax import nnx
 from hypothesis import strategies as st
 
-from fwt_jax import decode, fast_weight_cross_attention, sharding
+from fwt_jax import decode, encoder_decoder, fast_weight_cross_attention, sharding
+from fwt_jax.cross_attention import CrossAttention
 from fwt_jax.encoder_decoder import Attention, EncoderDecoder, TranslationConfig
 
 TINY = TranslationConfig(
@@ -63,6 +65,91 @@ def log_probabilities(model, source, tokens):
 
 
 # --- the model -------------------------------------------------------------------------------------------------------
+
+
+def by_hand(model, source, tokens, dropout=1.0):
+    """log p of one sentence, its equations in NumPy (Vaswani et al. 2017, section 3); dropout: times that factor."""
+    config, p = model.config, lambda x: np.asarray(x[...], np.float64)
+    features = lambda x: np.where(x > 0, x + 1, np.exp(x))  # noqa: E731 -- ELU + 1
+
+    def attend(layer, options, x, source, seen):
+        q, k, v = (
+            np.einsum("td,dhk->htk", y, p(to.kernel)) + p(to.bias)[:, None]
+            for y, to in ((x, layer.query), (source, layer.key), (source, layer.value))
+        )
+        if options.rule == "delta":
+            beta = 1 / (1 + np.exp(-x @ p(layer.beta.kernel) - p(layer.beta.bias)))
+            q, k = (y / y.sum(axis=-1, keepdims=True) for y in (features(q), features(k)))
+            out = [reference.attention(q[h], k[h], v[h], beta[:, h], rule="delta")[0] for h in range(len(q))]
+        else:
+            softmax = options.rule == "softmax"
+            scores = q @ np.swapaxes(k, 1, 2) / np.sqrt(q.shape[-1])
+            weights = seen * (np.exp(scores) if softmax else features(q) @ np.swapaxes(features(k), 1, 2))
+            out = weights @ v / weights.sum(axis=-1, keepdims=True)
+        return np.einsum("htv,hvd->td", np.stack(out), p(layer.out.kernel)) + p(layer.out.bias)
+
+    def normal(x, norm):
+        centred = x - x.mean(axis=-1, keepdims=True)
+        return centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + 1e-5) * p(norm.scale) + p(norm.bias)
+
+    def add(x, norm, sublayer):
+        if config.norm == "pre":
+            return x + dropout * sublayer(normal(x, norm))
+        return normal(x + dropout * sublayer(x), norm)
+
+    def feed_forward(layer, x):
+        hidden = np.maximum(x @ p(layer.hidden.kernel) + p(layer.hidden.bias), 0)
+        return hidden @ p(layer.out.kernel) + p(layer.out.bias)
+
+    def embed(tokens):
+        angles = np.arange(len(tokens))[:, None] / 10000 ** (np.arange(0, config.d_model, 2) / config.d_model)
+        x = p(model.embedding)[tokens] * np.sqrt(config.d_model)
+        return dropout * (x + np.hstack([np.sin(angles), np.cos(angles)]))
+
+    seen, before = source != config.pad_id, np.tri(len(tokens))
+    y, x = embed(source), embed(tokens)
+    for block in model.encoder:
+        y = add(y, block.norms[0], lambda x, block=block: attend(block.attention, config.encoder, x, x, seen))
+        y = add(y, block.norms[1], functools.partial(feed_forward, block.feed_forward))
+    y = normal(y, model.encoder_norm) if config.norm == "pre" else y
+    for block in model.decoder:
+        x = add(x, block.norms[0], lambda x, block=block: attend(block.attention, config.decoder, x, x, before))
+        x = add(x, block.norms[1], lambda x, block=block: attend(block.cross_attention, config.cross, x, y, seen))
+        x = add(x, block.norms[2], functools.partial(feed_forward, block.feed_forward))
+    x = normal(x, model.decoder_norm) if config.norm == "pre" else x
+    logits = x @ p(model.embedding).T
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "norm", "factor"),
+    [
+        ("softmax", "post", 1.0),
+        ("softmax", "pre", 2.0),
+        ("sum", "post", 2.0),
+        ("delta decoder", "post", 1.0),
+        ("delta decoder", "pre", 1.0),
+    ],
+)
+def test_the_model_is_that_of_its_equations(name, norm, factor, monkeypatch):
+    """Of parameters that are all drawn, and with a dropout that multiplies what it is applied to by a factor."""
+    model = EncoderDecoder(dataclasses.replace(TINY, **MODELS[name] | {"norm": norm}), rngs=nnx.Rngs(1))
+    draw = np.random.default_rng(2)
+    for _, parameter in nnx.iter_graph(model):
+        if isinstance(parameter, nnx.Param):
+            parameter[...] += jnp.asarray(draw.normal(0, 0.1, parameter.shape), jnp.float32)
+    monkeypatch.setattr(encoder_decoder, "dropout", lambda x, rate, rngs: factor * x)
+    source, tokens = sentences(2, 6, lengths=[6, 4]), sentences(2, 5, seed=1, lengths=[5, 5])
+    got = nnx.jit(lambda model: model(source, tokens))(model)
+    for row in range(2):
+        expected = by_hand(model, np.asarray(source[row]), np.asarray(tokens[row]), factor)
+        np.testing.assert_allclose(got[row], expected, atol=2e-5)
+
+
+def test_equal_models_are_one_to_the_compiler():
+    config = dataclasses.replace(TINY, cross=DPFP, decoder=DELTA)
+    one, other = (nnx.split(EncoderDecoder(config, rngs=nnx.Rngs(seed)))[0] for seed in (0, 1))
+    assert one == other and hash(one) == hash(other)
 
 
 @some_models
@@ -347,6 +434,7 @@ def test_no_scores_leave_their_device():
         ({"d_model": 18, "num_heads": 4}, "even and a multiple of num_heads 4, got 18"),
         ({"encoder": DELTA}, "encoder.rule must be .*depends on the order"),
         ({"cross": DELTA}, "cross.rule must be"),
+        ({"cross": "sum"}, r'cross must be an Attention, as Attention\("sum"\), got .sum'),
         ({"norm": "both"}, "norm must be one of 'post', 'pre', got 'both'"),
         ({"dropout": 1.0}, "dropout must be in"),
         ({"decoder_layers": 0}, "decoder_layers must be at least 1, got 0"),
@@ -365,6 +453,9 @@ def test_a_configuration_that_is_none(options, words):
         ({"rule": "fwm"}, "rule must be one of"),
         ({"feature_map": "sigmoid"}, "feature_map must be one of"),
         ({"feature_size": 0}, "feature_size must be at least 1, got 0"),
+        ({"eps": 0.0}, "eps must be above 0, for .*, got 0.0"),
+        ({"rule": "delta"}, 'diverges .* feature_normalization=None; take "sum"'),
+        ({"feature_map": "dpfp", "feature_size": 2}, "softmax.*has no features to which feature_map, feature_size"),
     ],
 )
 def test_an_attention_that_is_none(options, words):
@@ -389,12 +480,52 @@ def test_tokens_that_are_none():
     model, source = make("sum"), sentences(2, 4)
     with pytest.raises(ValueError, match="source must be from 0 to 19, got 0 to 20"):
         decode.beam_search(model, jnp.asarray([[0, 20]]), max_length=3)
-    with pytest.raises(ValueError, match=r"source must be integers \[B, S\], S ≥ 1, got int32\[2, 0\]"):
+    with pytest.raises(ValueError, match=r"source must be integers \[rows, length\].*got int32\[2, 0\]"):
         decode.beam_search(model, source[:, :0], max_length=3)
-    with pytest.raises(ValueError, match=r"source must be integers \[B, S\], S ≥ 1, got float32\[2, 4\]"):
+    with pytest.raises(ValueError, match=r"source must be integers \[rows, length\].*got float32\[2, 4\]"):
         model(source.astype(jnp.float32), source)
-    with pytest.raises(ValueError, match=r"the target must be integers \[2, T\], got int32\[3, 4\]"):
+    with pytest.raises(ValueError, match="source and target must have as many rows, got 2 and 3"):
         model(source, sentences(3, 4))
+    with pytest.raises(ValueError, match=r"targets must be integers .*got int32\[4\]"):
+        model.losses(source, source[0])
+    with pytest.raises(ValueError, match="label_smoothing must be from 0 to 1, got 5"):
+        model.losses(source, source, label_smoothing=5)
+    with pytest.raises(ValueError, match="max_length and hypotheses must be at least 1, got 4 and 0"):
+        model.encode(source, max_length=4, hypotheses=0)
     memory = model.encode(source, max_length=4, hypotheses=2)
+    with pytest.raises(ValueError, match="tokens must have the 4 rows of the memory, got 2"):
+        model.decode(jnp.zeros((2, 1), jnp.int32), memory)
+    with pytest.raises(ValueError, match=r"tokens must be integers .*got int32\[4\]"):
+        model.decode(jnp.zeros(4, jnp.int32), memory)
     with pytest.raises(ValueError, match=r"one token at a time, got \[4, 2\]"):
         model.decode(jnp.zeros((4, 2), jnp.int32), memory)
+
+
+X, MASK = jnp.ones((2, 3, 8)), jnp.ones((2, 3), bool)
+
+
+@pytest.mark.parametrize("rule", ["softmax", "sum"])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"x": X[0]}, r"x must be floating point and \[B, tokens, 8\].*got float32\[3, 8\]"),
+        ({"x": X.astype(int)}, r"x must be floating point .*got int32\[2, 3, 8\]"),
+        ({"x": X[:1]}, "x must have the 2 rows of its source, got 1"),
+        ({"source": X[:, :0], "mask": None}, r"source must be .*at least one token, got float32\[2, 0, 8\]"),
+        ({"mask": jnp.zeros((2, 3))}, r"mask must be bool \[2, 3\].*got float32\[2, 3\].*mask == 0"),
+        ({"mask": MASK[:1]}, r"mask must be bool \[2, 3\].*got bool\[1, 3\]"),
+    ],
+)
+def test_a_source_that_is_none(rule, change, words):
+    layer, call = CrossAttention(8, 2, 4, rule=rule, rngs=nnx.Rngs(0)), {"x": X, "source": X, "mask": MASK} | change
+    with pytest.raises(ValueError, match=words):
+        layer(**call)
+    with pytest.raises(ValueError, match=words):
+        layer.read(call["x"], layer.write(call["source"], call["mask"]))
+
+
+@pytest.mark.parametrize("name", ["relu", "relu_squared"])
+def test_features_that_can_all_be_zero_are_not_divided_by_their_sum(name):
+    config = dataclasses.replace(TINY, decoder=Attention("delta", name, feature_normalization="sum"))
+    with pytest.raises(ValueError, match="of head_size 8, are not finite: those of ReLU"):
+        EncoderDecoder(config, rngs=nnx.Rngs(0))
