@@ -54,13 +54,16 @@ def _split_tabs(lines, name):
     fields = [line.split("\t") if line else ["", ""] for line in lines]
     for i, row in enumerate(fields):
         if len(row) != 2:
-            raise ValueError(f"line {i + 1} of {name} must be a sentence, a tab and its translation: {lines[i]!r}")
+            line = lines[i] if len(lines[i]) <= 100 else lines[i][:100] + "…"
+            raise ValueError(f"line {i + 1} of {name} must be a sentence, a tab and its translation: {line!r}")
     return Pairs([row[0] for row in fields], [row[1] for row in fields])
 
 
 def _lines(path):
-    if not path.is_file():
-        raise ValueError(f"{path} is not there")
+    if not path.exists() or path.is_dir():
+        raise ValueError(
+            f"{path} is {'a folder' if path.is_dir() else 'not there'}; name a file with a sentence a line"
+        )
     try:
         with path.open(encoding="utf-8-sig", newline="\n") as file:  # a lone "\r", as web text has, ends no line
             lines = [line.removesuffix("\n").removesuffix("\r") for line in file]
@@ -227,7 +230,7 @@ def usable(source: Sentences, target: Sentences, max_length: int) -> tuple[np.nd
     rows = np.flatnonzero(~empty & ~long)
     counts = f"{len(source):,} pairs, of which {empty.sum():,} with an empty side and {long.sum():,} of more than "
     if not len(rows):
-        raise ValueError(f"nothing is left of {counts}{max_length} tokens; take other text or a larger max_length")
+        raise ValueError(f"nothing is left of {counts}{max_length} tokens; take other text, or a larger --max-length")
     return rows, f"{counts}{max_length} tokens are left out"
 
 

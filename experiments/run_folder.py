@@ -177,10 +177,12 @@ def folder(path: pathlib.Path) -> pathlib.Path:
     """The absolute path of the folder of a run.
 
     Raises:
-      ValueError: the address of a bucket, which would become a folder of that name on each machine.
+      ValueError: the address of a bucket, which would become a folder of that name on each machine; a file.
     """
     if re.match("[a-z0-9]{2,}:/", str(path)):
         raise ValueError(f"the folder of a run must be on a file system, got {path}; mount the bucket (gcsfuse) first")
+    if path.is_file():
+        raise ValueError(f"the folder of a run must be one, and {path} is a file; name another")
     return path.absolute()
 
 

@@ -17,7 +17,7 @@ import math
 import pathlib
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import filelock
@@ -385,17 +385,17 @@ def load(
     make_model: Callable[[], nnx.Module],
     *,
     best: bool = True,
-    average: int = 1,
+    average: Sequence[int] = (),
     mesh: Mesh | None = None,
 ) -> tuple[nnx.Module, int]:
     """The best model of a run (the last, where nothing was evaluated, or if not ``best``), and its step.
 
-    With ``average`` above 1 it is the mean of the last so many checkpoints, and the step of the last.
-    A checkpoint that cannot be read is left out, and named; the next takes its place. No checkpoint is written or
-    deleted, so that a run may go on at the same time.
+    With ``average`` it is the mean of the checkpoints of these steps, and the last of them. Else a checkpoint that
+    cannot be read is left out, and named; the next takes its place. No checkpoint is written or deleted, so that a run
+    may go on at the same time.
 
     Raises:
-      ValueError: a folder without checkpoints, or with fewer that can be read than are to be averaged.
+      ValueError: a folder without checkpoints, or without one that is to be averaged.
     """
     out = pathlib.Path(out).absolute()
     if not (out / "checkpoints").is_dir():
@@ -405,14 +405,16 @@ def load(
         state = _abstract(jax.eval_shape(functools.partial(initial_state, make_model, config)), mesh)
         model = {"params": state.params, "constants": state.constants}
         args = ocp.args.Composite(model=ocp.args.StandardRestore(model))
-        steps = run_folder.steps_by_loss(manager) if best and average == 1 else sorted(manager.all_steps())[::-1]
+        steps = run_folder.steps_by_loss(manager) if best else sorted(manager.all_steps())[::-1]
         if not steps:
             raise ValueError(f"{out / 'checkpoints'} is empty; train first, or name the folder of a run")
-        read = run_folder.read_first(manager, steps, lambda step: manager.restore(step, args=args)["model"], average)
-        if len(read) < average:
+        steps = [step for step in steps if step in average] if average else steps
+        count = len(average) or 1
+        read = steps and run_folder.read_first(manager, steps, lambda i: manager.restore(i, args=args)["model"], count)
+        if len(read) < count:
             raise ValueError(
-                f"{out / 'checkpoints'} has {len(read)} checkpoints, and {average} are to be averaged; a run keeps the "
-                "last so many as it is started with, and the best"
+                f"of the checkpoints {list(average)}, which are to be averaged, {out / 'checkpoints'} has "
+                f"{sorted(read)}; a run keeps the last so many as it is started with, and the best"
             )
         restored = read[max(read)]
         sums = jax.tree.map(lambda *leaves: sum(leaves), *(tree["params"] for tree in read.values()))

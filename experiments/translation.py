@@ -8,6 +8,8 @@
 
 A run is a folder, runs/translation/<preset>/ (--out), and the same command goes on where it was interrupted:
 checkpoints/, metrics.jsonl, tensorboard/, subwords.model, loss.png, translations.{validation,test}.txt, results.json.
+Options that are None are the preset's own. Pairs with an empty side, or with more than --max-length tokens, are not
+trained on; to translate, an empty line stays empty, and a sentence is cut after 1,024 tokens. Both are counted.
 Times and numbers, and on what machine: experiments/README.md. The presets are in translation_presets.py.
 """
 
@@ -45,7 +47,7 @@ MEMORY = 2**30  # bytes of a device that the memories of a batch of translations
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What to train, on what, and where. What is left out is the preset's own."""
+    """What to train, on what, and where."""
 
     preset: str = "demo"
     """demo, or SIZE-ATTENTION: big-softmax, tiny-dpfp-2, ... (an unknown name lists all)."""
@@ -65,6 +67,14 @@ class Config:
     """Updates of the parameters."""
     tokens: int | None = None
     """Of a batch, on the longer side, with padding."""
+    max_length: int | None = None
+    """Tokens of a sentence that is trained on, at most."""
+    learning_rate: float | None = None
+    """The highest."""
+    warmup: int | None = None
+    """Updates in which the learning rate rises; with fewer --steps than the preset's, fewer in proportion."""
+    dropout: float | None = None
+    """Share of the activations that are dropped in training."""
     accumulate: int | None = None
     """Parts that a batch is computed in, to need less memory."""
     seed: int | None = None
@@ -76,7 +86,7 @@ class Config:
     beam_size: int = 4
     """Hypotheses of the beam search."""
     length_penalty: float = 0.6
-    """See fwt_jax.decode.beam_search."""
+    """A translation of n tokens is judged by log p / n^this: more favours longer ones."""
     fsdp: int = 1
     """Devices that share the parameters of one copy of the model."""
     tensor: int = 1
@@ -95,25 +105,34 @@ def settings(config: Config) -> Size:
     """
     size, model = find(config.preset)
     given = lambda **options: {name: x for name, x in options.items() if x is not None}  # noqa: E731
-    options = given(steps=config.steps, accumulate=config.accumulate, seed=config.seed)
-    recipe = dataclasses.replace(size.training, **options)
-    saved = sum(map(recipe.saves, range(1, recipe.steps + 1)))
-    changes = given(tokens=config.tokens, vocabulary=config.vocabulary)
-    if config.average > saved:
-        raise ValueError(
-            f"average must be at most {saved}, the checkpoints of {recipe.steps} steps, got {config.average}"
-        )
-    for name, value, least in (
-        ("average", config.average, 1),
-        ("tokens", changes.get("tokens", 1), 1),
-        ("vocabulary", changes.get("vocabulary", 1), 1),
-        ("beam_size", config.beam_size, 1),
-        ("length_penalty", config.length_penalty, 0),
+    for name, least in (
+        ("average", 1),
+        ("tokens", 1),
+        ("max_length", 2),
+        ("vocabulary", 1),
+        ("beam_size", 1),
+        ("length_penalty", 0),
+        ("seed", 0),
     ):
-        if value < least:
+        value = getattr(config, name)
+        if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
-    recipe = dataclasses.replace(recipe, keep=max(config.average, recipe.keep))
+    recipe = dataclasses.replace(size.training, **given(steps=config.steps, accumulate=config.accumulate))
+    warmup = size.training.warmup * min(recipe.steps, size.training.steps) // size.training.steps
+    options = {"warmup": warmup} | given(warmup=config.warmup, learning_rate=config.learning_rate, seed=config.seed)
+    recipe = dataclasses.replace(recipe, keep=max(config.average, recipe.keep), **options)
+    if config.average > len(_saved(recipe)):
+        raise ValueError(
+            f"average must be at most {len(_saved(recipe))}, the checkpoints of {recipe.steps} steps, "
+            f"got {config.average}"
+        )
+    model = dataclasses.replace(model, **given(dropout=config.dropout))
+    changes = given(tokens=config.tokens, vocabulary=config.vocabulary, max_length=config.max_length)
     return dataclasses.replace(size, model=model, training=recipe, **changes)
+
+
+def _saved(recipe):
+    return [step for step in range(1, recipe.steps + 1) if recipe.saves(step)]
 
 
 def read_data(config: Config) -> dict[str, Pairs]:
@@ -255,6 +274,7 @@ def run(config: Config) -> dict:
         if name != "test"
     }
     rows, left_out = parallel_text.usable(*data["train"], size.max_length)
+    del pairs["train"]  # of WMT14, gigabytes
     held_out, of_held_out = parallel_text.usable(*data["validation"], parallel_text.SIZES[-1])
     options = dataclasses.replace(size.model, vocab_size=len(subwords))
     multiple = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
@@ -293,8 +313,10 @@ def run(config: Config) -> dict:
         mesh=mesh,
     )
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        model, step = training.load(out, make_model, average=config.average, mesh=mesh)
+        average = _saved(size.training)[-config.average :] if config.average > 1 else ()
+        model, step = training.load(out, make_model, average=average, mesh=mesh)
         results = {"preset": config.preset, "step": step, "average": config.average, "vocabulary": len(subwords)}
+        results |= {"nats": evaluate(model)["loss"]}
         results |= {"data": _data_name(config), "references": _digest("\n".join(pairs["test"].target).encode())}
         results |= {"beam_size": config.beam_size, "length_penalty": config.length_penalty}
         if jax.process_index() == 0:
@@ -326,9 +348,12 @@ def _subwords(path, train, size):
     """Those of the run, which the first process makes with its first start."""
     model = b""
     if jax.process_index() == 0:
-        if path.exists() and (path.parent / "run.json").exists():  # else those of a start that failed
+        if (path.parent / "run.json").exists():  # else there may be those of a start that failed
+            if not path.exists():
+                raise ValueError(f"{path.parent} holds another run, without {path.name}; name another folder")
             model = path.read_bytes()
         else:
+            print(f"making {size:,} subwords of {len(train.source):,} pairs")
             model = Subwords.train(train, size).model
             path.with_suffix(".tmp").write_bytes(model)
             os.replace(path.with_suffix(".tmp"), path)
@@ -358,24 +383,27 @@ def _score_part(config, model, subwords, pairs, name, multiple, mesh, out):
 
 
 def table(results: list[dict]) -> str:
-    """BLEU and chrF, those of WMT14 En-De beside the paper's BLEU."""
-    rows = [
-        ("preset", "valid BLEU", "chrF", "test BLEU", "chrF", "paper's valid", "test", "step", "beam", "sentences/s")
-    ]
+    """BLEU and chrF, those of WMT14 En-De beside the paper's BLEU; nats of a token of validation."""
+    scores = ("nats", "valid BLEU", "chrF", "test BLEU", "chrF", "paper's valid", "test")
+    rows = [("preset", "text", *scores, "checkpoint", "beam", "sentences/s")]
     for row in results:
         ours = (f"{row[name][metric]:.2f}" for name in ("validation", "test") for metric in ("bleu", "chrf"))
         paper = PAPER.get(row["preset"]) if row["data"] == "wmt14 en-de" else None
         search = f"{row['beam_size']}, {row['length_penalty']}"
         speed = row["test"]["sentences_per_second"] or ""  # too few to measure
-        rows.append((row["preset"], *ours, *(paper or ("", "")), row["step"], search, speed))
+        checkpoint = f"mean of {row['average']}, to {row['step']}" if row["average"] > 1 else row["step"]
+        scores = (f"{row['nats']:.3f}", *ours, *(paper or ("", "")))
+        rows.append((row["preset"], row["data"], *scores, checkpoint, search, speed))
     widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(str(x).ljust(width) for x, width in zip(row, widths, strict=True)) for row in rows)
 
 
 def main(config: Config):
     if config.table:
-        paths = sorted((config.out or RUNS).glob("**/results.json"))
-        print(table([json.loads(path.read_text(encoding="utf-8")) for path in paths]))
+        out = config.out or RUNS
+        results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("**/results.json"))]
+        results = [row for row in results if "references" in row]  # of this experiment
+        print(table(results) if results else f"{out}/ has no results of translation; train first, or name --out")
         return
     find(config.preset)
     if config.distributed:

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -166,7 +167,7 @@ def test_load_gives_the_last_model_where_nothing_was_evaluated(tmp_path):
 def test_the_mean_of_the_last_checkpoints(tmp_path):
     run(tmp_path, dataclasses.replace(CONFIG, keep=3, eval_every=12), evaluate=None)
     assert saved_steps(tmp_path) == [4, 8, 12]
-    mean, step = training.load(tmp_path, make_model, average=2)
+    mean, step = training.load(tmp_path, make_model, average=[8, 12])
     last, _ = training.load(tmp_path, make_model, best=False)
     shutil.rmtree(tmp_path / "checkpoints" / "12")
     before, _ = training.load(tmp_path, make_model, best=False)
@@ -222,9 +223,12 @@ def test_load_takes_the_next_best_for_a_broken_one_and_names_it(whole, tmp_path,
     others = [step for step in saved_steps(tmp_path) if step != best]
     harm(tmp_path / "checkpoints" / str(best), "truncate model")
     assert training.load(tmp_path, make_model)[1] in others
-    assert training.load(tmp_path, make_model, average=len(others))[1] == max(others)
-    with pytest.raises(ValueError, match=rf"has {len(others)} checkpoints, and 5 are to be averaged"):
-        training.load(tmp_path, make_model, average=5)
+    assert training.load(tmp_path, make_model, average=others)[1] == max(others)
+    asked = [*others, best, 99]
+    with pytest.raises(ValueError, match=rf"{re.escape(str(asked))}, which are .* has {re.escape(str(others))};"):
+        training.load(tmp_path, make_model, average=asked)
+    with pytest.raises(ValueError, match=r"\[99\], which are to be averaged, .* has \[\];"):
+        training.load(tmp_path, make_model, average=[99])
     assert capsys.readouterr().out.count(f"checkpoint {best} (") == 2
     for step in others:
         harm(tmp_path / "checkpoints" / str(step), "delete model")

@@ -62,6 +62,8 @@ def test_pairs_come_from_two_files_or_one_with_tabs_with_their_empty_lines(tmp_p
         ({"a": "1\n", "b": "1\n", "c": "1\n"}, r"in two files, or in one with tabs, got 3"),
         ({"a": "1\n", "b": b"\xff\n"}, r"b is not UTF-8"),
         ({"a": "1\n", "b": None}, r"b is not there"),
+        ({"a": "1\n", ".": None}, r" is a folder; name a file"),
+        ({"a": "1" * 999}, r"line 1 of .*: '1{100}…'$"),
     ],
 )
 def test_files_that_are_not_pairs(files, words, tmp_path):
@@ -253,9 +255,13 @@ def test_a_run_learns_writes_what_it_says_and_scores_as_sacrebleus_own_command(t
     for metric in ("bleu", "chrf"):
         np.testing.assert_allclose(theirs[metric]["score"], results["test"][metric], atol=1e-5)
         assert theirs[metric]["signature"] == results["test"][f"{metric}_signature"]
-    first, *_, last = (line for line in (config.out / "metrics.jsonl").read_text().splitlines() if '"loss"' in line)
+    lines = (config.out / "metrics.jsonl").read_text().splitlines()
+    first, *_, last = (line for line in lines if '"loss"' in line)
+    evaluations = [line for line in lines if "validation_loss" in line]
     assert json.loads(last)["loss"] < 0.7 * json.loads(first)["loss"]
+    assert results["nats"] == min(json.loads(line)["validation_loss"] for line in evaluations)
     assert "demo-delta" in translation.table([results])
+    assert "mean of 3, to 60" in translation.table([results | {"average": 3}])
     row = results | {"preset": "big-elu"}
     assert "25.5" not in translation.table([row]) and "25.5" in translation.table([row | {"data": "wmt14 en-de"}])
 
@@ -279,8 +285,13 @@ def test_the_loss_of_validation_leaves_out_what_is_empty(trained):
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
 
 
-def test_a_run_is_not_mixed_with_another(trained):
+def test_a_run_is_not_mixed_with_another(trained, tmp_path):
     config, _ = trained
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds another run, without subwords\.model; name another"):
+        translation.run(dataclasses.replace(config, out=tmp_path))
+    with pytest.raises(ValueError, match=r"must be one, and .*run\.json is a file"):
+        translation.run(dataclasses.replace(config, out=tmp_path / "run.json"))
     with pytest.raises(ValueError, match=r"subwords.asked for was 320 and is 330"):
         translation.run(dataclasses.replace(config, vocabulary=330))
     with pytest.raises(ValueError, match=r"text.validation was '.*' and is"):  # the best is the best of one text
@@ -379,6 +390,9 @@ def test_presets_are_the_papers():
         ({"tokens": 0}, "tokens must be at least 1, got 0"),
         ({"beam_size": 0}, "beam_size must be at least 1, got 0"),
         ({"length_penalty": -0.5}, "length_penalty must be at least 0, got -0.5"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"max_length": 1}, "max_length must be at least 2, got 1"),
+        ({"dropout": 1.0}, "dropout must be in"),
         ({"preset": "demo-dpfp-64"}, "dpfp of vectors of size 32 takes nu from 1 to 63, got nu=64"),
         ({"fsdp": 3}, "must be the number of devices, 8"),
         ({"pair": "de-en"}, "--pair and --data-dir are of WMT14"),
@@ -391,9 +405,34 @@ def test_settings_that_are_none(options, words, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_checkpoints_that_are_averaged_are_kept():
+def test_the_checkpoints_that_are_averaged_are_kept_and_are_the_last_of_the_run(trained, monkeypatch):
     for average, keep in ((1, 2), (7, 7)):
         assert translation.settings(translation.Config("tiny-elu", average=average)).training.keep == keep
+    monkeypatch.setattr(training, "train", lambda *args, **options: None)
+    monkeypatch.setattr(training, "load", lambda *args, average, **options: pytest.fail(str(average)))
+    config = dataclasses.replace(trained[0], steps=800, average=3)  # it saves after 375, 750 and 800
+    with pytest.raises(pytest.fail.Exception, match=r"\[375, 750, 800\]"):
+        translation.run(config)
+
+
+def test_what_the_command_line_changes():
+    options = {"learning_rate": 1e-2, "dropout": 0.5, "max_length": 9, "seed": 4}
+    size = translation.settings(translation.Config("tiny-elu", **options))
+    assert (size.training.learning_rate, size.model.dropout, size.max_length, size.training.seed) == (1e-2, 0.5, 9, 4)
+    for steps, warmup in ((None, 900), (9000, 900), (500, 50), (50_000, 900)):  # else a short run would only warm up
+        assert translation.settings(translation.Config("tiny-elu", steps=steps)).training.warmup == warmup
+    assert translation.settings(translation.Config("tiny-elu", steps=500, warmup=7)).training.warmup == 7
+
+
+def test_the_table_has_the_runs_of_this_experiment(trained, tmp_path, capsys):
+    results = trained[1]
+    (tmp_path / "results.json").write_text(json.dumps({"preset": "small-delta", "test": {}}))
+    translation.main(translation.Config(table=True, out=tmp_path))
+    assert "has no results of translation" in capsys.readouterr().out
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "results.json").write_text(json.dumps(results))
+    translation.main(translation.Config(table=True, out=tmp_path))
+    assert capsys.readouterr().out == translation.table([results]) + "\n"
 
 
 def test_too_few_pairs_to_hold_some_out(tmp_path):
