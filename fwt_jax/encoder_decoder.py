@@ -393,7 +393,7 @@ class EncoderDecoder(nnx.Module):
 def _tokens(name, x):
     x = jnp.asarray(x)
     if x.ndim != 2 or 0 in x.shape or not jnp.issubdtype(x.dtype, jnp.integer):
-        raise ValueError(f"{name} must be integers [rows, length], with at least one of each, got {x.dtype}{list(x.shape)}")
+        raise ValueError(f"{name} must be integers [rows ≥ 1, length ≥ 1], got {x.dtype}{list(x.shape)}")
     return x
 
 

@@ -480,9 +480,9 @@ def test_tokens_that_are_none():
     model, source = make("sum"), sentences(2, 4)
     with pytest.raises(ValueError, match="source must be from 0 to 19, got 0 to 20"):
         decode.beam_search(model, jnp.asarray([[0, 20]]), max_length=3)
-    with pytest.raises(ValueError, match=r"source must be integers \[rows, length\].*got int32\[2, 0\]"):
+    with pytest.raises(ValueError, match=r"source must be integers \[rows ≥ 1, length ≥ 1\], got int32\[2, 0\]"):
         decode.beam_search(model, source[:, :0], max_length=3)
-    with pytest.raises(ValueError, match=r"source must be integers \[rows, length\].*got float32\[2, 4\]"):
+    with pytest.raises(ValueError, match=r"source must be integers \[rows ≥ 1, length ≥ 1\], got float32\[2, 4\]"):
         model(source.astype(jnp.float32), source)
     with pytest.raises(ValueError, match="source and target must have as many rows, got 2 and 3"):
         model(source, sentences(3, 4))
