@@ -316,8 +316,9 @@ def test_translating_keeps_the_order_and_cuts_what_is_too_long(trained, monkeypa
         patch.setattr(translation, "MEMORY", 2 * translation._bytes_of_memory(model, 8, 2))
         assert translation.translate(model, subwords, lines, **options)[0] == together
         assert set(batches) == {2}  # sentences at once
-    mesh = sharding.make_mesh()
-    assert translation.translate(model, subwords, lines, multiple=8, mesh=mesh, **options)[0] == together
+        mesh = sharding.make_mesh()
+        assert translation.translate(model, subwords, lines, multiple=8, mesh=mesh, **options)[0] == together
+        assert batches[-1] == 16  # two on each device
     monkeypatch.setattr(parallel_text, "SIZES", (8,))
     pairs = Pairs(["one " * 30, "two"], ["eins", "zwei"])
     results = translation._score_part(config, model, subwords, pairs, "validation", 1, None, tmp_path)
