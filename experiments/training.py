@@ -400,23 +400,21 @@ def load(
     out = pathlib.Path(out).absolute()
     if not (out / "checkpoints").is_dir():
         raise ValueError(f"{out} has no checkpoints; train first, or name the folder of a run")
-    config = TrainConfig(steps=1)
     with run_folder.checkpoints(out, read_only=True) as manager:
-        state = _abstract(jax.eval_shape(functools.partial(initial_state, make_model, config)), mesh)
+        state = _abstract(jax.eval_shape(lambda: initial_state(make_model, TrainConfig(steps=1))), mesh)
         model = {"params": state.params, "constants": state.constants}
         args = ocp.args.Composite(model=ocp.args.StandardRestore(model))
         steps = run_folder.steps_by_loss(manager) if best else sorted(manager.all_steps())[::-1]
         if not steps:
             raise ValueError(f"{out / 'checkpoints'} is empty; train first, or name the folder of a run")
-        steps = [step for step in steps if step in average] if average else steps
-        count = len(average) or 1
-        read = steps and run_folder.read_first(manager, steps, lambda i: manager.restore(i, args=args)["model"], count)
-        if len(read) < count:
+        steps = [step for step in steps if step in average or not average]
+        restore = lambda step: manager.restore(step, args=args)["model"]  # noqa: E731
+        read = steps and run_folder.read_first(manager, steps, restore, len(average) or 1)
+        if len(read) < len(average):
             raise ValueError(
                 f"of the checkpoints {list(average)}, which are to be averaged, {out / 'checkpoints'} has "
                 f"{sorted(read)}; a run keeps the last so many as it is started with, and the best"
             )
         restored = read[max(read)]
-        sums = jax.tree.map(lambda *leaves: sum(leaves), *(tree["params"] for tree in read.values()))
-        restored["params"] = jax.tree.map(lambda x: x / len(read), sums)
+        restored["params"] = jax.tree.map(lambda *x: sum(x) / len(x), *(tree["params"] for tree in read.values()))
     return model_of(graph_of(make_model), state._replace(**restored)), max(read)
