@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,9 @@ import pytest
 import fwt_jax
 
 # For the goldens and the memory that a gradient needs, which are to be those of users: not as conftest.py compiles.
-AS_USERS = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+AS_USERS = {"xla_backend_optimization_level": 3}
+if "xla_cpu_use_fusion_emitters" in os.environ["XLA_FLAGS"]:
+    AS_USERS["xla_cpu_use_fusion_emitters"] = True
 
 
 def some(every, cases):

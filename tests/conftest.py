@@ -1,6 +1,8 @@
 """Strict JAX for every test: eight CPU devices, no silent rank promotion; warnings are errors (pyproject.toml)."""
 
 import os
+import subprocess
+import sys
 
 import hypothesis
 import jax
@@ -9,9 +11,26 @@ import pytest
 os.environ["JAX_PLATFORMS"] = "cpu"  # of the processes that tests start
 # Most of the time goes into compiling what runs for milliseconds: a tenth of it is left without LLVM's optimisations,
 # with XLA's older way to write fusions, and with programs compiled in one piece.
-QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-PIECES = "--xla_cpu_parallel_codegen_split_count=1"
-os.environ["XLA_FLAGS"] = f"{QUICK} {PIECES} {os.environ.get('XLA_FLAGS', '')}"
+QUICK = [
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
+]
+
+
+def known(flags):
+    """The flags that this jaxlib knows: it ends a process that is given another one."""
+
+    def starts(flags):
+        environment = os.environ | {"XLA_FLAGS": " ".join(flags)}
+        program = [sys.executable, "-c", "import jax; jax.devices()"]
+        return subprocess.run(program, env=environment, capture_output=True).returncode == 0
+
+    return flags if starts(flags) else [flag for flag in flags if starts([flag])]
+
+
+if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker has the flags of the process that started it
+    os.environ["XLA_FLAGS"] = " ".join([*known(QUICK), os.environ.get("XLA_FLAGS", "")])
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
