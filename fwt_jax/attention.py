@@ -8,15 +8,16 @@ Letters: B batch, T tokens, H heads, K key features, V value size.
 from __future__ import annotations
 
 import functools
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from fwt_jax import memory as memory_lib
-from fwt_jax.chunkwise import chunkwise, over_heads
+from fwt_jax.chunkwise import chunkwise, over_heads, recurrent
 from fwt_jax.kernels import tpu
 from fwt_jax.memory import Memory, Rule
 
@@ -75,8 +76,7 @@ def fast_weight_attention(
       beta: write strength, ``[B, T, H]``; in (0, 1) in the paper, up to 2 with unit keys. "delta" and "fwm" need it;
         1 for "sum" if not given.
       log_decay: log α, finite and ≤ 0, ``[B, T, H]`` (per head) or ``[B, T, H, K]`` (per key channel); no decay
-        if not given. Chunks take the differences of its cumulative sum s, with an error of |s|·2⁻²⁴; what is below
-        −40 forgets all, and starts the sum anew.
+        if not given. What is below −200 (float64: −1000) counts as that, and forgets all.
       rule: the update rule.
       memory: where to start, what an earlier call returned; empty if not given. For "fwm" in chunks ‖W‖ ≤ 1000.
       segment_ids: integers ``[B, T]``, for packed sequences. The memory is dropped before each token whose id differs
@@ -87,15 +87,17 @@ def fast_weight_attention(
         (eq. 28); "retrieval" (delta only) also divides what the key recalls, (α_t W_{t−1})ᵀk_t, by (α_t z_{t−1})ᵀk_t
         + eps (eq. 27), where that is d + eps. At the first token, where z is 0, d counts as 1; and the write is
         weakened by d/(d + eps), as in the authors' kernels. So a key that shares no feature with those before it is not
-        written, and one that a strong decay leaves little of hardly is: eps = 0 writes them, with d = 0 as 1.
-      eps: see ``normalize``. 1e-6 in the authors' retrieval program, 1e-5 in their language models.
+        written, and one that a strong decay leaves little of hardly is: eps = 0 writes them, with d = 0 as 1. (With
+        eps = 0 float32 has nothing left of what has decayed to less than exp(−87), and d is 0 there.)
+      eps: see ``normalize``; a Python number of at least 0. 1e-6 in the authors' retrieval program, 1e-5 in their
+        language models.
       form: "chunkwise" trains; "recurrent" is the definition, and right for T = 1; "parallel" (sum, delta) is one
         chunk. All give the same numbers up to rounding.
       chunk_size: tokens per chunk of the chunkwise form. None picks: on CPU, for K·V ≤ 4096, one token at a time where
         no derivative is taken.
       implementation: "xla" is plain JAX, and what None picks; "pallas" is a kernel for TPU, of the chunkwise form of
         sum and delta with a decay per head or none. It must be inside ``jax.shard_map`` where the arrays are sharded,
-        and has first derivatives by reverse mode only. On CPU it is interpreted, for tests.
+        and has first derivatives by reverse mode only. On CPU it is interpreted, for tests; a GPU refuses it.
       precision: of the matrix products of the chunkwise and parallel forms, as in ``jax.lax``. None: "highest", which
         keeps them exact where the hardware would round float32 to bfloat16 (TPU) or TF32 (GPU); but "default" if
         query, key and value are all bfloat16. A chunk's triangular system is solved more exactly.
@@ -105,9 +107,9 @@ def fast_weight_attention(
 
     Raises:
       ValueError: shapes or dtypes that do not fit together, T = 0, an unknown rule, form, normalisation or
-        implementation, "delta" or "fwm" without beta, a combination that is not defined ("fwm" in parallel form,
-        normalised, or chunkwise with a decay per channel; "retrieval" for a rule other than delta), or that "pallas"
-        does not have.
+        implementation, an eps below 0, "delta" or "fwm" without beta, a combination that is not defined ("fwm" in
+        parallel form, normalised, or chunkwise with a decay per channel; "retrieval" for a rule other than delta), or
+        that "pallas" does not have.
 
     Example:
       >>> y, memory = fast_weight_attention(q, k, v, beta)                    # a prompt
@@ -116,6 +118,7 @@ def fast_weight_attention(
     References:
       Schlag, Irie & Schmidhuber 2021 (eq. 17-28); Katharopoulos et al. 2020; Yang et al. 2024 (chunks), 2025 (decay).
     """
+    query, key, value, segment_ids = _arrays(query=query, key=key, value=value, segment_ids=segment_ids)
     _check_qkv(query, key, value)
     batch, length, heads, key_size = key.shape
     if query.shape != key.shape:
@@ -124,44 +127,106 @@ def fast_weight_attention(
         )
     if value.shape[1] != length:
         raise ValueError(f"value must have the length {length} of key, got value {list(value.shape)}")
-    check_options(rule, form, normalize, implementation, beta, log_decay, chunk_size)
+    check_options(rule, form, normalize, implementation, beta, log_decay, chunk_size, eps)
     _check_like(beta, "beta", [(batch, length, heads)])
     _check_like(log_decay, "log_decay", [(batch, length, heads), (batch, length, heads, key_size)])
-    dtype = functools.reduce(jnp.promote_types, (query.dtype, key.dtype, value.dtype), jnp.float32)
-    memory = _start(memory, key, value, dtype)
-    dtype = memory.fast_weights.dtype
-    reset = resets(segment_ids, batch, length)
-    precision = products_precision(precision, query, key, value)
+    _check_memory(memory, key, value)
+    return _attend(
+        query,
+        key,
+        value,
+        beta,
+        log_decay,
+        memory,
+        resets(segment_ids, batch, length),
+        rule=rule,
+        normalize=normalize,
+        eps=float(eps),
+        form=form,
+        chunk_size=None if chunk_size is None else int(chunk_size),
+        implementation=implementation,
+        precision=products_precision(precision, query, key, value),
+    )
 
+
+# Compiled as one: outside of jax.jit each operation and each scan would be dispatched by itself, and a scan, whose body
+# is a new function at every call, compiled again. Inside of jax.jit it is a part of the caller's program.
+@functools.partial(
+    jax.jit,
+    static_argnames=("rule", "normalize", "eps", "form", "chunk_size", "implementation", "precision"),
+)
+def _attend(
+    query,
+    key,
+    value,
+    beta,
+    log_decay,
+    memory,
+    reset,
+    *,
+    rule,
+    normalize,
+    eps,
+    form,
+    chunk_size,
+    implementation,
+    precision,
+):
+    """``fast_weight_attention`` of arguments that fit together; ``reset``: bool ``[B, T]`` or None."""
+    dtype = functools.reduce(jnp.promote_types, (query.dtype, key.dtype, value.dtype), jnp.float32)
+    dtype = dtype if memory is None else jnp.promote_types(memory.fast_weights.dtype, dtype)
     out_dtype = value.dtype
     if normalize or form != "chunkwise":  # which casts chunk by chunk
         query, key, value = (x.astype(dtype) for x in (query, key, value))
-    beta = jnp.ones((), dtype) if beta is None else beta.astype(dtype)
-    beta = beta + jnp.zeros_like(key[..., 0], dtype)  # sharded as the keys are
-    log_decay = None if log_decay is None else log_decay.astype(dtype)
+    # Zeros that are sharded as any of these is: with them so is all that a mesh of explicit axes has replicated.
+    per_token = sum(jnp.zeros_like(x[..., 0], dtype) for x in (query, key, value))
+    if any(jax.typeof(x).sharding.spec[:3] != jax.typeof(per_token).sharding.spec for x in (query, key, value)):
+        query, key, value = (x + per_token[..., None].astype(x.dtype) for x in (query, key, value))
+    beta = per_token + (jnp.ones((), dtype) if beta is None else beta.astype(dtype))
+    if log_decay is not None:
+        log_decay = log_decay.astype(dtype) + (per_token if log_decay.ndim == 3 else per_token[..., None])
+    if reset is not None:
+        reset = reset | jnp.zeros_like(jnp.sum(per_token, axis=-1), bool)
 
-    write_key, key_sum = key, memory.key_sum
+    memory = _start(memory, key, value, dtype)
+    key_sum, recall_scale = memory.key_sum, None
     if normalize:
         summed = beta[..., None] * key if rule == "sum" else key
         found, left = over_heads(memory_lib.key_sums, out_axes=1)(key_sum, summed, log_decay, reset)
         key_sum = left[:, -1]
     if normalize == "retrieval":
-        # To divide by d what k recalls, and nothing else, is the plain rule with the key k/d and the strength βd.
-        mass = jnp.sum(found * key, axis=-1)
-        counts_as_one = (mass == 0) if eps == 0 else jnp.all(found == 0, axis=-1)
-        divisor, mass = jnp.where(counts_as_one, 1, mass + eps), jnp.where(counts_as_one, 1, mass)
-        write_key, beta = key / divisor[..., None], beta * mass
-    inputs = (memory.fast_weights, query, write_key, value, beta, log_decay, reset)
+        recall_scale, beta = _retrieval(memory.key_sum, found, key, beta, log_decay, reset, eps)
+    inputs = (memory.fast_weights, query, key, value, beta, log_decay, reset, recall_scale)
     if form == "chunkwise":
         advance = tpu.chunkwise if implementation == "pallas" else chunkwise
         out, fast_weights = advance(*inputs, rule=rule, chunk_size=chunk_size, precision=precision)
     elif form == "parallel":
         out, fast_weights = over_heads(functools.partial(memory_lib.chunk, rule=rule, precision=precision))(*inputs)
     else:
-        out, fast_weights = over_heads(functools.partial(memory_lib.recurrent, rule=rule))(*inputs)
+        out, fast_weights = recurrent(*inputs, rule=rule)
     if normalize:
         out = out / (jnp.sum(left * query, axis=-1, keepdims=True) + eps)
     return out.astype(out_dtype), Memory(fast_weights, key_sum)
+
+
+def _retrieval(key_sum, found, key, beta, log_decay, reset, eps):
+    """What the recalled value is multiplied by, and the write strength (eq. 27), both ``[B, T, H]``.
+
+    With d = (α_t z_{t−1})ᵀk_t they are 1/(d + eps) and β d/(d + eps); where nothing was written before, 1 and β.
+    """
+    mass = jnp.sum(found * key, axis=-1)
+    if eps == 0:
+        nothing = mass == 0
+    else:
+        # Where something was, it may have decayed to less than the smallest float32. It counts as float64 has it.
+        arrays = jax.tree.map(lax.stop_gradient, (key_sum, key, log_decay))
+        largest = over_heads(memory_lib.log_of_largest_key, out_axes=1)(*arrays, reset)
+        nothing = largest < np.log(np.finfo(np.float64).smallest_subnormal)
+    divisor = jnp.where(nothing, 1, mass + eps)
+    # The gradient of 1/d has d² in it, which would overflow for what has decayed to less than 1e-19.
+    scale = lax.stop_gradient(1 / divisor)
+    share = divisor * scale
+    return scale / share, beta * jnp.where(nothing, 1, mass * scale) / share
 
 
 def fast_weight_cross_attention(
@@ -202,8 +267,10 @@ def fast_weight_cross_attention(
     References:
       Katharopoulos et al. 2020; Schlag, Irie & Schmidhuber 2021 (eq. 17-19).
     """
+    query, key, value, key_mask = _arrays(query=query, key=key, value=value, key_mask=key_mask)
     _check_qkv(query, key, value)
-    _check_read(normalize)
+    _check_read(normalize, eps)
+    _check_memory(memory, key, value)
     batch, length = key.shape[:2]
     if value.shape[1] != length:
         raise ValueError(
@@ -256,11 +323,13 @@ def read(
     Raises:
       ValueError: shapes or dtypes that do not fit together, an unknown normalisation.
     """
+    (query,) = _arrays(query=query)
     return _read(query, memory, normalize, eps, products_precision(precision, query)).astype(query.dtype)
 
 
 def _read(query, memory, normalize, eps, precision):
-    _check_read(normalize)
+    _check_read(normalize, eps)
+    _check_is_memory(memory)
     batch, heads, key_size, _ = memory.fast_weights.shape
     if query.ndim != 4 or query.shape[0] != batch or query.shape[2:] != (heads, key_size):
         raise ValueError(
@@ -293,9 +362,23 @@ def products_precision(precision, *inputs):
 # --- checks: what came, what was expected, the way out ---------------------------------------------------------------
 
 
-def _check_read(normalize):
-    if normalize not in (False, "read"):
+def _arrays(**arguments):
+    """The arguments as JAX arrays; None stays."""
+    for name, x in arguments.items():
+        if x is not None and not (hasattr(x, "shape") and hasattr(x, "dtype")):
+            raise ValueError(f"{name} must be an array, got {type(x).__name__}; jnp.asarray makes one")
+    return tuple(None if x is None else jnp.asarray(x) for x in arguments.values())
+
+
+def _check_read(normalize, eps):
+    if not (normalize is False or (isinstance(normalize, str) and normalize == "read")):
         raise ValueError(f'normalize must be False or "read" where nothing is retrieved by key, got {normalize!r}')
+    _check_eps(eps)
+
+
+def _check_eps(eps):
+    if not (isinstance(eps, Real) and 0 <= eps < float("inf")):
+        raise ValueError(f"eps must be a number of at least 0, as 1e-6, got {eps!r}")
 
 
 def _check_qkv(query, key, value):
@@ -318,7 +401,7 @@ def _check_qkv(query, key, value):
         raise ValueError(f"value must agree with key in B and H, got value {list(value.shape)}, key {list(key.shape)}")
 
 
-def check_options(rule, form, normalize, implementation, beta, log_decay, chunk_size):
+def check_options(rule, form, normalize, implementation, beta, log_decay, chunk_size, eps=0.0):
     def one_of(name, got, options):
         if not any(got is option or (got == option and isinstance(got, str)) for option in options):
             raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {got!r}")
@@ -327,6 +410,7 @@ def check_options(rule, form, normalize, implementation, beta, log_decay, chunk_
     one_of("form", form, ("chunkwise", "recurrent", "parallel"))
     one_of("normalize", normalize, (False, "read", "retrieval"))
     one_of("implementation", implementation, (None, "xla", "pallas"))
+    _check_eps(eps)
     if implementation == "pallas" and form != "chunkwise":
         raise ValueError(f'implementation="pallas" is of form="chunkwise", got form={form!r}; use "xla" or None')
     if beta is None and rule != "sum":
@@ -342,8 +426,10 @@ def check_options(rule, form, normalize, implementation, beta, log_decay, chunk_
         raise ValueError('rule "fwm" has no chunkwise form with a decay per key channel; use form="recurrent"')
     if rule == "fwm" and normalize:
         raise ValueError(f'rule "fwm" clips its memory and has no attention normalisation, got normalize={normalize!r}')
-    if rule == "sum" and normalize == "retrieval":
-        raise ValueError('normalize="retrieval" is for rule "delta"; rule "sum" retrieves nothing by key, use "read"')
+    if normalize == "retrieval" and rule != "delta":
+        raise ValueError(
+            f'normalize="retrieval" is for rule "delta", which retrieves by key, got rule={rule!r}; use "read"'
+        )
     if chunk_size is not None and (form != "chunkwise" or not isinstance(chunk_size, Integral) or chunk_size < 1):
         raise ValueError(
             f'chunk_size must be an integer above 0 and goes with form="chunkwise", got {chunk_size} and form="{form}"'
@@ -361,24 +447,37 @@ def _check_like(x, name, shapes):
         raise ValueError(f"{name} must be floating point, got {x.dtype}; cast it, e.g. {name}.astype(jnp.float32)")
 
 
-def _start(memory, key, value, dtype):
-    """The memory to start from, in the dtype of the computation."""
-    shape = (key.shape[0], *key.shape[2:], value.shape[-1])
-    # Zeros of the arguments: sharded over the mesh, or in shard_map varying over it, as what will be written is.
-    no_key = jnp.zeros_like(key[:, 0], dtype)
-    empty = Memory(no_key[..., None] + jnp.zeros_like(value[:, 0], dtype)[..., None, :], no_key)
-    if memory is None:
-        return empty
+def _check_is_memory(memory, shape=""):
     if not isinstance(memory, Memory):
         raise ValueError(
-            f"memory must be a Memory, as a call returns it or init_memory{shape} makes it, got {type(memory).__name__}"
+            f"memory must be a Memory, as a call returns it or init_memory{shape} makes it, got "
+            f"{type(memory).__name__}; Memory(fast_weights, key_sum) makes one of two arrays"
         )
-    got = (memory.fast_weights.shape, memory.key_sum.shape)
+
+
+def _check_memory(memory, key, value):
+    if memory is None:
+        return
+    shape = (key.shape[0], *key.shape[2:], value.shape[-1])
+    _check_is_memory(memory, shape)
+    got = (jnp.shape(memory.fast_weights), jnp.shape(memory.key_sum))
     if got != (shape, shape[:-1]):
         raise ValueError(
             f"memory must hold fast_weights {list(shape)} and key_sum {list(shape[:-1])}, "
             f"got {list(got[0])} and {list(got[1])}; init_memory{shape} makes an empty one"
         )
+    for name, x in zip(memory._fields, memory, strict=True):
+        if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+            raise ValueError(f"{name} of memory must be floating point, got {jnp.result_type(x)}")
+
+
+def _start(memory, key, value, dtype):
+    """The memory to start from, in the dtype of the computation."""
+    # Zeros of the arguments: sharded over the mesh, or in shard_map varying over it, as what will be written is.
+    no_key = jnp.zeros_like(key[:, 0], dtype)
+    empty = Memory(no_key[..., None] + jnp.zeros_like(value[:, 0], dtype)[..., None, :], no_key)
+    if memory is None:
+        return empty
     return jax.tree.map(lambda x, zeros: x.astype(jnp.promote_types(x.dtype, dtype)) + zeros, memory, empty)
 
 
@@ -386,6 +485,7 @@ def resets(segment_ids, batch, length):
     """True where a token's segment differs from the one before it; None without segments."""
     if segment_ids is None:
         return None
+    (segment_ids,) = _arrays(segment_ids=segment_ids)
     if segment_ids.shape != (batch, length) or not jnp.issubdtype(segment_ids.dtype, jnp.integer):
         raise ValueError(
             f"segment_ids must be integers [B, T] = [{batch}, {length}], "

@@ -16,7 +16,20 @@ from fwt_jax import memory
 SMALL = 64 * 64  # numbers of a memory: on CPU it stays in the cache, and tokens go faster one by one than in chunks
 
 
-def chunkwise(fast_weights, query, key, value, beta, log_decay=None, reset=None, *, rule, chunk_size=None, precision):
+def chunkwise(
+    fast_weights,
+    query,
+    key,
+    value,
+    beta,
+    log_decay=None,
+    reset=None,
+    recall_scale=None,
+    *,
+    rule,
+    chunk_size=None,
+    precision,
+):
     """Advances the memories of a batch of heads over T tokens, chunk by chunk.
 
     On CPU, without a ``chunk_size``, and for K·V ≤ 4096, tokens go one by one, and only derivatives take chunks.
@@ -28,33 +41,63 @@ def chunkwise(fast_weights, query, key, value, beta, log_decay=None, reset=None,
       beta: ``[B, T, H]``.
       log_decay: None, ``[B, T, H]`` or ``[B, T, H, K]``.
       reset: None or bool ``[B, T]``.
+      recall_scale: None or ``[B, T, H]``.
       rule, chunk_size, precision: see ``one_head``.
 
     Returns:
       The reads ``[B, T, H, V]`` in value's dtype, or None, and W_T ``[B, H, K, V]``.
     """
-    arrays = (fast_weights, query, key, value, beta, log_decay, reset)
+    arrays = (fast_weights, query, key, value, beta, log_decay, reset, recall_scale)
     in_chunks = over_heads(functools.partial(one_head, rule=rule, chunk_size=chunk_size, precision=precision))
     small = fast_weights.shape[-2] * fast_weights.shape[-1] <= SMALL
-    if query is None or chunk_size is not None or not small or jax.default_backend() != "cpu":
+    if query is None or chunk_size is not None or not small:
         return in_chunks(*arrays)
 
-    @jax.custom_jvp
     def by_token(*arrays):
         cast = jax.tree.map(lambda x: x if x.dtype == bool else x.astype(fast_weights.dtype), arrays)
         reads, end = over_heads(functools.partial(memory.recurrent, rule=rule))(*cast)
         return reads.astype(value.dtype), end
 
-    @functools.partial(by_token.defjvp, symbolic_zeros=True)
+    def values(*arrays):
+        return lax.platform_dependent(*arrays, cpu=by_token, default=in_chunks)
+
+    return with_derivatives_of(in_chunks, values)(*arrays)
+
+
+def recurrent(fast_weights, query, key, value, beta, log_decay=None, reset=None, recall_scale=None, *, rule):
+    """``memory.recurrent`` of a batch of heads; shapes as in ``chunkwise``. Its gradient keeps 2√T memories."""
+    values, in_blocks = (
+        over_heads(functools.partial(one_head, rule=rule))
+        for one_head in (memory.recurrent, memory.recurrent_in_blocks)
+    )
+    arrays = (fast_weights, query, key, value, beta, log_decay, reset, recall_scale)
+    return with_derivatives_of(in_blocks, values)(*arrays)
+
+
+def with_derivatives_of(differentiated, function):
+    """``function``, but where a derivative is taken ``differentiated``, which must have the same values.
+
+    Not to be called under ``jax.vmap`` of ours. Where a user's vmap meets a custom_jvp inside of jit, checkpoint or
+    scan, JAX (0.8 to 0.12) takes the batch axes of the function for those of the rule, and exchanges axes of the
+    results if they differ. Here both have that axis in front, where the rule of ``expand_dims`` puts it.
+    """
+
+    def with_axis(function):
+        return lambda *arrays: jax.tree.map(lambda x: lax.expand_dims(x, (0,)), function(*arrays))
+
+    call = jax.custom_jvp(with_axis(function))
+
+    @functools.partial(call.defjvp, symbolic_zeros=True)
     def _(primals, tangents):
         moving = [i for i, x in enumerate(tangents) if not isinstance(x, (SymbolicZero, type(None)))]
 
-        def function(*moved):
-            return in_chunks(*(moved[moving.index(i)] if i in moving else x for i, x in enumerate(primals)))
+        def of_moving(*moved):
+            arrays = (moved[moving.index(i)] if i in moving else x for i, x in enumerate(primals))
+            return with_axis(differentiated)(*arrays)
 
-        return jax.jvp(function, [primals[i] for i in moving], [tangents[i] for i in moving])
+        return jax.jvp(of_moving, [primals[i] for i in moving], [tangents[i] for i in moving])
 
-    return by_token(*arrays)
+    return lambda *arrays: jax.tree.map(lambda x: lax.squeeze(x, (0,)), call(*arrays))
 
 
 def one_head(
@@ -65,6 +108,7 @@ def one_head(
     beta,
     log_decay=None,
     reset=None,
+    recall_scale=None,
     *,
     rule: memory.Rule,
     chunk_size: int | None = None,
@@ -73,56 +117,66 @@ def one_head(
     """``chunkwise`` of one head of one sequence: the shapes are those of ``memory.chunk``.
 
     The last chunk is filled up with tokens that write nothing. The gradient keeps the inputs, copied into the order of
-    chunks (on CPU in float32), and the memory at the start of each chunk, T/C in all (for "fwm" also what its tokens
-    found in sequence, V + C numbers each), and computes the chunk anew. It is the derivative that JAX makes of the
-    scan, so that forward mode and higher derivatives work too.
+    chunks, and the memory at the start of each chunk, T/C in all (for "fwm" also what its tokens found in sequence,
+    V + C numbers each), and computes the chunk anew. It is the derivative that JAX makes of the scan, so that forward
+    mode and higher derivatives work too. (On CPU a gradient of bfloat16 takes twice the time of float32 from about
+    16,000 tokens on, for XLA widens the whole array to write each slice of it there.)
 
     Args:
-      fast_weights, query, key, value, beta, log_decay, reset: see ``chunkwise``, without B and H.
+      fast_weights, query, key, value, beta, log_decay, reset, recall_scale: see ``chunkwise``, without B and H.
       rule: "sum", "delta" or "fwm".
-      chunk_size: C, never more than T. None takes as few chunks of at most 64 tokens (32 for "fwm" and where CPU is the
-        default backend) as cover T, all of one size, a multiple of 4 (other sizes take up to twice as long on CPU).
+      chunk_size: C, never more than T. None takes as few chunks of at most 64 tokens (32 for "fwm") as cover T, all of
+        one size. On CPU each of more than 32 tokens is computed as two halves, one after the other.
       precision: of the matrix products, as in ``jax.lax``.
 
     Returns:
       The reads ``[T, V]``, or None, and W_T ``[K, V]``.
     """
-    on_cpu, dtype, length = jax.default_backend() == "cpu", fast_weights.dtype, key.shape[0]
+    dtype, length, halves = fast_weights.dtype, key.shape[0], False
     if chunk_size is None:
-        most = 32 if rule == "fwm" or on_cpu else 64
-        chunk_size = -(-length // -(-length // most) // 4) * 4
-    chunk_size = min(chunk_size, length)
+        most = 32 if rule == "fwm" else 64
+        halves = min(length, most) > 32
+        # Halves of a multiple of four: other sizes take up to twice as long on CPU.
+        multiple = 8 if halves else 4
+        chunk_size = -(-length // -(-length // most) // multiple) * multiple
+    chunk_size = chunk_size if halves else min(chunk_size, length)
     num_chunks = -(-length // chunk_size)
     padding = num_chunks * chunk_size - length
 
-    def cast(x):
-        return x if x.dtype == bool else x.astype(dtype)
-
     def split(x):
-        if on_cpu:  # where XLA widens all of a bfloat16 array to write a slice of it, so that time would go with T²
-            x = cast(x)
         if padding:
             x = jnp.pad(x, ((0, padding), *((0, 0),) * (x.ndim - 1)))
         return x.reshape(num_chunks, chunk_size, *x.shape[1:])
 
-    @functools.partial(jax.checkpoint, prevent_cse=False, policy=memory.KEPT)
-    def body(carry, chunk):
-        reads, *carry = memory.advance(*carry, *jax.tree.map(cast, chunk), rule=rule, precision=precision)
-        _, _, value, *_ = chunk
+    def advance(carry, chunk):
+        cast = jax.tree.map(lambda x: x if x.dtype == bool else x.astype(dtype), chunk)
+        reads, *carry = memory.advance(*carry, *cast, rule=rule, precision=precision)
         return tuple(carry), None if reads is None else reads.astype(value.dtype)
 
+    def advance_by_halves(carry, chunk):
+        half = chunk_size // 2
+        carry, first = advance(carry, jax.tree.map(lambda x: x[:half], chunk))
+        carry, second = advance(carry, jax.tree.map(lambda x: x[half:], chunk))
+        return carry, None if first is None else jnp.concatenate([first, second])
+
+    @functools.partial(jax.checkpoint, prevent_cse=False, policy=memory.KEPT)
+    def body(carry, chunk):
+        if not halves:
+            return advance(carry, chunk)
+        return lax.platform_dependent(carry, chunk, cpu=advance_by_halves, default=advance)
+
     clip = memory.start_clip(fast_weights) if rule == "fwm" else None
-    chunks = jax.tree.map(split, (query, key, value, beta, log_decay, reset))
+    chunks = jax.tree.map(split, (query, key, value, beta, log_decay, reset, recall_scale))
     (fast_weights, clip), reads = lax.scan(body, (fast_weights, clip), chunks)
-    reads = None if reads is None else reads.reshape(num_chunks * chunk_size, -1)[:length].astype(value.dtype)
+    reads = None if reads is None else reads.reshape(num_chunks * chunk_size, -1)[:length]
     return reads, memory.end_clip(fast_weights, clip)
 
 
 def over_heads(one_head, out_axes=(1, 0)):
-    """Maps ``one_head(start, *inputs, reset)``, of one sequence, over [B, H, ·], [B, T, H, ·] and [B, T]."""
+    """Maps ``one_head(start, *inputs)``, of one sequence, over [B, H, ·] and [B, T, H, ·]; heads share a [B, T]."""
 
-    def mapped(start, *inputs):
-        in_axes = (0, *(1,) * (len(inputs) - 1), None)
-        return jax.vmap(jax.vmap(one_head, in_axes, out_axes))(start, *inputs)
+    def of_sequence(start, *inputs):
+        in_axes = (0, *(None if x is None or x.ndim == 1 else 1 for x in inputs))
+        return jax.vmap(one_head, in_axes, out_axes)(start, *inputs)
 
-    return mapped
+    return jax.vmap(of_sequence)

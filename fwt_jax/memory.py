@@ -16,6 +16,7 @@ Attention 2025); without it α_t = 1. ``reset_t`` drops the memory before token 
 the same numbers up to rounding. Shapes, for all functions of this file:
 
     query, key  [T, K]     value  [T, V]     beta  [T]     log_decay  None, [T] or [T, K]     reset  None or bool [T]
+    recall_scale  None or [T]: what the delta rule recalls, v̄_t, is multiplied by it (attention normalisation, eq. 27)
 
 Everything is computed in the dtype of ``fast_weights``: float32, or float64.
 """
@@ -35,7 +36,6 @@ from fwt_jax.triangular import unit_lower_inverse, unit_lower_solve
 
 Rule = Literal["sum", "delta", "fwm"]
 HIGHEST = lax.Precision.HIGHEST
-NOTHING = -40.0  # a log decay that leaves nothing, in float32, beside what is written next
 KEPT = jax.checkpoint_policies.save_only_these_names("fwm")  # what is found token by token and not to be found again
 
 
@@ -61,10 +61,15 @@ def sum_step(fast_weights, key, value, beta, decay=None):
     return fast_weights + beta * jnp.outer(key, value)
 
 
-def delta_step(fast_weights, key, value, beta, decay=None):
-    """W ← α W, then W ← W + β k (v − Wᵀk)ᵀ (eq. 20, 24). Arguments as in ``sum_step``. 4KV FLOPs."""
+def delta_step(fast_weights, key, value, beta, decay=None, recall_scale=None):
+    """W ← α W, then W ← W + β k (v − r Wᵀk)ᵀ (eq. 20, 24; r = 1, or 1/(zᵀk + eps) in eq. 27). 4KV FLOPs.
+
+    Arguments as in ``sum_step``; recall_scale: r, None or ``[]``.
+    """
     fast_weights = _decayed(fast_weights, decay)
     recalled = jnp.matmul(key, fast_weights, precision=HIGHEST)
+    if recall_scale is not None:
+        recalled = recall_scale * recalled
     return fast_weights + beta * jnp.outer(key, value - recalled)
 
 
@@ -77,69 +82,93 @@ def fwm_step(fast_weights, key, value, beta, decay=None):
 _STEPS = {"sum": sum_step, "delta": delta_step, "fwm": fwm_step}
 
 
+def _check_rule(rule, known=tuple(_STEPS)):
+    if rule not in known:
+        raise ValueError(f"rule must be one of {', '.join(map(repr, known))} here, got {rule!r}")
+
+
 def _decayed(fast_weights, decay):
     if decay is None:
         return fast_weights
     return (decay if decay.ndim == 0 else decay[:, None]) * fast_weights
 
 
-def recurrent(fast_weights, query, key, value, beta, log_decay=None, reset=None, *, rule: Rule):
+def recurrent(fast_weights, query, key, value, beta, log_decay=None, reset=None, recall_scale=None, *, rule: Rule):
     """The definition: a scan of the step of ``rule`` over T tokens.
 
-    The gradient keeps about 2√T memories, not T: there the scan is nested, and the inner one is recomputed. Cost: 2KV
-    (sum) or 4KV (delta, fwm) FLOPs per token for the write and 2KV for the read, T steps in sequence.
+    Cost: 2KV (sum) or 4KV (delta, fwm) FLOPs per token for the write and 2KV for the read, T steps in sequence. The
+    gradient keeps T memories; that of ``recurrent_in_blocks`` does not.
 
     Args:
       fast_weights: W_0, ``[K, V]``.
-      query, key, value, beta, log_decay, reset: see the head of this file.
+      query, key, value, beta, log_decay, reset, recall_scale: see the head of this file; recall_scale is for "delta".
       rule: "sum", "delta" or "fwm".
 
     Returns:
       The reads y ``[T, V]`` and W_T ``[K, V]``.
+
+    Raises:
+      ValueError: another rule.
     """
-    _check_shapes(fast_weights, query, key, value, beta, log_decay, reset)
-    fast_weights, reads = _scan(rule, fast_weights, (query, key, value, beta, log_decay, reset))
+    _check_rule(rule)
+    _check_shapes(fast_weights, query, key, value, beta, log_decay, reset, recall_scale)
+    tokens = (query, key, value, beta, log_decay, reset, recall_scale)
+    fast_weights, reads = lax.scan(functools.partial(_token, rule), fast_weights, tokens)
     return reads, fast_weights
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _scan(rule, fast_weights, tokens):
-    return lax.scan(functools.partial(_token, rule), fast_weights, tokens)
+def recurrent_in_blocks(
+    fast_weights, query, key, value, beta, log_decay=None, reset=None, recall_scale=None, *, rule: Rule
+):
+    """``recurrent`` as a scan over √T blocks of √T tokens, each computed again in the gradient.
 
-
-_scan.defjvp(lambda rule, primals, tangents: jax.jvp(functools.partial(_nested_scan, rule), primals, tangents))
-
-
-def _nested_scan(rule, fast_weights, tokens):
-    body, length = functools.partial(_token, rule), len(tokens[1])
+    So the gradient keeps about 2√T memories; the values by themselves take up to twice the time of ``recurrent``.
+    """
+    _check_rule(rule)
+    _check_shapes(fast_weights, query, key, value, beta, log_decay, reset, recall_scale)
+    tokens = (query, key, value, beta, log_decay, reset, recall_scale)
+    step, length = functools.partial(_token, rule), len(key)
     block = max(1, int(length**0.5))
     blocks = jax.tree.map(lambda x: x[: length // block * block].reshape(-1, block, *x.shape[1:]), tokens)
     rest = jax.tree.map(lambda x: x[length // block * block :], tokens)
-    inner = jax.checkpoint(lambda fast_weights, tokens: lax.scan(body, fast_weights, tokens), prevent_cse=False)
-    fast_weights, reads = lax.scan(inner, fast_weights, blocks)
-    fast_weights, last_reads = lax.scan(body, fast_weights, rest)
-    return fast_weights, jnp.concatenate([reads.reshape(-1, reads.shape[-1]), last_reads])
+    one_block = jax.checkpoint(functools.partial(lax.scan, step), prevent_cse=False)
+    fast_weights, reads = lax.scan(one_block, fast_weights, blocks)
+    fast_weights, last_reads = lax.scan(step, fast_weights, rest)
+    return jnp.concatenate([reads.reshape(-1, reads.shape[-1]), last_reads]), fast_weights
 
 
 def _token(rule, fast_weights, token):
-    query, key, value, beta, log_decay, reset = token
+    query, key, value, beta, log_decay, reset, recall_scale = token
     if reset is not None:
         fast_weights = jnp.where(reset, 0, fast_weights)
     decay = None if log_decay is None else jnp.exp(log_decay)
-    fast_weights = _STEPS[rule](fast_weights, key, value, beta, decay)
+    scale = () if recall_scale is None else (recall_scale,)
+    fast_weights = _STEPS[rule](fast_weights, key, value, beta, decay, *scale)
     return fast_weights, jnp.matmul(query, fast_weights, precision=HIGHEST)
 
 
 # --- many steps at once ----------------------------------------------------------------------------------------------
 
 
-def chunk(fast_weights, query, key, value, beta, log_decay=None, reset=None, *, rule: Rule, precision=HIGHEST):
+def chunk(
+    fast_weights,
+    query,
+    key,
+    value,
+    beta,
+    log_decay=None,
+    reset=None,
+    recall_scale=None,
+    *,
+    rule: Rule,
+    precision=HIGHEST,
+):
     """T steps at once (Yang et al. 2024; with decay, Yang et al. 2025): for all T the parallel form, O(T³) for delta.
 
     With D_ti = α_{i+1} ⋯ α_t, the decay from token i to token t, every token's write u_i solves
 
         sum      u_t = β_t v_t
-        delta    u_t = β_t (v_t − D_t0 W_0ᵀk_t − Σ_{i<t} D_ti (k_tᵀk_i) u_i)
+        delta    u_t = β_t (v_t − r_t [D_t0 W_0ᵀk_t + Σ_{i<t} D_ti (k_tᵀk_i) u_i])      r = recall_scale, or 1
         fwm      the same, with what clips did to W_0 and to each write since it was made: see ``_fwm_errors``
 
     and then  y_t = D_t0 W_0ᵀq_t + Σ_{i≤t} D_ti (q_tᵀk_i) u_i  and  W_T = D_T0 W_0 + Σ_i D_Ti k_i u_iᵀ.
@@ -151,16 +180,21 @@ def chunk(fast_weights, query, key, value, beta, log_decay=None, reset=None, *, 
 
     Args:
       fast_weights: W_0, ``[K, V]``.
-      query, key, value, beta, log_decay, reset: see the head of this file; without a query nothing is read.
+      query, key, value, beta, log_decay, reset, recall_scale: see the head of this file; without a query nothing is
+        read; recall_scale is for "delta".
       rule: "sum", "delta" or "fwm"; a decay per channel is not defined for "fwm" here, use ``recurrent``.
       precision: of the matrix products, as in ``jax.lax``.
 
     Returns:
       The reads y ``[T, V]``, or None, and W_T ``[K, V]``.
+
+    Raises:
+      ValueError: another rule.
     """
+    _check_rule(rule)
     clip = start_clip(fast_weights) if rule == "fwm" else None
     reads, fast_weights, clip = advance(
-        fast_weights, clip, query, key, value, beta, log_decay, reset, rule=rule, precision=precision
+        fast_weights, clip, query, key, value, beta, log_decay, reset, recall_scale, rule=rule, precision=precision
     )
     return reads, end_clip(fast_weights, clip)
 
@@ -187,32 +221,29 @@ def end_clip(fast_weights, clip):
     return fast_weights if clip is None else clip.scale * fast_weights
 
 
-def advance(fast_weights, clip, query, key, value, beta, log_decay, reset, *, rule: Rule, precision):
+def advance(fast_weights, clip, query, key, value, beta, log_decay, reset, recall_scale=None, *, rule: Rule, precision):
     """``chunk`` as a step from chunk to chunk: for "fwm" it takes and returns M and a ``Clip``, else W and None.
 
     M goes from chunk to chunk with a scale of 1: to multiply it by the scale's *value*, which has no gradient, changes
     neither W nor its gradient, and spares a product with a [K, V] matrix on the way back.
     """
-    _check_shapes(fast_weights, query, key, value, beta, log_decay, reset)
+    _check_shapes(fast_weights, query, key, value, beta, log_decay, reset, recall_scale)
     length = key.shape[0]
     matmul = lambda a, b: jnp.matmul(a, b, precision=precision)  # noqa: E731
     resets = jnp.zeros(length, jnp.int32) if reset is None else jnp.cumsum(reset)
     sees_start, reaches_end = resets == 0, resets == resets[-1]
     causal = jnp.tri(length, dtype=bool) & (resets[:, None] == resets[None])
-    log_alpha, epochs = jnp.zeros((length, 1), key.dtype), jnp.zeros((length, 1), jnp.int32)
+    log_alpha = None if log_decay is None else cumulative_log_decay(log_decay.reshape(length, -1))
+    from_start = sees_start[:, None].astype(key.dtype)
     if log_decay is not None:
-        # What follows a large number in a cumulative sum loses its digits: where nothing is left, begin a new epoch.
-        log_decay_column = log_decay.reshape(length, -1)
-        forgets = log_decay_column < (NOTHING if key.dtype == jnp.float32 else 2 * NOTHING)
-        log_alpha = jnp.cumsum(jnp.where(forgets, 0, log_decay_column), axis=0)
-        epochs = jnp.cumsum(forgets, axis=0, dtype=jnp.int32)
-
-    from_start = jnp.where(sees_start[:, None] & (epochs == 0), jnp.exp(log_alpha), 0)
+        from_start = jnp.where(sees_start[:, None], jnp.exp(sum(log_alpha)), 0)
     if rule == "sum":
         writes = beta[:, None] * value
     else:
         recalled = matmul(key * from_start, fast_weights)
-        overlaps = _decayed_products(key, key, log_alpha, epochs, causal & ~jnp.eye(length, dtype=bool), precision)
+        overlaps = _decayed_products(key, key, log_alpha, causal & ~jnp.eye(length, dtype=bool), precision)
+        if recall_scale is not None:
+            recalled, overlaps = recall_scale[:, None] * recalled, recall_scale[:, None] * overlaps
         if rule == "delta":
             writes = unit_lower_solve(beta[:, None] * overlaps, beta[:, None] * (value - recalled))
         else:
@@ -226,27 +257,45 @@ def advance(fast_weights, clip, query, key, value, beta, log_decay, reset, *, ru
 
     reads = None
     if query is not None:
-        scores = _decayed_products(query, key, log_alpha, epochs, causal, precision)
+        scores = _decayed_products(query, key, log_alpha, causal, precision)
         if rule == "fwm":
             query, scores = kept_start[:, None] * query, kept * scores
-        reads = matmul(query * from_start, fast_weights) + matmul(scores, writes)
+        # One product of blocks, not the sum of two: XLA's CPU compiler (jaxlib 0.10) fuses the sum over channels in the
+        # scores into a sum of two products, and does so wrongly.
+        left = jnp.concatenate([query * from_start, scores], axis=1)
+        reads = matmul(left, jnp.concatenate([fast_weights, writes]))
     if log_decay is not None or reset is not None:
         fast_weights = from_start[-1][:, None] * fast_weights
-    to_end = jnp.where(reaches_end[:, None] & (epochs == epochs[-1:]), jnp.exp(log_alpha[-1:] - log_alpha), 0)
+    to_end = reaches_end[:, None].astype(key.dtype)
+    if log_decay is not None:
+        to_end = jnp.where(reaches_end[:, None], jnp.exp(sum(x[-1:] - x for x in log_alpha)), 0)
     if rule == "fwm":
-        left = lax.stop_gradient(kept_start[-1])
-        scale = jnp.where(left > 0, kept_start[-1] / jnp.where(left > 0, left, 1), 1)
-        fast_weights, to_end, clip = left * fast_weights, kept[-1][:, None] / scale * to_end, Clip(scale, norm)
+        share = lax.stop_gradient(kept_start[-1])
+        scale = jnp.where(share > 0, kept_start[-1] / jnp.where(share > 0, share, 1), 1)
+        fast_weights, to_end, clip = share * fast_weights, kept[-1][:, None] / scale * to_end, Clip(scale, norm)
     return reads, fast_weights + matmul((key * to_end).T, writes), clip
 
 
-def _decayed_products(left, key, log_alpha, epochs, mask, precision):
-    """P_ti = Σ_c left_tc key_ic exp(g_tc − g_ic) where mask_ti and in one epoch; g ``[T, 1 or K]`` is cumulative."""
-    if log_alpha.shape[1] == 1:
-        products = jnp.matmul(left, key.T, precision=precision)
-        return products * jnp.exp(jnp.where(mask & (epochs == epochs.T), log_alpha - log_alpha.T, -jnp.inf))
-    mask = mask[:, :, None] & (epochs[:, None] == epochs[None])
-    exponents = jnp.where(mask, log_alpha[:, None] - log_alpha[None], -jnp.inf)
+def cumulative_log_decay(log_decay):
+    """Running sums over the tokens ``[T, ...]``, in two parts: s_t = Σ_{i≤t} log_decay_i is the sum of the two.
+
+    The decay from token i to token t is exp(s_t − s_i), and after a strong decay that is a small difference of large
+    numbers. So the first part has multiples of 1/64, which floating point adds exactly up to 2¹⁸ in float32, and the
+    second what they leave, at most 1/128 per token. What is below −200 (−1000 in float64) counts as that: exp is 0.
+    """
+    bounded = jnp.maximum(log_decay, -200 if log_decay.dtype == jnp.float32 else -1000)
+    coarse = lax.stop_gradient(jnp.round(64 * bounded) / 64)
+    return jnp.cumsum(coarse, axis=0), jnp.cumsum(bounded - coarse, axis=0)
+
+
+def _decayed_products(left, key, log_alpha, mask, precision):
+    """P_ti = Σ_c left_tc key_ic D_ti,c where mask_ti; log_alpha: None or two of ``[T, 1 or K]``, see above."""
+    if log_alpha is None:
+        return jnp.where(mask, jnp.matmul(left, key.T, precision=precision), 0)
+    if log_alpha[0].shape[1] == 1:
+        decays = jnp.exp(jnp.where(mask, sum(x - x.T for x in log_alpha), -jnp.inf))
+        return jnp.matmul(left, key.T, precision=precision) * decays
+    exponents = jnp.where(mask[:, :, None], sum(x[:, None] - x[None] for x in log_alpha), -jnp.inf)
     return jnp.sum(left[:, None] * key[None] * jnp.exp(exponents), axis=-1)
 
 
@@ -273,7 +322,7 @@ def _fwm_errors(clip, overlaps, value, recalled, beta, key_norms, decay):
       e ``[T, V]``, s ``[T]``, S ``[T, T]`` (1 for i ≥ t) and ‖W_T‖².
     """
     errors, shares, kept, norms = _fwm_forward(clip, overlaps, value, recalled, beta, key_norms, decay)
-    return errors, shares, kept, jnp.minimum(1, norms[-1])
+    return errors, shares, kept, jnp.minimum(1, norms)[-1]
 
 
 def _fwm_forward(clip, overlaps, value, recalled, beta, key_norms, decay):
@@ -361,12 +410,35 @@ def read_weights(query, key, beta, log_decay=None, reset=None, *, rule: Rule):
       The weights w ``[T]`` and r ``[K]``, what of the query reaches the initial memory.
 
     Raises:
-      ValueError: another rule.
+      ValueError: another rule, or arrays that do not fit together.
     """
     if rule not in ("sum", "delta"):
         raise ValueError(
             f'read_weights is for rule "sum" or "delta", whose reads are linear in the values, got {rule!r}'
         )
+    arrays = {"query": query, "key": key, "beta": beta, "log_decay": log_decay, "reset": reset}
+    for name, x in arrays.items():
+        if (x is None and name in ("query", "key", "beta")) or (x is not None and not hasattr(x, "shape")):
+            raise ValueError(f"{name} must be an array, got {type(x).__name__}; jnp.asarray makes one of numbers")
+    if key.ndim != 2:
+        raise ValueError(f"key must be [T, K], of one head and sequence, got {list(key.shape)}; take jax.vmap for more")
+    length, key_size = key.shape
+    expected = {
+        "query": [(key_size,)],
+        "beta": [(length,)],
+        "log_decay": [(length,), (length, key_size)],
+        "reset": [(length,)],
+    }
+    for name, shapes in expected.items():
+        x = arrays[name]
+        if x is not None and x.shape not in shapes:
+            words = " or ".join(str(list(shape)) for shape in shapes)
+            raise ValueError(f"{name} must be {words} to go with key {list(key.shape)}, got {list(x.shape)}")
+    return _read_weights(query, key, beta, log_decay, reset, rule=rule)
+
+
+@functools.partial(jax.jit, static_argnames="rule")  # else its scan compiles anew at each call
+def _read_weights(query, key, beta, log_decay, reset, *, rule):
     if rule == "sum" and log_decay is None and reset is None:
         return beta * jnp.matmul(key, query, precision=HIGHEST), query
 
@@ -407,7 +479,33 @@ def key_sums(key_sum, key, log_decay=None, reset=None):
     return before, after
 
 
-def _check_shapes(fast_weights, query, key, value, beta, log_decay, reset):
+def log_of_largest_key(key_sum, key, log_decay=None, reset=None):
+    """ln max_c |z_{t−1}|, as far as it is one of the keys' entries that are left: −∞ where nothing was written yet.
+
+    It says whether the running key sum is zero because nothing was written, or because what was written has decayed to
+    less than the smallest number: max_t ← max(max_{t−1} + log_decay_t, ln|k_t|). Arguments as in ``key_sums``.
+
+    Returns:
+      The logarithm of the largest entry that token t finds, ``[T]``.
+    """
+    heads = log_decay is None or log_decay.ndim == 1
+
+    def log(x):
+        return jnp.log(jnp.max(jnp.abs(x), axis=-1, keepdims=True) if heads else jnp.abs(x))
+
+    decay = jnp.zeros((len(key), 1), key.dtype) if log_decay is None else log_decay.reshape(len(key), -1)
+    decay = decay if reset is None else jnp.where(reset[:, None], -jnp.inf, decay)
+
+    def combine(first, second):
+        return first[0] + second[0], jnp.maximum(first[1] + second[0], second[1])
+
+    decays, largest = lax.associative_scan(combine, (decay, log(key)))
+    after = jnp.maximum(decays + log(key_sum)[None], largest)
+    before = decay + jnp.concatenate([log(key_sum)[None], after[:-1]])
+    return jnp.max(before, axis=-1)
+
+
+def _check_shapes(fast_weights, query, key, value, beta, log_decay, reset, recall_scale=None):
     length, key_size, value_size = *key.shape, value.shape[-1]
     chex.assert_shape(fast_weights, (key_size, value_size))
     chex.assert_shape(key if query is None else [query, key], (length, key_size))
@@ -415,5 +513,6 @@ def _check_shapes(fast_weights, query, key, value, beta, log_decay, reset):
     chex.assert_shape(beta, (length,))
     if log_decay is not None and log_decay.shape != (length,):
         chex.assert_shape(log_decay, (length, key_size))
-    if reset is not None:
-        chex.assert_shape(reset, (length,))
+    for x in (reset, recall_scale):
+        if x is not None:
+            chex.assert_shape(x, (length,))

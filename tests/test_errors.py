@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import pytest
 
 import fwt_jax
+from fwt_jax import memory
 
 B, T, H, K, V = 2, 3, 2, 4, 5
 QUERY, KEY = jnp.ones((B, T, H, K)), jnp.ones((B, T, H, K))
@@ -91,6 +92,15 @@ ATTENTION = {
     "segment_ids per head": ({"segment_ids": jnp.zeros((B, T, H), int)}, ["segment_ids", "[2, 3]", "[2, 3, 2]"]),
     "segment_ids of one row": ({"segment_ids": jnp.zeros((T,), int)}, ["segment_ids", "integers", "[2, 3]", "[3]"]),
     "floating segment_ids": ({"segment_ids": jnp.zeros((B, T))}, ["segment_ids", "integers", "float32"]),
+    "a list as query": ({"query": QUERY.tolist()}, ["query must be an array, got list", "jnp.asarray"]),
+    "a list as segment_ids": ({"segment_ids": [[0] * T] * B}, ["segment_ids must be an array, got list"]),
+    "a negative eps": ({"normalize": "read", "eps": -1e-6}, ["eps", "at least 0", "-1e-06"]),
+    "an array as eps": ({"normalize": "read", "eps": jnp.ones(())}, ["eps", "a number", "Array"]),
+    "NaN as eps": ({"normalize": "read", "eps": float("nan")}, ["eps", "at least 0", "nan"]),
+    "a complex memory": (
+        {"memory": MEMORY._replace(fast_weights=MEMORY.fast_weights * 1j)},
+        ["fast_weights of memory", "floating point", "complex64"],
+    ),
 }
 
 
@@ -129,6 +139,9 @@ READ = {
         {"memory": MEMORY._replace(key_sum=MEMORY.key_sum[..., :3])},
         ["key_sum", "[2, 2, 4]", "[2, 2, 3]"],
     ),
+    "a tuple as memory": ({"memory": tuple(MEMORY)}, ["must be a Memory", "tuple", "Memory(fast_weights, key_sum)"]),
+    "a list as query": ({"query": QUERY.tolist()}, ["query must be an array, got list"]),
+    "a negative eps": ({"normalize": "read", "eps": -1.0}, ["eps", "at least 0", "-1.0"]),
 }
 
 
@@ -147,3 +160,25 @@ def assert_message(words, function, *args, **kwargs):
 def test_read_weights_of_another_rule():
     with pytest.raises(ValueError, match=r'"sum" or "delta".*got .fwm'):
         fwt_jax.read_weights(QUERY[0, 0, 0], KEY[0, :, 0], BETA[0, :, 0], rule="fwm")
+
+
+READ_WEIGHTS = {
+    "queries of all tokens": ({"query": QUERY[0, :, 0]}, ["query", "[4]", "[3, 4]"]),
+    "keys of all heads": ({"key": KEY[0]}, ["key", "[T, K]", "[3, 2, 4]", "vmap"]),
+    "no beta": ({"beta": None}, ["beta must be an array", "NoneType"]),
+    "a list as beta": ({"beta": [0.5] * T}, ["beta must be an array", "list"]),
+    "a decay of another length": ({"log_decay": jnp.zeros(T + 1)}, ["log_decay", "[3] or [3, 4]", "[4]"]),
+    "a reset for each feature": ({"reset": jnp.zeros((T, K), bool)}, ["reset", "[3]", "[3, 4]"]),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), READ_WEIGHTS.values(), ids=READ_WEIGHTS)
+def test_read_weights_says_what_is_wrong(change, words):
+    call = {"query": QUERY[0, 0, 0], "key": KEY[0, :, 0], "beta": BETA[0, :, 0], "rule": "delta"} | change
+    assert_message(words, fwt_jax.read_weights, **call)
+
+
+@pytest.mark.parametrize("form", [memory.recurrent, memory.recurrent_in_blocks, memory.chunk])
+def test_forms_refuse_a_rule_that_they_do_not_have(form):
+    inputs = (MEMORY.fast_weights[0, 0], QUERY[0, :, 0], KEY[0, :, 0], VALUE[0, :, 0], BETA[0, :, 0])
+    assert_message(["'sum', 'delta', 'fwm'", "'oja'"], form, *inputs, rule="oja")

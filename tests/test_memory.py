@@ -221,6 +221,55 @@ def test_mild_decays_between_many_strong_ones_keep_their_digits(decay, strong):
     chex.assert_trees_all_close(got, want, rtol=0, atol=2e-6 * float(jnp.max(jnp.abs(want))))
 
 
+@pytest.mark.parametrize("form", ["recurrent", "chunkwise", "parallel"])
+@pytest.mark.parametrize("decay", ["head", "channel"])
+def test_strong_decays_that_are_not_yet_nothing_keep_all_digits(decay, form):
+    """exp(−17) to exp(−40): what is left is below the rounding of what is written next, and not of what is read."""
+    arrays = random_inputs(Case(length=130, decay=decay))
+    rng = np.random.default_rng(0)
+    shape = arrays["log_decay"].shape
+    arrays["log_decay"] = np.where(rng.random(shape) < 0.15, rng.uniform(-40, -17, shape), arrays["log_decay"])
+    arrays = {name: np.float32(x) for name, x in arrays.items() if x is not None}
+    exact = {name: np.float64(x) for name, x in arrays.items()}
+    want, fast_weights, _ = reference.batched(reference.attention, exact, rule="delta")
+    got, got_fast_weights, _ = compiled_attend(rule="delta", form=form)(arrays)
+    chex.assert_trees_all_close(np.float64(got), want, rtol=0, atol=1e-6 * np.abs(want).max())
+    chex.assert_trees_all_close(np.float64(got_fast_weights), fast_weights, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["recurrent", "chunkwise", "parallel", "pallas"])
+@pytest.mark.parametrize("eps", [1e-6, 0.0])
+@pytest.mark.parametrize("strong", [-30.0, -41.0, -60.0, -86.0, -90.0, -600.0, -1e4])
+def test_retrieval_divides_what_has_decayed_by_what_has_decayed(strong, eps, form):
+    """Keys of three features, some of them written twice, after one strong decay: as float64 has it.
+
+    With eps = 0 and below exp(−87) float32 has nothing left to divide, and takes what float64 takes below exp(−745).
+    """
+    options = {"implementation": "pallas"} if form == "pallas" else {"form": form}
+    keys = np.eye(3)[[0, 1, 0, 0, 2, 1]]
+    value = np.random.default_rng(0).normal(size=(6, 2))
+    log_decay = np.where(np.arange(6) == 2, strong, -0.1)
+    arrays = {"query": keys, "key": keys, "value": value, "beta": np.full(6, 0.7), "log_decay": log_decay}
+    expected = dict(arrays)
+    if eps == 0 and strong < -87:
+        expected["log_decay"] = np.where(log_decay < -87, -1e4, log_decay)
+    with np.errstate(under="ignore"):
+        want, _, _ = reference.attention(**expected, rule="delta", normalize="retrieval", eps=eps)
+    if eps == 0:  # the last token reads what only the strong decay left
+        want[5] = np.where(np.isfinite(want[5]), want[5], 0)
+
+    def call(value, log_decay):
+        inputs = {name: jnp.asarray(x, jnp.float32)[None, :, None] for name, x in arrays.items()}
+        inputs |= {"value": value, "log_decay": log_decay}
+        out, *_ = attend(inputs, normalize="retrieval", eps=eps, **options)
+        return jnp.sum(out), out
+
+    moved = (jnp.asarray(arrays[name], jnp.float32)[None, :, None] for name in ("value", "log_decay"))
+    gradients, out = jax.jit(jax.grad(call, argnums=(0, 1), has_aux=True))(*moved)
+    chex.assert_trees_all_close(np.float64(out[0, :, 0]), want, rtol=1e-5, atol=1e-6)
+    chex.assert_tree_all_finite(gradients)
+
+
 def test_clips_keep_their_digits_where_keys_are_short_and_values_long():
     """The norm grows by eᵀ(2m + β‖k‖²e), which for m ≪ v is a small difference of vᵀe and ‖e‖²."""
     arrays = float32_inputs(rule="fwm", length=100)
@@ -318,25 +367,6 @@ def test_the_clips_of_fwm_are_found_once_and_not_again_for_the_gradient():
     assert jaxpr.count("rsqrt") == 1  # one for each clip, and nowhere else
 
 
-def test_on_cpu_small_memories_go_token_by_token_but_for_derivatives():
-    inputs = float32_inputs(length=64)
-    forward = lambda arrays: attend(arrays, form="chunkwise")[0]  # noqa: E731
-    gradient = jax.grad(lambda arrays: jnp.sum(forward(arrays)))
-    lengths = [set(re.findall(r"length=(\d+)", str(jax.make_jaxpr(f)(inputs)))) for f in (forward, gradient)]
-    assert lengths == [{"64"}, {"2"}]
-
-
-@pytest.mark.parametrize("backend", ["cpu", "tpu"])
-def test_on_cpu_no_loop_over_chunks_reads_or_writes_slices_of_bfloat16(backend, monkeypatch):
-    """XLA's CPU backend would widen the whole array for each slice that is written, and time would go with T²."""
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    inputs = jax.tree.map(lambda x: x.astype(jnp.bfloat16), long_inputs())
-    jaxpr = gradient_at_length("delta", "chunkwise").trace(inputs).jaxpr
-    loops = [str(equation) for equation in jaxpr.eqns if equation.primitive.name == "scan"]
-    assert len(loops) == 2  # forward and back
-    assert ["bf16" in loop for loop in loops] == [backend != "cpu"] * 2
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("rule", "form"), [*EXTREMES, ("sum", "parallel")])
 def test_products_of_float32_are_exact_on_all_hardware_and_those_of_bfloat16_are_fast(rule, form, dtype):
@@ -348,7 +378,7 @@ def test_products_of_float32_are_exact_on_all_hardware_and_those_of_bfloat16_are
     if dtype == "float32" or form == "recurrent":
         assert len(exact) >= 2 and all(exact)
     else:
-        assert exact.count(False) >= 6 and (exact.count(True) >= 6) == (rule != "sum")
+        assert exact.count(False) >= 5 and (exact.count(True) >= 6) == (rule != "sum")
 
 
 @pytest.mark.parametrize("form", ["recurrent", "chunkwise"])

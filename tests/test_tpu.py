@@ -41,8 +41,7 @@ def compiled_text(function, inputs, mesh):
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 @pytest.mark.parametrize("options", [{}, {"log_decay": True, "segment_ids": True}], ids=["plain", "gated, packed"])
 @pytest.mark.parametrize("implementation", ["xla", "pallas"])
-def test_a_gradient_compiles_and_shards_do_not_communicate(topology, options, implementation, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")  # what the library asks when it is traced on a TPU
+def test_a_gradient_compiles_and_shards_do_not_communicate(topology, options, implementation):
 
     def both(query, key, value, beta, log_decay, segment_ids, weights):
         attention = functools.partial(
@@ -71,8 +70,7 @@ def test_a_gradient_compiles_and_shards_do_not_communicate(topology, options, im
 
 
 @pytest.mark.parametrize("implementation", ["xla", "pallas"])
-def test_gradients_are_added_up_where_values_alone_are_sharded(implementation, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+def test_gradients_are_added_up_where_values_alone_are_sharded(implementation):
 
     def both(query, key, value, beta):
         attention = functools.partial(fwt_jax.fast_weight_attention, implementation=implementation)
@@ -103,9 +101,8 @@ def test_gradients_are_added_up_where_values_alone_are_sharded(implementation, m
     ],
 )
 def test_kernels_compile_for_other_sizes_an_odd_number_of_heads_and_whatever_jax_is_configured_to(
-    key_size, value_size, dtype, matmul_precision, monkeypatch
+    key_size, value_size, dtype, matmul_precision
 ):
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
 
     def both(query, value, beta):
         attention = functools.partial(fwt_jax.fast_weight_attention, implementation="pallas")
@@ -146,9 +143,8 @@ def memory_of_a_train_step(make, loss, settings, batch, topology, axes):
     [("v5e:4x4", {"fsdp": 4, "tensor": 2}, 16), ("v5p:2x2x2", {"fsdp": 4}, 95)],
     ids=["v5e 4x4", "v5p 2x2x2"],
 )
-def test_the_train_step_of_the_medium_model_fits(topology, axes, gigabytes, monkeypatch):
+def test_the_train_step_of_the_medium_model_fits(topology, axes, gigabytes):
     """Table 2, medium, delta rule: 56 x 384 tokens a step."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     preset = find("medium-delta")
     tokens = jax.ShapeDtypeStruct((preset.batch_size, preset.length), jnp.int32)
     batch = {"tokens": tokens, "targets": tokens, "start": jax.ShapeDtypeStruct((), bool)}
@@ -159,9 +155,8 @@ def test_the_train_step_of_the_medium_model_fits(topology, axes, gigabytes, monk
 
 @pytest.mark.exhaustive  # minutes of compiling
 @pytest.mark.parametrize("name", ["big-softmax", "big-dpfp-4"])
-def test_the_train_step_of_the_big_translation_model_fits(name, monkeypatch):
+def test_the_train_step_of_the_big_translation_model_fits(name):
     """Table 1: 16 parts of 3 x 3584 tokens a step, here in sentences of 48."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     size, model = translation_presets.find(name)
     tokens = jax.ShapeDtypeStruct((parallel_text.rows_of(48, size.tokens, 16 * 16), 48), jnp.int32)
     loss = functools.partial(translation.loss, size.label_smoothing)

@@ -137,7 +137,6 @@ def report_ours(implementation, config: Config, folder: pathlib.Path):
     os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")  # no machine, and no TPU, to ask for
     if implementation == "pallas":
         os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
-    jax.default_backend = lambda: "tpu"  # what the library asks when it is traced on one
     for precision in ("default", "highest"):
 
         def ours(query, key, value, beta, precision=precision):

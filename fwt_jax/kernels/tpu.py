@@ -12,10 +12,12 @@ import functools
 from typing import NamedTuple
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.interpreters import mlir
 
 from fwt_jax import memory
 
@@ -23,15 +25,28 @@ DEFAULT, HIGH, HIGHEST = lax.Precision.DEFAULT, lax.Precision.HIGH, lax.Precisio
 CHUNK_SIZES = (16, 32, 64, 128)  # 16: the rows of a tile of bfloat16. 128: the width of the multiplier
 
 
-def chunkwise(fast_weights, query, key, value, beta, log_decay=None, reset=None, *, rule, chunk_size=None, precision):
+def chunkwise(
+    fast_weights,
+    query,
+    key,
+    value,
+    beta,
+    log_decay=None,
+    reset=None,
+    recall_scale=None,
+    *,
+    rule,
+    chunk_size=None,
+    precision,
+):
     """``chunkwise.chunkwise`` on a TPU, or interpreted, slowly, on CPU.
 
     FLOPs per token and head for delta, forward: 6KV + C(4K + 4V), and 16C² for the inverse, of three passes at least;
     about three times that for the gradient. 2(K + V) numbers of HBM traffic per token forward.
 
     Args:
-      fast_weights, query, key, value, beta, reset: see ``chunkwise.chunkwise``; float32 or bfloat16 inputs, a query is
-        needed. K and V are at most 512, and for float32 K·V is at most 256².
+      fast_weights, query, key, value, beta, reset, recall_scale: see ``chunkwise.chunkwise``; float32 or bfloat16
+        inputs, a query is needed. K and V are at most 512, and for float32 K·V is at most 256².
       log_decay: None or ``[B, T, H]``.
       rule: "sum" or "delta".
       chunk_size: 16, 32, 64 or 128; None takes 128, or less if T is less.
@@ -42,11 +57,9 @@ def chunkwise(fast_weights, query, key, value, beta, log_decay=None, reset=None,
       The reads ``[B, T, H, V]`` in value's dtype and W_T ``[B, H, K, V]``.
 
     Raises:
-      ValueError: anything else, or on a GPU.
+      ValueError: anything else, or when it is compiled for a GPU.
       NotImplementedError, TypeError: for the derivative of a gradient, for forward mode; the plain JAX form has both.
     """
-    if jax.default_backend() not in ("tpu", "cpu"):
-        raise ValueError(f'implementation="pallas" is for TPU, got {jax.default_backend()}; use implementation="xla"')
     if rule not in ("sum", "delta") or (log_decay is not None and log_decay.ndim != 3):
         decay = "a decay per key channel" if rule in ("sum", "delta") else f"rule {rule!r}"
         raise ValueError(f'implementation="pallas" has no {decay}; use implementation="xla"')
@@ -76,17 +89,16 @@ def chunkwise(fast_weights, query, key, value, beta, log_decay=None, reset=None,
         x = jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2)))
         return jnp.moveaxis(x, 2, 1).reshape(batch * heads, num_chunks, chunk_size, *x.shape[3:])
 
-    gates = [beta]
-    resets = None if reset is None else jnp.broadcast_to(reset[..., None], beta.shape)
-    if log_decay is not None:  # as in memory.advance, but that there is one kind of epoch
-        forgets = log_decay < memory.NOTHING
-        gates.append(jnp.where(forgets, 0, log_decay))
-        resets = forgets if resets is None else forgets | resets
-    if resets is not None:
-        gates.append(resets)
-    gates = [split(x.astype(jnp.float32)) for x in gates]
-    gates = jnp.stack([gates[0], *(jnp.cumsum(x, axis=-1) for x in gates[1:])], axis=2)  # [B·H, n, 1 to 3, C]
-    settings = _Settings(rule, log_decay is not None, resets is not None, _canonical(precision))
+    rows = {"beta": beta, "recall_scale": recall_scale}
+    rows = {name: split(x.astype(jnp.float32)) for name, x in rows.items() if x is not None}
+    if log_decay is not None:
+        decays = memory.cumulative_log_decay(jnp.moveaxis(split(log_decay.astype(jnp.float32)), -1, 0))
+        rows["coarse"], rows["fine"] = (jnp.moveaxis(x, 0, -1) for x in decays)
+    if reset is not None:
+        reset = jnp.broadcast_to(reset[..., None], beta.shape)
+        rows["segment"] = jnp.cumsum(split(reset.astype(jnp.float32)), axis=-1)
+    settings = _Settings(rule, tuple(rows), _canonical(precision))
+    gates = jnp.stack(list(rows.values()), axis=2)  # [B·H, n, 1 to 5, C]
     start = fast_weights.reshape(batch * heads, *fast_weights.shape[2:])
     inputs = (start, *map(split, (query, key, value)), gates)
     # In shard_map all results vary over the mesh as any of these does, and so must all of them.
@@ -97,11 +109,10 @@ def chunkwise(fast_weights, query, key, value, beta, log_decay=None, reset=None,
 
 
 class _Settings(NamedTuple):
-    """What the kernels are compiled for."""
+    """What the kernels are compiled for; gates: what is in each row of the argument of that name."""
 
     rule: str
-    decays: bool
-    resets: bool
+    gates: tuple[str, ...]
     precision: lax.Precision
 
 
@@ -137,15 +148,27 @@ def _forward(settings, keep_starts, start, query, key, value, gates):
             fast_weights = end_ref[head]
             for ref in starts_ref:
                 ref[head] = fast_weights
-            inputs = (ref[head].astype(jnp.float32) for ref in (query_ref, key_ref, value_ref))
-            reads, end_ref[head] = _chunk(settings, fast_weights, *inputs, gates_ref[head])
-            reads_ref[head] = reads.astype(reads_ref.dtype)
+            inputs = (ref[head] for ref in (query_ref, key_ref, value_ref, gates_ref))
+            reads_ref[head], end_ref[head] = advance(fast_weights, *inputs)
+
+    def advance(fast_weights, *tokens):
+        reads, end = _chunk(settings, fast_weights, *(x.astype(jnp.float32) for x in tokens))
+        return reads.astype(value.dtype), end
+
+    @jax.vmap
+    def in_plain_jax(start, *tokens):
+        def body(fast_weights, tokens):
+            reads, end = advance(fast_weights, *tokens)
+            return end, (reads, fast_weights)
+
+        end, (reads, starts) = lax.scan(body, start, tokens)
+        return (reads, end, starts) if keep_starts else (reads, end)
 
     inputs = (start, query, key, value, gates)
     outs = [_shape_like(value), _shape_like(start)]
     if keep_starts:
         outs.append(_shape_like(start, (*key.shape[:2], *start.shape[1:])))
-    return _call(kernel, inputs, outs, "fast_weight_attention")
+    return _call(kernel, in_plain_jax, inputs, outs, "fast_weight_attention")
 
 
 def _attention_backward(settings, kept, cotangents):
@@ -157,15 +180,29 @@ def _attention_backward(settings, kept, cotangents):
             start_bar_ref[...] = end_bar_ref[...]
 
         for head in range(len(query_ref)):
-            inputs = (ref[head].astype(jnp.float32) for ref in (query_ref, key_ref, value_ref, gates_ref))
-            _, pull = jax.vjp(functools.partial(_chunk, settings), starts_ref[head], *inputs)
-            bars = pull((reads_bar_ref[head].astype(jnp.float32), start_bar_ref[head]))
-            start_bar_ref[head], *token_bars = bars
+            inputs = (ref[head] for ref in (starts_ref, query_ref, key_ref, value_ref, gates_ref, reads_bar_ref))
+            start_bar_ref[head], *token_bars = back(start_bar_ref[head], *inputs)
             for ref, bar in zip(token_bar_refs, token_bars, strict=True):
-                ref[head] = bar.astype(ref.dtype)
+                ref[head] = bar
+
+    def back(end_bar, start, *tokens):
+        *inputs, reads_bar = (x.astype(jnp.float32) for x in tokens)
+        _, pull = jax.vjp(functools.partial(_chunk, settings), start, *inputs)
+        start_bar, *bars = pull((reads_bar, end_bar))
+        return start_bar, *(bar.astype(x.dtype) for bar, x in zip(bars, tokens[:-1], strict=True))
+
+    @jax.vmap
+    def in_plain_jax(starts, query, key, value, gates, reads_bar, end_bar):
+        def body(end_bar, tokens):
+            start_bar, *token_bars = back(end_bar, *tokens)
+            return start_bar, token_bars
+
+        start_bar, token_bars = lax.scan(body, end_bar, (starts, query, key, value, gates, reads_bar), reverse=True)
+        return (start_bar, *token_bars)
 
     outs = [_shape_like(x) for x in (cotangents[1], *kept[1:])]
-    return _call(kernel, (*kept, *cotangents), outs, "fast_weight_attention_gradient", backwards=True)
+    inputs = (*kept, *cotangents)
+    return _call(kernel, in_plain_jax, inputs, outs, "fast_weight_attention_gradient", backwards=True)
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
@@ -178,8 +215,17 @@ def _shape_like(x, shape=None):
     return jax.ShapeDtypeStruct(x.shape if shape is None else shape, x.dtype, **varying)
 
 
-def _call(kernel, inputs, outs, name, backwards=False):
-    """Runs a kernel for each chunk of each pair of heads. What has a memory's three axes stays; the rest is cut."""
+def _varies(x):
+    """Whether x varies over axes of a mesh that shard_map keeps account of."""
+    kind = jax.typeof(x)
+    return bool(kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying)
+
+
+def _call(kernel, in_plain_jax, inputs, outs, name, backwards=False):
+    """Runs a kernel for each chunk of each pair of heads. What has a memory's three axes stays; the rest is cut.
+
+    ``in_plain_jax``: what the kernel does, of inputs, for a CPU where they vary over a mesh.
+    """
     heads, num_chunks = inputs[1].shape[:2]
     small = inputs[1].shape[-1] * inputs[3].shape[-1] <= 256 * 256
     together = 2 if small and heads % 2 == 0 else 1  # two keep the multiplier busy while one waits for its result
@@ -192,55 +238,90 @@ def _call(kernel, inputs, outs, name, backwards=False):
 
     @jax.custom_jvp
     def call(*inputs):
-        return pallas(*inputs)
+        return lax.platform_dependent(*inputs, tpu=compiled, cpu=interpreted, default=refused)
 
     @call.defjvp
     def _(*_):
         raise NotImplementedError('implementation="pallas" has no derivative of its gradient; use implementation="xla"')
 
-    pallas = pl.pallas_call(
-        kernel,
-        grid=(heads // together, num_chunks),
-        in_specs=[spec(x) for x in inputs],
-        out_specs=[spec(x) for x in outs],
-        out_shape=outs,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
-        interpret=jax.default_backend() != "tpu",
-        name=name,
-    )
+    def pallas(interpret):
+        return pl.pallas_call(
+            kernel,
+            grid=(heads // together, num_chunks),
+            in_specs=[spec(x) for x in inputs],
+            out_specs=[spec(x) for x in outs],
+            out_shape=outs,
+            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+            interpret=interpret,
+            name=name,
+        )
+
+    def refused(*inputs):
+        # Zero, and like the inputs in what varies over a mesh.
+        zero = _for_tpu_alone.bind() + sum(jnp.zeros_like(x[(0,) * x.ndim], jnp.float32) for x in inputs)
+        return tuple(jnp.zeros(x.shape, x.dtype) + zero.astype(x.dtype) for x in outs)
+
+    # Pallas' interpreter slices what varies over a mesh at places that do not, which shard_map refuses.
+    compiled, interpreted = pallas(interpret=False), in_plain_jax if _varies(inputs[0]) else pallas(interpret=True)
     return call(*inputs)
+
+
+_for_tpu_alone = jax.extend.core.Primitive("for_tpu_alone")  # a zero that cannot be compiled
+_for_tpu_alone.def_abstract_eval(lambda: jax.core.ShapedArray((), jnp.float32))
+
+
+def _refuse(context):
+    platforms = ", ".join(context.module_context.platforms)
+    raise ValueError(f'implementation="pallas" is for TPU, got {platforms}; use implementation="xla"')
+
+
+mlir.register_lowering(_for_tpu_alone, _refuse)
 
 
 # --- one chunk of one head -------------------------------------------------------------------------------------------
 
 
 def _chunk(settings, fast_weights, query, key, value, gates):
-    """``memory.chunk``: [K, V], [C, K], [C, K], [C, V] and the rows of gates [1 to 3, C] -> reads [C, V], W [K, V]."""
+    """``memory.chunk``: [K, V], [C, K], [C, K], [C, V] and the rows of gates [1 to 5, C] -> reads [C, V], W [K, V]."""
     size, precision = len(key), settings.precision
     row, column = (lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
-    upright = lambda x: jnp.sum(jnp.where(row == column, x, 0), axis=1, keepdims=True)  # [1, C] -> [C, 1]  # noqa: E731
-    last = lambda x: jnp.sum(jnp.where(column[:1] == size - 1, x, 0), axis=1, keepdims=True)  # -> [1, 1]  # noqa: E731
+    gates = {name: gates[i : i + 1] for i, name in enumerate(settings.gates)}
+
+    def upright(x):  # [1, C] -> [C, 1]
+        return jnp.sum(jnp.where(row == column, x, 0), axis=1, keepdims=True)
+
+    def last(x):  # -> [1, 1]
+        return jnp.sum(jnp.where(column[:1] == size - 1, x, 0), axis=1, keepdims=True)
+
+    def scaled(scale, x):
+        return x if scale is None else scale * x
 
     seen, from_start, to_end, over_chunk = row >= column, None, None, None
     decays = jnp.where(seen, 1.0, 0.0)
-    if settings.decays:
-        log_alpha = gates[1:2]
-        from_start, over_chunk = jnp.exp(upright(log_alpha)), jnp.exp(last(log_alpha))
-        to_end = jnp.exp(last(log_alpha) - upright(log_alpha))
-        decays = jnp.exp(jnp.where(seen, upright(log_alpha) - log_alpha, -jnp.inf))
-    if settings.resets:
-        segment = gates[-1:]  # how many resets there were since the chunk began
-        mask = lambda x, where: jnp.where(where, 1.0 if x is None else x, 0.0)  # noqa: E731
+    if "coarse" in gates:
+        parts = gates["coarse"], gates["fine"]  # of the cumulative log decay
+        from_start = jnp.exp(sum(upright(x) for x in parts))
+        over_chunk = jnp.exp(sum(last(x) for x in parts))
+        to_end = jnp.exp(sum(last(x) - upright(x) for x in parts))
+        decays = jnp.exp(jnp.where(seen, sum(upright(x) - x for x in parts), -jnp.inf))
+    if "segment" in gates:
+        segment = gates["segment"]  # how many resets there were since the chunk began
+
+        def mask(x, where):
+            return jnp.where(where, 1.0 if x is None else x, 0.0)
+
         from_start, to_end = mask(from_start, upright(segment) == 0), mask(to_end, upright(segment) == last(segment))
         decays, over_chunk = mask(decays, upright(segment) == segment), mask(over_chunk, last(segment) == 0)
-    scaled = lambda scale, x: x if scale is None else scale * x  # noqa: E731
 
-    beta = upright(gates[:1])
+    beta = upright(gates["beta"])
     if settings.rule == "sum":
         writes = beta * value
     else:
         overlaps = jnp.where(row > column, decays * _dot("nt", precision, key, key), 0)
         recalled = _dot("nn", precision, scaled(from_start, key), fast_weights)
+        if "recall_scale" in gates:
+            scale = upright(gates["recall_scale"])
+            overlaps, recalled = scale * overlaps, scale * recalled
         writes = _unit_lower_solve(precision, beta * overlaps, beta * (value - recalled))
     reads = _dot("nn", precision, scaled(from_start, query), fast_weights)
     reads += _dot("nn", precision, decays * _dot("nt", precision, query, key), writes)
@@ -313,7 +394,9 @@ def _unit_lower_inverse(precision, lower):
     dot = functools.partial(_product, "nn", _at_least_high(precision))
     inverse = jnp.where(row == column, 1.0, 0.0)
     while half < size:
-        corners = jnp.where((row // half % 2 == 1) & (row // half - 1 == column // half), lower, 0)
+        # Shifts, not //: to lower that for a TPU, Pallas asks which one is there, and an export has none.
+        block, other = (lax.shift_right_logical(x, half.bit_length() - 1) for x in (row, column))
+        corners = jnp.where((block & 1 == 1) & (block - 1 == other), lower, 0)
         if half == 1:
             inverse -= corners
         elif half < 8:  # the rows of a tile of float32

@@ -1,0 +1,115 @@
+"""Calls outside of jax.jit: each compiles once for its shapes, and keeps no memory."""
+
+import contextlib
+import functools
+import gc
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import fwt_jax
+from fwt_jax import feature_maps
+
+
+@contextlib.contextmanager
+def compilations():
+    """The names of what is compiled within."""
+    names, logger = [], logging.getLogger("jax._src.dispatch")
+
+    class Handler(logging.Handler):
+        def emit(self, record):
+            if "Finished XLA compilation" in record.getMessage():
+                names.append(record.getMessage())
+
+    handler, level = Handler(), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        yield names
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def live_objects():
+    gc.collect()
+    return len(gc.get_objects())
+
+
+def check_that_it_compiles_once(call, state, times=100):
+    """``call`` takes and returns a state; from the third call on nothing is compiled and nothing stays behind."""
+    for _ in range(2):
+        state = call(state)
+    before = live_objects()
+    with compilations() as names:
+        for _ in range(times):
+            state = call(state)
+    assert not names
+    assert live_objects() - before < times  # at most the odd object of the interpreter
+
+
+def one_token(length=1):
+    rng = np.random.default_rng(0)
+    query, key = rng.random((2, 2, length, 3, 8))
+    value, beta = rng.random((2, length, 3, 5)), rng.random((2, length, 3))
+    return [jnp.asarray(x, jnp.float32) for x in (query, key, value, beta)]
+
+
+def test_compilations_are_counted():
+    with compilations() as names:
+        jax.jit(lambda x: jnp.sin(x) + 0.123)(jnp.ones(3)).block_until_ready()
+    assert names
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"form": "recurrent"},
+        {"form": "parallel"},
+        {"chunk_size": 2},
+        {"rule": "sum", "normalize": "read"},
+        {"normalize": "retrieval"},
+        {"rule": "fwm"},
+        {"implementation": "pallas"},
+    ],
+    ids=str,
+)
+def test_the_operation_compiles_once(options):
+    inputs = one_token()
+    attend = functools.partial(fwt_jax.fast_weight_attention, *inputs, **options)
+    check_that_it_compiles_once(lambda memory: attend(memory=memory)[1], None)
+
+
+@pytest.mark.parametrize("options", [{}, {"form": "recurrent"}, {"rule": "fwm"}], ids=str)
+def test_its_gradient_compiles_once(options):
+    query, key, value, beta = one_token(length=7)
+
+    def loss(key):
+        out, memory = fwt_jax.fast_weight_attention(query, key, value, beta, **options)
+        return jnp.sum(out) + jnp.sum(memory.fast_weights)
+
+    check_that_it_compiles_once(lambda key: key - 0.01 * jax.grad(loss)(key), key, times=20)
+
+
+def test_weights_of_a_read_compile_once():
+    query, key, _, beta = one_token(length=7)
+
+    def call(query):
+        return fwt_jax.read_weights(query, key[0, :, 0], beta[0, :, 0], rule="delta")[1]
+
+    check_that_it_compiles_once(call, query[0, 0, 0])
+
+
+@pytest.mark.parametrize("rule", ["delta", "sum"])
+def test_a_layer_that_streams_compiles_once(rule):
+    normalization = feature_maps.sum_normalize
+    feature_map = functools.partial(feature_maps.dpfp, nu=1)
+    options = {"rule": rule, "feature_map": feature_map, "feature_normalization": normalization}
+    layer = fwt_jax.FastWeightAttention(12, num_heads=3, head_size=4, **options, rngs=nnx.Rngs(0))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 1, 12)), jnp.float32)
+    check_that_it_compiles_once(lambda memory: layer(x, memory)[1], None)
