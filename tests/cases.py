@@ -24,9 +24,6 @@ def some(every, cases):
     return [pytest.param(case, marks=mark) for case, mark in zip(cases, marks, strict=True)]
 
 
-BATCH, HEADS, KEY_SIZE, VALUE_SIZE = 2, 2, 8, 5
-
-
 @dataclasses.dataclass(frozen=True)
 class Case:
     rule: str = "delta"
@@ -38,11 +35,13 @@ class Case:
     packed: bool = False
     start: bool = False  # from a memory that is not empty
     implementation: str | None = None
+    sizes: tuple = (2, 3, 8, 5)  # B, H, K, V: all different, as is T, so that an axis in another's place shows
 
     def __str__(self):
         """The pytest id, e.g. delta-retrieval-channel-chunkwise16-T100-packed-start."""
         words = [self.rule, self.normalize, self.decay and f"{self.decay} decay", f"{self.form}{self.chunk_size or ''}"]
         words += [f"T{self.length}", self.packed and "packed", self.start and "start", self.implementation]
+        words += [self.sizes != Case.sizes and "x".join(map(str, self.sizes))]
         return "-".join(str(word).replace(" ", "_") for word in words if word)
 
     @property
@@ -71,17 +70,34 @@ def every_case():
             yield case
 
 
+def pairs(case):
+    """Every two choices that meet in a case: of the rule with its normalisation, decay, form, length and context."""
+    choices = {
+        "rule": (case.rule, case.normalize),
+        "decay": case.decay,
+        "form": (case.form, case.chunk_size),
+        "length": case.length,
+        "packed": case.packed,
+        "start": case.start,
+    }
+    return set(itertools.combinations(choices.items(), 2))
+
+
+@functools.cache
 def covering_cases():
-    """Every rule with every normalisation, decay and form; lengths, chunk sizes, packing and start take turns."""
-    # Turns of 7, 5 and 4: without a common factor, among them or with the three forms and decays, so that all meet.
-    lengths = itertools.cycle([100, 37, 64, 100, 1, 37, 64])
-    chunk_sizes = itertools.cycle([16, 5, None, 16, 5])
-    contexts = itertools.cycle([(True, True), (True, False), (False, True), (False, False)])
-    for (rule, normalize), decay, form in itertools.product(RULES, DECAYS, ("recurrent", "parallel", "chunkwise")):
-        chunk_size = next(chunk_sizes) if form == "chunkwise" else None
-        case = Case(rule, normalize, decay, form, chunk_size, next(lengths), *next(contexts))
-        if case.defined:
-            yield case
+    """Some thirty cases in which every two choices meet that meet in the full product: see ``pairs``.
+
+    Greedy: the next case is one of those in which most pairs meet that have not met yet.
+    """
+    cases = list(every_case())
+    order = np.random.default_rng(0).permutation(len(cases))  # else the last choices are those that come first above
+    left = {cases[i]: pairs(cases[i]) for i in order}
+    covering = []
+    while left:
+        covering.append(max(left, key=lambda case: len(left[case])))
+        met = left.pop(covering[-1])
+        left = {case: rest for case, has in left.items() if (rest := has - met)}
+    return covering
 
 
 def random_segments(length):
@@ -95,27 +111,29 @@ def random_segments(length):
 def random_inputs(case, seed=0):
     """float64 arrays by the name of the argument; keys of length about one, positive where they are normalised by."""
     rng = np.random.default_rng(seed)
-    tokens = (BATCH, case.length, HEADS)
+    batch, heads, key_size, value_size = case.sizes
+    tokens = (batch, case.length, heads)
     if case.normalize:
-        features = lambda: rng.random((*tokens, KEY_SIZE)) * 0.6  # noqa: E731
+        features = lambda: rng.random((*tokens, key_size)) * 1.7 * key_size**-0.5  # noqa: E731
     else:
-        features = lambda: rng.normal(size=(*tokens, KEY_SIZE)) * KEY_SIZE**-0.5  # noqa: E731
-    decays = {None: None, "head": tokens, "channel": (*tokens, KEY_SIZE)}[case.decay]
-    memory = (BATCH, HEADS, KEY_SIZE)
+        features = lambda: rng.normal(size=(*tokens, key_size)) * key_size**-0.5  # noqa: E731
+    decays = {None: None, "head": tokens, "channel": (*tokens, key_size)}[case.decay]
+    memory = (batch, heads, key_size)
     return {
         "query": features(),
         "key": features(),
-        "value": rng.normal(size=(*tokens, VALUE_SIZE)),
+        "value": rng.normal(size=(*tokens, value_size)),
         "beta": rng.uniform(0.1, 0.9, tokens),
         "log_decay": None if decays is None else -rng.exponential(0.2, decays),
-        "fast_weights": rng.normal(size=(*memory, VALUE_SIZE)) if case.start else None,
+        "fast_weights": rng.normal(size=(*memory, value_size)) if case.start else None,
         "key_sum": rng.uniform(0.5, 1.5, memory) if case.start else None,
     }
 
 
 def random_cotangents(case, seed=1):
     rng = np.random.default_rng(seed)
-    shapes = [(BATCH, case.length, HEADS, VALUE_SIZE), (BATCH, HEADS, KEY_SIZE, VALUE_SIZE), (BATCH, HEADS, KEY_SIZE)]
+    batch, heads, key_size, value_size = case.sizes
+    shapes = [(batch, case.length, heads, value_size), (batch, heads, key_size, value_size), (batch, heads, key_size)]
     return tuple(rng.normal(size=shape) for shape in shapes)
 
 

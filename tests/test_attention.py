@@ -1,6 +1,7 @@
 """Every form of every rule against the equations and against the numbers of other programs."""
 
 import functools
+import itertools
 import json
 import pathlib
 
@@ -12,12 +13,17 @@ import pytest
 import reference
 from cases import (
     AS_USERS,
+    DECAYS,
+    FORMS,
+    LENGTHS,
+    RULES,
     Case,
     attend,
     compiled_attend,
     covering_cases,
     every_case,
     outputs_and_gradients,
+    pairs,
     random_cotangents,
     random_inputs,
     random_segments,
@@ -33,15 +39,17 @@ OUTPUTS = ("y", "fast_weights", "key_sum")
 # --- the forms, the rules and the reference --------------------------------------------------------------------------
 
 
+def reference_outputs(case, arrays):
+    segment_ids = random_segments(case.length) if case.packed else None
+    options = {"rule": case.rule, "normalize": case.normalize, "segment_ids": segment_ids}
+    return reference.batched(reference.attention, arrays, **options)
+
+
 @functools.cache
 def expected(case):
     """Outputs of the reference and, by name, its derivatives along a random direction, one per batch row and head."""
     arrays, cotangents = random_inputs(case), random_cotangents(case)
-    segment_ids = random_segments(case.length) if case.packed else None
-
-    def outputs(arrays):
-        options = {"rule": case.rule, "normalize": case.normalize, "segment_ids": segment_ids}
-        return reference.batched(reference.attention, arrays, **options)
+    outputs = functools.partial(reference_outputs, case)
 
     def losses(arrays):
         return sum(_per_head(name, x * c) for name, x, c in zip(OUTPUTS, outputs(arrays), cotangents, strict=True))
@@ -69,7 +77,7 @@ def check_against_reference(case, dtype, rtol, gradient_rtol, output_rtol=None, 
     rounded = {name: None if x is None else jnp.asarray(x, dtype) for name, x in arrays.items()}
     for name in ("fast_weights", "key_sum"):  # the memory is never kept in less than float32
         rounded[name] = None if arrays[name] is None else jnp.asarray(arrays[name], jnp.promote_types(dtype, "float32"))
-    segment_ids = jnp.asarray(random_segments(case.length)) if case.packed else None
+    segment_ids = jnp.asarray(random_segments(case.length))[: case.sizes[0]] if case.packed else None
     outputs, gradients = outputs_and_gradients(
         rounded, random_cotangents(case), segment_ids=segment_ids, **case.options, **options
     )
@@ -90,7 +98,21 @@ def assert_relative(name, got, want, rtol):
     chex.assert_trees_all_close({name: got}, {name: want}, rtol=0, atol=rtol * (scale + 1e-3))
 
 
-@pytest.mark.parametrize("case", some(2, list(covering_cases())), ids=str)
+def test_every_two_choices_meet_in_some_case_of_every_run():
+    """But for the two that exclude each other: fwm has no parallel form, and a single token no second document."""
+    contexts = {"length": LENGTHS, "packed": (True, False), "start": (True, False)}
+    choices = {"rule": RULES, "decay": DECAYS, "form": FORMS} | contexts
+    defined = {
+        ((first, x), (second, y))
+        for first, second in itertools.combinations(choices, 2)
+        for x, y in itertools.product(choices[first], choices[second])
+    }
+    defined -= {(("rule", ("fwm", False)), ("form", ("parallel", None))), (("length", 1), ("packed", True))}
+    assert len(covering_cases()) < 40
+    assert set().union(*map(pairs, covering_cases())) == defined
+
+
+@pytest.mark.parametrize("case", covering_cases(), ids=str)
 def test_every_form_of_every_rule_is_the_reference(case, x64):
     check_against_reference(case, jnp.float64, rtol=1e-9, gradient_rtol=1e-9)
 
@@ -125,6 +147,36 @@ def test_float32_is_the_float64_reference_to_its_own_rounding(case):
 def test_bfloat16_loses_no_more_than_the_rounding_of_inputs_and_outputs(case):
     """Tolerances: inputs, outputs and gradients carry 2⁻⁹ = 0.2 % each; what lies between is float32."""
     check_against_reference(case, jnp.bfloat16, rtol=3e-2, gradient_rtol=6e-2)
+
+
+# As users compile and at their sizes, where XLA fuses what it does not in small programs.
+LARGE = [
+    Case(rule, False, decay, form, chunk_size, length=128, sizes=(1, 3, 64, 48))
+    for rule, decay in itertools.product(("sum", "delta", "fwm"), DECAYS)
+    for form, chunk_size in [("recurrent", None), ("parallel", None), ("chunkwise", 64), ("chunkwise", None)]
+]
+LARGE = [case for case in LARGE if case.defined and (case.chunk_size or case.form != "chunkwise" or not case.decay)]
+LARGE += [
+    Case("sum", "read", "channel", "parallel", length=128, sizes=(1, 3, 64, 48)),
+    Case("sum", False, "channel", "chunkwise", 128, length=128, sizes=(1, 3, 64, 48)),
+    Case("delta", "retrieval", "channel", "chunkwise", 128, length=128, packed=True, start=True, sizes=(1, 3, 64, 48)),
+]
+
+
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_large_jitted_programs_are_the_float64_reference(case):
+    """Without derivatives. Tolerance: see above."""
+    arrays = {name: jnp.asarray(x, jnp.float32) for name, x in random_inputs(case).items() if x is not None}
+    segment_ids = jnp.asarray(random_segments(case.length))[: case.sizes[0]] if case.packed else None
+    attention = functools.partial(attend, segment_ids=segment_ids, **case.options)
+    outputs = jax.jit(attention, compiler_options=AS_USERS)(arrays)
+    for name, got, want in zip(OUTPUTS, outputs, reference_outputs(case, random_inputs(case)), strict=True):
+        assert_relative(name, got, want, 5e-6)
+
+
+@pytest.mark.parametrize("case", some(6, LARGE), ids=str)
+def test_large_jitted_gradients_are_the_float64_reference(case):
+    check_against_reference(case, jnp.float32, rtol=5e-6, gradient_rtol=2e-5, compiler_options=AS_USERS)
 
 
 KERNELS = [
@@ -304,7 +356,7 @@ def test_cross_attention_gives_what_its_memory_holds_at_every_length(length, nor
 
     out, memory = call(query, key, value)
     chex.assert_trees_all_close(fwt_jax.read(query, memory, normalize=normalize), out, rtol=1e-11, atol=1e-12)
-    scores = f"f64[2,2,{length},{length}]"
+    scores = f"f64[2,3,{length},{length}]"
     assert (scores in str(jax.make_jaxpr(call)(query, key, value))) == (length <= 6)
 
 
