@@ -40,6 +40,11 @@ hypothesis.settings.register_profile("fwt_jax", deadline=None, derandomize=True,
 hypothesis.settings.load_profile("fwt_jax")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--fuzz", type=int, help="how many random calls tests/test_fuzz.py makes (25)")
+    parser.addoption("--fuzz-seed", type=int, help="which ones: call i depends on the seed and i alone")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget_what_was_compiled():
     """After each file: a thousand tests compile more than a process may map into its memory."""

@@ -23,10 +23,12 @@ def attention(
     rule,
     normalize=False,
     eps=1e-6,
+    norms=None,
 ):
     """Causal: query, key ``[T, K]``, value ``[T, V]``, beta ``[T]``, log_decay ``[T]`` or ``[T, K]``, ids ``[T]``.
 
-    Returns y ``[T, V]``, the fast weights ``[K, V]`` and key_sum ``[K]`` after the last token.
+    Returns y ``[T, V]``, the fast weights ``[K, V]`` and key_sum ``[K]`` after the last token. The norms that fwm
+    clips are appended to ``norms``, if that is a list.
     """
     length, key_size = key.shape
     W = np.zeros((value.shape[1], key_size)) if fast_weights is None else fast_weights.T
@@ -55,6 +57,8 @@ def attention(
         if rule == "fwm":
             norm = np.sqrt(np.sum(W**2))
             W = W / norm if np.real(norm) > 1 else W
+            if norms is not None:
+                norms.append(norm)
 
         y = W @ q  # eq. 25
         if normalize:
