@@ -18,7 +18,7 @@ from fwt_jax.attention import fast_weight_attention
 from fwt_jax.feature_maps import dpfp, elu_plus_one, hedgehog, l2_normalize, sum_normalize, t2r, tanh
 from fwt_jax.layers import FastWeightAttention, FavorPlus, SoftmaxAttention, TrainedFeatureMap
 
-BATCH, LENGTH, D_MODEL, HEADS, HEAD_SIZE, VALUE_SIZE = 2, 8, 6, 2, 4, 3
+BATCH, LENGTH, D_MODEL, HEADS, HEAD_SIZE, VALUE_SIZE = 2, 8, 6, 3, 4, 5  # all different
 SEGMENT_IDS = np.array([[0, 0, 1, 1, 1, 2, 2, 2], [5, 5, 5, 5, 5, 5, 3, 3]])  # none begins with the second half
 
 dpfp2 = functools.partial(dpfp, nu=2)
@@ -394,12 +394,14 @@ def favor_attention(rngs):
     return FastWeightAttention(D_MODEL, HEADS, HEAD_SIZE, feature_map=feature_map, rngs=rngs)
 
 
-@pytest.mark.parametrize("make_layer", [functools.partial(FastWeightAttention, 6, 2, 4), favor_attention])
+@pytest.mark.parametrize(
+    "make_layer", [functools.partial(FastWeightAttention, D_MODEL, HEADS, HEAD_SIZE), favor_attention]
+)
 def test_a_layer_in_a_linen_model(make_layer):
     model, x = LinenBlock(make_layer), inputs()
     variables = jax.jit(model.init)(jax.random.key(0), x)
     assert set(variables) == ({"params"} if make_layer is not favor_attention else {"params", "RandomProjection"})
-    assert variables["params"]["ToLinen_0"]["query"]["kernel"].shape == (6, 2, 4)
+    assert variables["params"]["ToLinen_0"]["query"]["kernel"].shape == (D_MODEL, HEADS, HEAD_SIZE)
     y, memory = jax.jit(model.apply)(variables, x)
     step, carried, steps = jax.jit(model.apply), None, []
     for t in range(LENGTH):
@@ -442,7 +444,7 @@ def test_a_softmax_layer_in_a_linen_model():
         ),
         (dict(feature_map="dpfp"), r"feature_map must be a callable.* got 'dpfp' and <.*; take them from fwt_jax"),
         (dict(feature_normalization="sum"), r"feature_normalization one or None, got <.* and 'sum'; take them from"),
-        (dict(feature_map=lambda x: x[0]), r"must change the last axis only.* got \(1, 1, 2, 4\) -> \(1, 2, 4\)"),
+        (dict(feature_map=lambda x: x[0]), r"must change the last axis only.* got \(1, 1, 3, 4\) -> \(1, 3, 4\)"),
         (dict(feature_map=functools.partial(dpfp, nu=8)), "dpfp of vectors of size 4 takes nu from 1 to 7, got nu=8"),
         (
             dict(head_size=3, feature_map=dpfp, feature_normalization=sum_normalize_exactly),
