@@ -17,7 +17,7 @@ from flax import nnx
 from jax import lax
 
 from fwt_jax import attention, feature_maps
-from fwt_jax.layers import DEFAULT_INIT, FeatureMap, _at_least_float32, _count_features, _projections
+from fwt_jax.layers import DEFAULT_INIT, FeatureMap, _at_least_float32, _count_features, _features, _projections
 from fwt_jax.memory import Memory
 
 
@@ -152,7 +152,7 @@ class CrossAttention(nnx.Module):
         return self.out(attention.read(query, memory, **options).astype(x.dtype))
 
     def _features(self, x, feature_map):
-        return self.feature_normalization(feature_map(x))
+        return _features(x, feature_map, self.feature_normalization)
 
 
 def _softmax_read(query, source, precision):

@@ -5,7 +5,15 @@ fast weight memory never sees ``x``, only φ(x), so its capacity, the number of 
 can hold without interference, is at most F (Schlag, Irie & Schmidhuber 2021, section 4.1).
 
 Every map returns the dtype of its input. Exponentials, norms and sums over features are computed in
-float32 (float64 for float64 input), so that bfloat16 inputs lose nothing but their own rounding.
+float32 (float64 for float64 input), so that bfloat16 inputs lose nothing but their own rounding. float16
+has a range of its own: features below 6e-8 become 0, and above 65504 infinite. Map and normalise in
+float32 where x is float16, as the layers do.
+
+A token's features may be so small that only their ratio counts, which normalisation needs. The two maps
+of exponentials, ``elu_plus_one`` and ``favor_plus``, therefore keep the largest feature of a token at
+exp(−60) or more (exp(−500) for float64): all features of a smaller token take one common factor. Nothing
+else changes, and no feature by more than exp(−60). The products of ``relu_squared``, ``dpfp`` and
+``taylor`` have no such bound: they are 0 for |x| below 1e-19, and infinite above 1e19.
 
 =================  =========  ==============================================================
 map                F          source
@@ -42,6 +50,11 @@ def _accumulation_dtype(x: jax.Array) -> jnp.dtype:
             "cast it first, e.g. x.astype(jnp.float32)"
         )
     return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def _least_exponent(x: jax.Array) -> float:
+    """Of the largest feature of a token: so far above the smallest number that the ratios to it keep their digits."""
+    return -60.0 if x.dtype == jnp.float32 else -500.0
 
 
 def _in_float32(feature_map):
@@ -112,7 +125,8 @@ def tanh(x: jax.Array) -> jax.Array:
 def elu_plus_one(x: jax.Array) -> jax.Array:
     """φ(x) = x + 1 for x > 0, exp(x) otherwise (Katharopoulos et al. 2020; Schlag et al. 2021, eq. 30).
 
-    The exponential is taken directly, not as (exp(x) − 1) + 1, which is zero in bfloat16 from x < −6.
+    The exponential is taken directly, not as (exp(x) − 1) + 1, which is zero in bfloat16 from x < −6. Where all of a
+    token's x are below −60, its features are exp(x − max(x) − 60), so that ``sum_normalize`` makes softmax(x) of them.
 
     Args:
       x: ``[..., D]``, floating point.
@@ -120,7 +134,9 @@ def elu_plus_one(x: jax.Array) -> jax.Array:
     Returns:
       ``[..., D]`` in x's dtype, all entries > 0 (until exp underflows).
     """
-    return jnp.where(x > 0, x + 1, jnp.exp(jnp.minimum(x, 0)))
+    most = jnp.max(x, axis=-1 if x.ndim else None, keepdims=True)
+    exponents = jnp.minimum(x, 0) - jnp.minimum(most - _least_exponent(x), 0)
+    return jnp.where(x > 0, x + 1, jnp.exp(exponents))
 
 
 @_in_float32
@@ -225,14 +241,19 @@ def favor_plus(x: jax.Array, projection: jax.Array, *, eps: float = 0.0) -> jax.
 
     an unbiased positive estimate of the softmax kernel: E[φ(k)ᵀφ(q)] = exp(kᵀq).
     The exponents are added before exp, so features overflow only where φ itself does, that is for
-    ‖Rᵢ‖²/2 > 88 in float32. ``sum_normalize(favor_plus(x, R), eps=0)`` equals softmax([Rx; −Rx]): h cancels.
+    ‖Rᵢ‖²/2 > 88 in float32. ``sum_normalize(favor_plus(x, R))`` equals softmax([Rx; −Rx]) for all x: h cancels.
+
+    For long x, h(x) is smaller than any float32. Where h takes the largest feature of a token below exp(−60)/√(2M), it
+    is replaced by the factor that gives just this (see the head of this file). Without ``sum_normalize``, such tokens
+    are all equally small instead of zero; a sum of them is far below the eps of attention normalisation, which then
+    decides: the read is about 0. Take x / D^¼, or ``sum_normalize``, for x as long as that.
 
     Args:
       x: ``[..., D]``, floating point.
       projection: R, ``[M, D]``, from ``orthogonal_projection``. Draw it anew for each training batch and
         keep one for evaluation; keys and queries must share it.
       eps: added to both exponentials, before the factor 1/√(2M). 0 is the paper; 1e-4 is the authors'
-        language-model toolkit.
+        language-model toolkit: there the features of long x, whose exponentials are far below it, are all equal.
 
     Returns:
       ``[..., 2·M]`` in x's dtype, all entries > 0 (until exp underflows).
@@ -246,9 +267,10 @@ def favor_plus(x: jax.Array, projection: jax.Array, *, eps: float = 0.0) -> jax.
             f"draw it with orthogonal_projection(key, M, {x.shape[-1]})"
         )
     projected = jnp.matmul(x, projection.astype(x.dtype).T, precision=lax.Precision.HIGHEST)
+    exponents = jnp.concatenate([projected, -projected], axis=-1)
     offset = 0.5 * jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-    pair = jnp.concatenate([jnp.exp(projected - offset), jnp.exp(-projected - offset)], axis=-1)
-    return (pair + eps) * (2 * projection.shape[0]) ** -0.5
+    offset = jnp.minimum(offset, jnp.max(exponents, axis=-1, keepdims=True) - _least_exponent(x))
+    return (jnp.exp(exponents - offset) + eps) * (2 * projection.shape[0]) ** -0.5
 
 
 @_in_float32
@@ -324,24 +346,28 @@ def sum_normalize(x: jax.Array, eps: float | None = None) -> jax.Array:
     With Σφ(k) = 1 a write and the removal that the delta rule makes before it have equal weight
     (appendix A.2), and the memory stays bounded.
 
+    The sum is taken of multiples whose largest is 1, so that neither it nor its square, in the gradient, leaves the
+    range of float32, however small (FAVOR+) or large the features are.
+
     Args:
       x: features, ``[..., F]``, floating point, non-negative.
-      eps: added to the sum. 0 is the paper, and NaN where all features are zero, as DPFP of an odd size can give;
-        None, the default, leaves those at zero and is else the same, however small the features (FAVOR+) are.
+      eps: added to the sum. None, the default, adds nothing and leaves features that are all zero at zero. 0 is the
+        same and the letter of the paper: NaN where all features are zero, as those of DPFP are for x = 0.
 
     Returns:
       ``[..., F]`` in x's dtype.
     """
-    or_one = lambda x: jnp.where(x == 0, 1, x)  # noqa: E731
-    if eps is None:  # the squares of tiny sums, in the gradient, are zero in float32: of a multiple, φ′ is the same
-        x = x / or_one(lax.stop_gradient(jnp.max(x, axis=-1, keepdims=True)))
+    largest = _or_one(lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True)))
+    x = x / largest
     total = jnp.sum(x, axis=-1, keepdims=True)
-    return x / (or_one(total) if eps is None else total + eps)
+    return x / (_or_one(total) if eps is None else total + eps / largest)
 
 
 @_in_float32
 def l2_normalize(x: jax.Array, eps: float = 1e-6) -> jax.Array:
     """φ′ = φ / √(Σᵢ φᵢ² + eps) (Yang et al. 2024): keeps I − βkkᵀ a contraction for β in [0, 2].
+
+    The squares are those of multiples of at most 1, as in ``sum_normalize``.
 
     Args:
       x: features, ``[..., F]``, floating point.
@@ -350,4 +376,11 @@ def l2_normalize(x: jax.Array, eps: float = 1e-6) -> jax.Array:
     Returns:
       ``[..., F]`` in x's dtype.
     """
-    return x * lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + eps)
+    root = jnp.sqrt(jnp.asarray(eps, x.dtype))
+    largest = _or_one(jnp.maximum(lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True)), root))
+    x = x / largest
+    return x * lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + jnp.square(root / largest))
+
+
+def _or_one(x):
+    return jnp.where(x == 0, 1, x)

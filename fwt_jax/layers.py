@@ -140,8 +140,8 @@ class FastWeightAttention(nnx.Module):
         if rngs is not None and hasattr(feature_map, "draw"):
             feature_map = feature_map.draw(rngs)  # once: keys and queries must share it
         y, memory = attention.fast_weight_attention(
-            self.feature_normalization(feature_map(self.query(x))),
-            self.feature_normalization(feature_map(self.key(x))),
+            _features(self.query(x), feature_map, self.feature_normalization),
+            _features(self.key(x), feature_map, self.feature_normalization),
             self.value(x),
             None if self.beta is None else jax.nn.sigmoid(_at_least_float32(self.beta(x))),
             rule=self.rule,
@@ -381,6 +381,11 @@ def _projections(in_features, num_heads, head_size, value_size, **options):
     linear = functools.partial(nnx.LinearGeneral, **options)
     heads = [linear(in_features, (num_heads, size)) for size in (head_size, head_size, value_size)]
     return *heads, linear((num_heads, value_size), in_features, axis=(-2, -1))
+
+
+def _features(x, feature_map, feature_normalization):
+    """N(φ(x)), float32 until it is normalised: float16 does not have the range of features that are not."""
+    return feature_normalization(feature_map(_at_least_float32(x))).astype(x.dtype)
 
 
 def _count_features(feature_map, feature_normalization, num_heads, head_size):

@@ -234,6 +234,62 @@ def test_sum_normalised_favor_plus_is_a_softmax(x64):
     chex.assert_trees_all_close(fm.sum_normalize(fm.favor_plus(x, projection), eps=0), want, rtol=1e-13)
 
 
+def favor_plus_exponents(x, projection):
+    projected = x @ projection.T
+    return jnp.concatenate([projected, -projected], axis=-1)
+
+
+@pytest.mark.parametrize("name", ["favor_plus", "elu_plus_one"])
+@pytest.mark.parametrize("eps", [None, 0.0])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_normalised_exponentials_are_a_softmax_however_small_they_are(name, eps, dtype):
+    """Standard deviations of 1, 2, 3, 10 and 100, where exp(−‖x‖²/2) is exp(−320 000); x + 1 of x > 0 is none."""
+    projection = fm.orthogonal_projection(jax.random.key(0), 7, 64)
+    feature_map, exponents = {
+        "favor_plus": (lambda x: fm.favor_plus(x, projection), lambda x: favor_plus_exponents(x, projection)),
+        "elu_plus_one": (fm.elu_plus_one, lambda x: x),
+    }[name]
+    x = jax.random.normal(jax.random.key(1), (5, 3, 64)) * jnp.array([1, 2, 3, 10, 100.0])[:, None, None]
+    x = (x if name == "favor_plus" else x - 500).astype(dtype)
+    functions = (
+        lambda x: fm.sum_normalize(feature_map(x), eps).astype(jnp.float32),
+        lambda x: jax.nn.softmax(exponents(x.astype(jnp.float32)), axis=-1),
+    )
+    (got, of_got), (want, of_want) = (jax.vjp(jax.jit(function), x) for function in functions)
+    exact = dtype == jnp.float32
+    chex.assert_trees_all_close(got, want, atol=2e-5 if exact else 0.01)
+    chex.assert_trees_all_close(jnp.sum(got, axis=-1), jnp.ones(got.shape[:-1]), atol=1e-5 if exact else 0.02)
+    got, want = (
+        of(jax.random.normal(jax.random.key(2), want.shape))[0].astype(jnp.float32) for of in (of_got, of_want)
+    )
+    scale = jnp.maximum(jnp.max(jnp.abs(want), axis=-1, keepdims=True), 0.1)  # of a softmax that is 0 and 1, it is 0
+    chex.assert_trees_all_close(got / scale, want / scale, atol=1e-4 if exact else 0.05)
+    assert jnp.max(jnp.abs(want[1:3])) > 0.1
+
+
+def test_exponentials_are_themselves_down_to_the_bound(x64):
+    """float32 features are those of float64, whose bound is another, but for what is below exp(−60)."""
+    x = jnp.linspace(0.1, 4, 9)[:, None] * jax.random.normal(jax.random.key(0), (9, 64))
+    projection = fm.orthogonal_projection(jax.random.key(1), 7, 64)
+    for feature_map in (lambda x: fm.favor_plus(x, projection), lambda x: fm.elu_plus_one(x - 20 * x[:, :1] ** 2 - 4)):
+        exact, got = jax.jit(feature_map)(x), jax.jit(feature_map)(x.astype(jnp.float32)).astype(jnp.float64)
+        chex.assert_trees_all_close(got, exact, rtol=1e-4, atol=1.01 * np.exp(-60))
+        assert jnp.min(jnp.max(exact, axis=-1)) < np.exp(-70) < np.exp(-62) < jnp.min(jnp.max(got, axis=-1))
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e-3, 1.0, 1e18, 1e30])
+def test_norms_leave_no_range_where_only_a_ratio_counts(size):
+    features = jnp.array([[1.0, 2.0, 0.0, 5.0], [0.0, 0.0, 3.0, 0.0]])
+    cotangent = jnp.array([[0.3, -1.0, 0.2, 0.7], [1.0, 0.1, -0.4, 2.0]])
+    for normalize, eps in ((fm.sum_normalize, 0.0), (fm.sum_normalize, None), (fm.l2_normalize, 0.0)):
+        want, of_want = jax.vjp(lambda x: normalize(x, eps), features)  # noqa: B023
+        got, of_got = jax.vjp(lambda x: normalize(x, eps), size * features)  # noqa: B023
+        chex.assert_trees_all_close(got, want, rtol=1e-6)
+        chex.assert_trees_all_close(size * of_got(cotangent)[0], of_want(cotangent)[0], rtol=1e-5, atol=1e-7)
+    if size > 1:
+        chex.assert_trees_all_close(fm.l2_normalize(size * features), fm.l2_normalize(features, 0.0), rtol=1e-6)
+
+
 # --- the other maps --------------------------------------------------------------------------------------------------
 
 

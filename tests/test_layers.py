@@ -241,6 +241,24 @@ def test_bfloat16_computation(name):
     np.testing.assert_allclose(y.astype(float), jax.jit(lambda x: precise(x)[0])(inputs()), atol=0.1)
 
 
+@pytest.mark.parametrize("feature_map", ["elu_plus_one", "favor_plus"])
+def test_float16_computation_has_the_features_of_float32(feature_map):
+    """Those of most tokens are below 6e-8 before they are normalised, and zero in float16."""
+
+    def evaluate(dtype):
+        rngs = nnx.Rngs(0)
+        favor_plus = FavorPlus(16, 5, rngs=rngs)
+        options = {"feature_map": favor_plus if feature_map == "favor_plus" else lambda x: elu_plus_one(x - 100)}
+        layer = FastWeightAttention(D_MODEL, HEADS, 16, **options, dtype=dtype, rngs=rngs)
+        loss = lambda x: jnp.sum(jnp.square(layer(x)[0].astype(jnp.float32)))  # noqa: E731
+        return jax.jit(jax.value_and_grad(loss))((4 * inputs()).astype(dtype))
+
+    (want, want_gradient), (got, gradient) = evaluate(jnp.float32), evaluate(jnp.float16)
+    np.testing.assert_allclose(got, want, rtol=0.02)
+    scale = jnp.max(jnp.abs(want_gradient))
+    np.testing.assert_allclose(gradient.astype(jnp.float32) / scale, want_gradient / scale, atol=0.02)
+
+
 # --- training --------------------------------------------------------------------------------------------------------
 
 
