@@ -47,8 +47,8 @@ class FastWeightAttention(nnx.Module):
       feature_map: φ, a callable ``[..., H, D] -> [..., H, K]``: a function of ``feature_maps``, a
         ``functools.partial`` of one (``partial(dpfp, nu=2)``), or a module, as ``FavorPlus``, of this layer alone.
         A map with a method ``draw(rngs)`` is random: see ``rngs`` of the call.
-      feature_normalization: N, a callable ``[..., K] -> [..., K]``, or None: ``sum_normalize`` (eq. 29; the paper is
-        ``partial(sum_normalize, eps=0)``) or ``l2_normalize`` (Yang et al. 2024).
+      feature_normalization: N, a callable ``[..., K] -> [..., K]``, or None: ``sum_normalize`` (eq. 29, and features
+        that are all zero stay zero) or ``l2_normalize`` (Yang et al. 2024).
       rule: "delta", "sum" (eq. 17) or "fwm" (delta with a clipped memory).
       normalize, eps: attention normalisation: False, "read" (eq. 28) or "retrieval" (eq. 27-28).
       output_scale: s. The authors' language models have head_size**-0.5.
@@ -65,8 +65,8 @@ class FastWeightAttention(nnx.Module):
       num_features: K.
 
     Raises:
-      ValueError: sizes below 1, a feature map that is none or divides by zero (ReLU, DPFP of an odd size, with eps 0),
-        options that ``fast_weight_attention`` refuses.
+      ValueError: sizes below 1, a feature map that is none or divides by zero (ReLU and DPFP with eps 0), options that
+        ``fast_weight_attention`` refuses.
 
     Example:
       >>> layer = FastWeightAttention(512, 8, 64, feature_map=functools.partial(dpfp, nu=1), rngs=nnx.Rngs(0))
@@ -401,15 +401,17 @@ def _count_features(feature_map, feature_normalization, num_heads, head_size):
             "feature_map and feature_normalization must change the last axis only, "
             f"got {heads.shape} -> {features.shape}"
         )
-    for second in (-1, 1) if head_size % 2 else (-1,):
-        with jax.ensure_compile_time_eval():
-            signs = jnp.where(jnp.arange(head_size) % 2, second, -1.0)
-            extreme = feature_normalization(feature_map(jnp.broadcast_to(signs, heads.shape)))
+    alternating = np.where(np.arange(head_size) % 2, 1, -1)
+    relu = "those of ReLU, and of DPFP of an odd size, can be all zeros; take others, or sum_normalize without its eps"
+    zeros = "they are divided by a sum or norm that is 0; take sum_normalize without its eps, or an eps above 0"
+    trials = [("[−1, −1, −1, …]", -np.ones(head_size), relu), ("[0, 0, 0, …]", np.zeros(head_size), zeros)]
+    if head_size % 2:
+        trials.insert(1, ("[−1, 1, −1, …]", alternating, relu))
+    for name, x, reason in trials:
+        with jax.ensure_compile_time_eval(), jax.debug_nans(False), jax.debug_infs(False):
+            extreme = feature_normalization(feature_map(jnp.broadcast_to(jnp.asarray(x, heads.dtype), heads.shape)))
         if not isinstance(extreme, jax.core.Tracer) and not np.all(np.isfinite(extreme)):
-            raise ValueError(
-                f"the features of [−1, {second}, −1, …], of head_size {head_size}, are not finite: those of ReLU, and "
-                "of DPFP of an odd size, can be all zeros; take others, or sum_normalize without its eps"
-            )
+            raise ValueError(f"the features of {name}, of head_size {head_size}, are not finite: {reason}")
     return features.shape[-1]
 
 

@@ -38,7 +38,7 @@ class ModelConfig:
       rule: "softmax", or the rule of a fast weight memory: "sum", "delta" or "fwm".
       feature_map: φ, the name of a function of ``feature_maps``; "favor_plus" with the authors' constants.
       feature_size: ν of "dpfp", M (half the number of features) of "favor_plus".
-      feature_normalization: None, "sum" (eq. 29, exactly) or "l2".
+      feature_normalization: None, "sum" (eq. 29; features that are all zero stay zero) or "l2".
       normalize, eps: attention normalisation, see ``fast_weight_attention``.
       output_scale: of what is read; None: head_size**-0.5, as the authors' kernels have it.
       positions: "descending" adds sinusoids of the number of tokens that follow in the call (the authors count so);
@@ -159,7 +159,7 @@ def features(config, rngs: nnx.Rngs, favor_plus: Callable[..., FavorPlus] = TOOL
         feature_map = favor_plus(config.head_size, config.feature_size, rngs=rngs)
     normalization = {
         None: None,
-        "sum": _partial(feature_maps.sum_normalize, eps=0.0),
+        "sum": feature_maps.sum_normalize,
         "l2": feature_maps.l2_normalize,
     }[config.feature_normalization]
     return {"feature_map": feature_map, "feature_normalization": normalization}

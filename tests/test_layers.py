@@ -1,5 +1,6 @@
 """The layers against loops over tokens in NumPy, fed in every way that a user may feed them."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -17,6 +18,7 @@ from fwt_jax import attention
 from fwt_jax.attention import fast_weight_attention
 from fwt_jax.feature_maps import dpfp, elu_plus_one, hedgehog, l2_normalize, sum_normalize, t2r, tanh
 from fwt_jax.layers import FastWeightAttention, FavorPlus, SoftmaxAttention, TrainedFeatureMap
+from fwt_jax.models import DecoderLM, ModelConfig
 
 BATCH, LENGTH, D_MODEL, HEADS, HEAD_SIZE, VALUE_SIZE = 2, 8, 6, 3, 4, 5  # all different
 SEGMENT_IDS = np.array([[0, 0, 1, 1, 1, 2, 2, 2], [5, 5, 5, 5, 5, 5, 3, 3]])  # none begins with the second half
@@ -468,6 +470,8 @@ def test_a_softmax_layer_in_a_linen_model():
             dict(head_size=3, feature_map=dpfp, feature_normalization=sum_normalize_exactly),
             "of head_size 3, are not finite: those of ReLU, and of DPFP of an odd size, can be all zeros; take others",
         ),
+        (dict(feature_map=dpfp, feature_normalization=sum_normalize_exactly), r"features of \[0, .* an eps above 0"),
+        (dict(feature_map=tanh, feature_normalization=functools.partial(l2_normalize, eps=0)), "or norm that is 0"),
         (dict(value_size=0), "sizes must be at least 1, got .*'value_size': 0"),
         (dict(num_heads=-1), "sizes must be at least 1, got .*'num_heads': -1"),
     ],
@@ -477,6 +481,28 @@ def test_configuration_mistakes(options, message):
         FastWeightAttention(
             **{"in_features": D_MODEL, "num_heads": HEADS, "head_size": HEAD_SIZE, **options}, rngs=nnx.Rngs(0)
         )
+
+
+def test_features_that_are_not_finite_are_refused_where_jax_looks_for_nan():
+    options = dict(feature_map=dpfp, feature_normalization=sum_normalize_exactly, rngs=nnx.Rngs(0))
+    with jax.debug_nans(True), jax.debug_infs(True), pytest.raises(ValueError, match="of head_size 5, are not finite"):
+        FastWeightAttention(D_MODEL, HEADS, 5, **options)
+
+
+@pytest.mark.parametrize(
+    ("feature_map", "normalize"),
+    [("dpfp", False), ("dpfp", "read"), ("dpfp", "retrieval"), ("relu", False), ("identity", "retrieval")],
+)
+def test_a_model_may_have_features_that_are_all_zero(feature_map, normalize):
+    """Of one word, whose embedding is zero, and of all queries; the gradients of everything are finite."""
+    config = ModelConfig(11, 1, 8, 12, 2, 4, feature_map=feature_map, normalize=normalize, positions=None)
+    if feature_map == "identity":
+        config = dataclasses.replace(config, feature_normalization="l2")
+    model, tokens = DecoderLM(config, rngs=nnx.Rngs(0)), jnp.array([[5, 1, 5, 5, 2]])
+    model.embedding[5] = jnp.zeros(8)
+    model.blocks[0].attention.query.kernel[...] *= 0
+    loss = lambda model: jnp.sum(model.losses(tokens, tokens)[0])  # noqa: E731
+    chex.assert_tree_all_finite(nnx.jit(nnx.value_and_grad(loss))(model))
 
 
 @pytest.mark.parametrize("name", ["delta, elu", "softmax"])
