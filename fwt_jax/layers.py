@@ -243,8 +243,9 @@ class KeyValueCache(NamedTuple):
 
     Attributes:
       key, value: ``[B, S, H, D]`` and ``[B, S, H, V]``, in the dtype of the computation.
-      start: the first token that the next one may see, int32 ``[B]``: where its segment began.
-      length: tokens written so far, int32 ``[B]``. Set it back to take tokens back.
+      start: for each token the first one that it may see, where its segment began, int32 ``[B, S]``.
+      length: tokens written so far, int32 ``[B]``. Set it back to take tokens back: nothing else depends on them, and
+        the next call overwrites them.
     """
 
     key: jax.Array
@@ -321,29 +322,34 @@ class SoftmaxAttention(nnx.Module):
         batch, num_tokens, _ = x.shape
         reset = attention.resets(segment_ids, batch, num_tokens)
         query, key, value = self.query(x), self.key(x), self.value(x)
-        start = length = jnp.zeros(batch, jnp.int32)
+        length = goes_on = jnp.zeros(batch, jnp.int32)
         if memory is not None:
             self._check_cache(memory, batch, num_tokens)
-            append = jax.vmap(functools.partial(lax.dynamic_update_slice_in_dim, axis=0))
-            key = append(memory.key, key.astype(memory.key.dtype), memory.length)
-            value = append(memory.value, value.astype(memory.value.dtype), memory.length)
-            start, length = memory.start, memory.length
+            length = memory.length
+            before = jnp.take_along_axis(memory.start, jnp.maximum(length - 1, 0)[:, None], axis=1)[:, 0]
+            goes_on = jnp.where(length == 0, 0, before)
 
         last = length[:, None] + jnp.arange(num_tokens, dtype=jnp.int32)[None]
-        first = jnp.broadcast_to(start[:, None], last.shape)
+        first = jnp.broadcast_to(goes_on[:, None], last.shape)
         if reset is not None:
             first = lax.cummax(jnp.where(reset, last, first), axis=1)
+        start = first
+        if memory is not None:
+            append = jax.vmap(functools.partial(lax.dynamic_update_slice_in_dim, axis=0))
+            key = append(memory.key, key.astype(memory.key.dtype), length)
+            value = append(memory.value, value.astype(memory.value.dtype), length)
+            start = append(memory.start, start, length)
         precision = attention.products_precision(self.precision, query, key, value)
         y = _softmax_read(query, key, value, first, last, precision)
         length = length + num_tokens
         y = jnp.where((length <= key.shape[1])[:, None, None, None], y, jnp.nan)
-        return self.out(y), KeyValueCache(key, value, first[:, -1], length)
+        return self.out(y), KeyValueCache(key, value, start, length)
 
     def init_memory(self, batch_size: int, max_length: int) -> KeyValueCache:
         """An empty cache with room for ``max_length`` tokens."""
         key = jnp.zeros((batch_size, max_length, *self.key_shape), self.memory_dtype)
         value = jnp.zeros((batch_size, max_length, *self.value_shape), self.memory_dtype)
-        return KeyValueCache(key, value, jnp.zeros(batch_size, jnp.int32), jnp.zeros(batch_size, jnp.int32))
+        return KeyValueCache(key, value, jnp.zeros(key.shape[:2], jnp.int32), jnp.zeros(batch_size, jnp.int32))
 
     def _check_cache(self, memory, batch, num_tokens):
         capacity = memory.key.shape[1]

@@ -384,6 +384,23 @@ def test_rows_of_a_cache_may_have_different_lengths():
     assert list(memory.length) == [6, 8]
 
 
+@pytest.mark.parametrize("back", [0, 1, 2, 3, 4, 5, 8])
+def test_tokens_are_taken_back_from_a_cache_with_their_segments(back):
+    """Of 3 + 5 tokens, the next one sees what it would have seen after 8 − back of them, in each row."""
+    layer, x = make("softmax"), inputs(length=9)
+    ids = jnp.array([[0, 0, 0, 0, 0, 0, 1, 1], [0, 0, 1, 1, 2, 2, 2, 3]])
+    call = jax.jit(lambda x, memory, ids=None: layer(x, memory, segment_ids=ids))
+    _, memory = call(x[:, :3], empty(layer, max_length=9), ids[:, :3])
+    _, memory = call(x[:, 3:8], memory, ids[:, 3:])
+    kept = 8 - back
+    # The id of a call's first token says nothing, so the reference is one call; the token goes on in its segment.
+    ids = jnp.concatenate([ids[:, :kept], ids[:, max(kept - 1, 0), None]], axis=1)
+    want, _ = jax.jit(lambda x, ids: layer(x, segment_ids=ids))(jnp.concatenate([x[:, :kept], x[:, 8:]], axis=1), ids)
+    got, after = call(x[:, 8:], memory._replace(length=memory.length - back))
+    np.testing.assert_allclose(got[:, 0], want[:, -1], atol=1e-5)
+    assert list(after.length) == [kept + 1] * 2
+
+
 @pytest.mark.parametrize("name", ["delta, elu, read", "softmax"])
 def test_rows_of_a_memory_can_be_selected(name):
     layer, x, rows = make(name), inputs(), np.array([1, 1, 0])
