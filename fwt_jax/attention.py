@@ -173,8 +173,7 @@ def _attend(
     precision,
 ):
     """``fast_weight_attention`` of arguments that fit together; ``reset``: bool ``[B, T]`` or None."""
-    dtype = functools.reduce(jnp.promote_types, (query.dtype, key.dtype, value.dtype), jnp.float32)
-    dtype = dtype if memory is None else jnp.promote_types(memory.fast_weights.dtype, dtype)
+    dtype = computation_dtype(query, key, value, memory)
     out_dtype = value.dtype
     if normalize or form != "chunkwise":  # which casts chunk by chunk
         query, key, value = (x.astype(dtype) for x in (query, key, value))
@@ -276,7 +275,7 @@ def fast_weight_cross_attention(
         raise ValueError(
             f"key and value must have one length S, got key {list(key.shape)} and value {list(value.shape)}"
         )
-    dtype = functools.reduce(jnp.promote_types, (query.dtype, key.dtype, value.dtype), jnp.float32)
+    dtype = computation_dtype(query, key, value, memory)
     of_all, memory = memory is None, _start(memory, key, value, dtype)
     written = key.astype(dtype)
     if key_mask is not None:
@@ -349,6 +348,12 @@ def _read(query, memory, normalize, eps, precision):
         mass = jnp.einsum("bthk,bhk->bth", query.astype(dtype), memory.key_sum, precision=lax.Precision.HIGHEST)
         out = out / (mass[..., None] + eps)
     return out
+
+
+def computation_dtype(*trees):
+    """float32, or float64 if an array in them is: of a memory, and of what is computed with it."""
+    dtypes = {jnp.result_type(x) for x in jax.tree.leaves(trees)}
+    return jnp.dtype("float64" if jnp.dtype("float64") in dtypes else "float32")
 
 
 def products_precision(precision, *inputs):
@@ -478,7 +483,7 @@ def _start(memory, key, value, dtype):
     empty = Memory(no_key[..., None] + jnp.zeros_like(value[:, 0], dtype)[..., None, :], no_key)
     if memory is None:
         return empty
-    return jax.tree.map(lambda x, zeros: x.astype(jnp.promote_types(x.dtype, dtype)) + zeros, memory, empty)
+    return jax.tree.map(lambda x, zeros: x.astype(dtype) + zeros, memory, empty)
 
 
 def resets(segment_ids, batch, length):

@@ -13,11 +13,21 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
 from fwt_jax import attention, feature_maps
-from fwt_jax.layers import DEFAULT_INIT, FeatureMap, _at_least_float32, _count_features, _features, _projections
+from fwt_jax.layers import (
+    DEFAULT_INIT,
+    FeatureMap,
+    _at_least_float32,
+    _check_kind,
+    _check_shapes,
+    _count_features,
+    _features,
+    _projections,
+)
 from fwt_jax.memory import Memory
 
 
@@ -46,9 +56,10 @@ class CrossAttention(nnx.Module):
       normalize: False, or "read", for "sum".
 
     Raises:
-      ValueError: another rule: the order of the source does not matter here, which the delta rule depends on; a feature
-        map that is none or divides by zero, as in ``FastWeightAttention``. When called: x or a source that is not
-        floating point and of three axes, a mask that is not bool ``[B, S]``, x and a source or memory of different B.
+      ValueError: another rule: the order of the source does not matter here, which the delta rule depends on; another
+        normalisation; sizes or a feature map as in ``FastWeightAttention``. When called: x or a source that is not
+        floating point and of three axes, a mask that is not bool ``[B, S]``, x and a source or memory of different B, a
+        memory that is not of this layer.
 
     Example:
       >>> layer = CrossAttention(512, 8, 64, rule="sum", rngs=nnx.Rngs(0))
@@ -78,12 +89,15 @@ class CrossAttention(nnx.Module):
         self.rule, self.normalize, self.eps, self.precision = rule, normalize, eps, precision
         self.feature_map = feature_map
         self.feature_normalization = feature_normalization or feature_maps.identity
-        if rule == "sum":
-            _count_features(feature_map, self.feature_normalization, num_heads, head_size)  # or says what is wrong
+        if normalize not in (False, "read"):
+            raise ValueError(f'normalize must be False or "read" where nothing is retrieved by key, got {normalize!r}')
         options = dict(use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, kernel_init=kernel_init, rngs=rngs)
         self.query, self.key, self.value, self.out = _projections(
             in_features, num_heads, head_size, head_size, **options
         )
+        self.num_features = None
+        if rule == "sum":
+            self.num_features = _count_features(feature_map, self.feature_normalization, num_heads, head_size)
 
     def __call__(
         self, x: jax.Array, source: jax.Array, mask: jax.Array | None = None, *, rngs: nnx.Rngs | None = None
@@ -99,8 +113,8 @@ class CrossAttention(nnx.Module):
           y, as x.
         """
         feature_map = self.feature_map
-        self._check("source", source, mask)
-        self._check("x", x, batch=len(source))
+        source, mask = self._checked("source", source, mask)
+        x, _ = self._checked("x", x, batch=len(source))
         if rngs is not None and hasattr(feature_map, "draw"):
             feature_map = feature_map.draw(rngs)  # once: keys and queries must share it
         if self.rule == "softmax":
@@ -112,15 +126,25 @@ class CrossAttention(nnx.Module):
 
     def write(self, source: jax.Array, mask: jax.Array | None = None) -> Memory | Source:
         """The memory of a source: fast weights ``[B, H, K, V]`` and key sums, or keys and values for softmax."""
-        self._check("source", source, mask)
+        source, mask = self._checked("source", source, mask)
         return self._write(source, mask, self.feature_map)
 
     def read(self, x: jax.Array, memory: Memory | Source) -> jax.Array:
         """y, as x ``[B, T, in_features]``, from what ``write`` returned."""
-        self._check("x", x, batch=len(memory[0]))
+        way_out = f'layer.write(source), of a layer of rule "{self.rule}", makes one'
+        _check_kind(memory, Source if self.rule == "softmax" else Memory, way_out)
+        heads, size = self.query.out_features
+        batch, slots = (*np.shape(memory[0]), 0, 0)[:2]
+        key, slots = (batch, slots, heads, size), (batch, slots)
+        weights = (batch, heads, self.num_features, size)
+        shapes = (key, key, slots) if self.rule == "softmax" else (weights, weights[:-1])
+        _check_shapes(memory, shapes, way_out)
+        x, _ = self._checked("x", x, batch=batch)
         return self._read(x, memory, self.feature_map)
 
-    def _check(self, name, x, mask=None, batch=None):
+    def _checked(self, name, x, mask=None, batch=None):
+        """x and its mask as arrays."""
+        x, mask = jnp.asarray(x), None if mask is None else jnp.asarray(mask)
         size = self.query.in_features[0]
         if x.ndim != 3 or x.shape[-1] != size or 0 in x.shape or not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(
@@ -134,6 +158,7 @@ class CrossAttention(nnx.Module):
                 f"mask must be bool {list(x.shape[:2])}, True where the source is no padding, "
                 f"got {mask.dtype}{list(mask.shape)}; a mask that is added to scores is mask == 0 here"
             )
+        return x, mask
 
     def _write(self, source, mask, feature_map):
         key, value = self.key(source), self.value(source)

@@ -35,6 +35,7 @@ map                F          source
 """
 
 import functools
+from numbers import Integral
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +50,7 @@ def _accumulation_dtype(x: jax.Array) -> jnp.dtype:
             f"a feature map takes floating-point input, got {x.dtype}{list(x.shape)}; "
             "cast it first, e.g. x.astype(jnp.float32)"
         )
-    return jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.dtype("float64" if x.dtype == jnp.float64 else "float32")
 
 
 def _least_exponent(x: jax.Array) -> float:
@@ -174,14 +175,14 @@ def dpfp(x: jax.Array, nu: int = 1) -> jax.Array:
       ``[..., 2·D·nu]`` in x's dtype, all entries ≥ 0.
 
     Raises:
-      ValueError: ``nu`` is not in 1 … 2D − 1.
+      ValueError: ``nu`` is not an integer in 1 … 2D − 1.
 
     Example:
       >>> dpfp(jnp.array([1.0, -2.0]), nu=1)       # u = [1, 0, 0, 2]
       Array([2., 0., 0., 0.], dtype=float32)
     """
     size = x.shape[-1]
-    if not 1 <= nu <= 2 * size - 1:
+    if not isinstance(nu, Integral) or not 1 <= nu <= 2 * size - 1:
         raise ValueError(f"dpfp of vectors of size {size} takes nu from 1 to {2 * size - 1}, got nu={nu}")
     pair = jnp.concatenate([x, -x], axis=-1)
     # Each roll is a slice of u with its end put before its start. The barrier has this copy made once: fused into the
@@ -214,12 +215,12 @@ def orthogonal_projection(
       R, ``[num_features, dim]``.
 
     Raises:
-      ValueError: ``orthogonal`` is neither of the two, or a size is not positive.
+      ValueError: ``orthogonal`` is neither of the two, or a size is no integer above 0.
     """
     if orthogonal not in ("rows", "columns"):
         raise ValueError(f'orthogonal must be "rows" or "columns", got {orthogonal!r}')
-    if num_features < 1 or dim < 1:
-        raise ValueError(f"num_features and dim must be at least 1, got {num_features} and {dim}")
+    if not all(isinstance(size, Integral) and size >= 1 for size in (num_features, dim)):
+        raise ValueError(f"num_features and dim must be integers of at least 1, got {num_features} and {dim}")
     if orthogonal == "columns":
         return orthogonal_projection(key, dim, num_features, dtype=dtype).T
     num_blocks = -(-num_features // dim)

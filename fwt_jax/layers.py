@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from numbers import Integral
 from typing import Literal, NamedTuple
 
 import jax
@@ -65,8 +66,8 @@ class FastWeightAttention(nnx.Module):
       num_features: K.
 
     Raises:
-      ValueError: sizes below 1, a feature map that is none or divides by zero (ReLU and DPFP with eps 0), options that
-        ``fast_weight_attention`` refuses.
+      ValueError: sizes that are not integers of at least 1, a feature map that is none or divides by zero (ReLU and
+        DPFP with eps 0), options that ``fast_weight_attention`` refuses.
 
     Example:
       >>> layer = FastWeightAttention(512, 8, 64, feature_map=functools.partial(dpfp, nu=1), rngs=nnx.Rngs(0))
@@ -102,7 +103,7 @@ class FastWeightAttention(nnx.Module):
         self.feature_map, self.feature_normalization = feature_map, feature_normalization
         self.rule, self.normalize, self.eps, self.output_scale = rule, normalize, eps, output_scale
         self.form, self.chunk_size, self.implementation, self.precision = form, chunk_size, implementation, precision
-        self.memory_dtype = jnp.promote_types(param_dtype if dtype is None else dtype, jnp.float32)
+        self.memory_dtype = attention.computation_dtype(param_dtype if dtype is None else dtype)
         options = dict(use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, kernel_init=kernel_init, rngs=rngs)
         sizes = (in_features, num_heads, head_size, value_size)
         self.query, self.key, self.value, self.out = _projections(*sizes, **options)
@@ -124,7 +125,9 @@ class FastWeightAttention(nnx.Module):
           x: ``[B, T, in_features]``, floating point, T ≥ 1.
           memory: what an earlier call returned; empty if not given.
           segment_ids: integers ``[B, T]``, for packed sequences: the memory is dropped where the id changes. The first
-            token of a call always continues ``memory``.
+            token of a call always continues ``memory``. Rows of different lengths are padded in front, with an id
+            that the text has not: its first token drops what the padding wrote, and y and the memory are those of the
+            row alone. Padding behind is written into the memory, whatever its numbers and ids are.
           rngs: draws the random map of this call, if the feature map is one, from the stream "projection" (or
             "default"). Without it the map's own draw is used: leave it out wherever a memory goes from one call to
             another, for the features of two draws do not match.
@@ -135,7 +138,12 @@ class FastWeightAttention(nnx.Module):
         Raises:
           ValueError: x, memory or segment_ids of the wrong shape or dtype.
         """
-        _check_input(x, self.in_features)
+        x, segment_ids = _checked_input(x, self.in_features), _checked_segments(segment_ids)
+        if memory is not None:
+            batch, way_out = len(x), f"layer.init_memory({len(x)}) makes an empty one"
+            _check_kind(memory, Memory, way_out)
+            shape = (batch, self.num_heads, self.num_features, self.value_size)
+            _check_shapes(memory, (shape, shape[:-1]), way_out)
         feature_map = self.feature_map
         if rngs is not None and hasattr(feature_map, "draw"):
             feature_map = feature_map.draw(rngs)  # once: keys and queries must share it
@@ -158,6 +166,7 @@ class FastWeightAttention(nnx.Module):
 
     def init_memory(self, batch_size: int) -> Memory:
         """An empty memory: fast weights ``[B, H, K, V]`` and key sums ``[B, H, K]``. A call without one starts here."""
+        _check_sizes(batch_size=batch_size)
         return attention.init_memory(batch_size, self.num_heads, self.num_features, self.value_size, self.memory_dtype)
 
 
@@ -226,6 +235,7 @@ class TrainedFeatureMap(nnx.Module):
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        _check_sizes(num_heads=num_heads, head_size=head_size, num_features=num_features)
         self.function = function
         self.kernel = nnx.Param(kernel_init(rngs.params(), (num_heads, head_size, num_features), param_dtype))
         self.bias = nnx.Param(jnp.zeros((num_heads, num_features), param_dtype))
@@ -264,7 +274,10 @@ class SoftmaxAttention(nnx.Module):
 
     Args:
       in_features, num_heads, head_size, value_size, use_bias, precision, dtype, param_dtype, kernel_init, rngs: as in
-        ``FastWeightAttention``, whose attributes query, key, value and out are here too. ValueError: sizes below 1.
+        ``FastWeightAttention``, whose attributes query, key, value and out are here too.
+
+    Raises:
+      ValueError: sizes that are not integers of at least 1.
 
     Example:
       >>> layer = SoftmaxAttention(512, 8, 64, rngs=nnx.Rngs(0))
@@ -308,7 +321,8 @@ class SoftmaxAttention(nnx.Module):
           memory: a cache with room for T tokens. If not given, the tokens of x are all there is, and the cache that
             comes out is full: to go on after them, start with ``init_memory``.
           segment_ids: integers ``[B, T]``: a token sees no further back than the last change of the id. The first
-            token of a call always continues ``memory``.
+            token of a call always continues ``memory``. Rows of different lengths may be padded behind: set the
+            length of their cache back, ``cache._replace(length=lengths)``.
           rngs: not used, for nothing here is random.
 
         Returns:
@@ -318,14 +332,14 @@ class SoftmaxAttention(nnx.Module):
           ValueError: x, memory or segment_ids of the wrong shape or dtype, or a full cache. Where the length is traced
             (``jax.jit``) nothing can raise: there y is NaN for the rows whose cache is full.
         """
-        _check_input(x, self.in_features)
+        x = _checked_input(x, self.in_features)
         batch, num_tokens, _ = x.shape
-        reset = attention.resets(segment_ids, batch, num_tokens)
+        reset = attention.resets(_checked_segments(segment_ids), batch, num_tokens)
         query, key, value = self.query(x), self.key(x), self.value(x)
         length = goes_on = jnp.zeros(batch, jnp.int32)
         if memory is not None:
             self._check_cache(memory, batch, num_tokens)
-            length = memory.length
+            length = memory.length.astype(jnp.int32)
             before = jnp.take_along_axis(memory.start, jnp.maximum(length - 1, 0)[:, None], axis=1)[:, 0]
             goes_on = jnp.where(length == 0, 0, before)
 
@@ -347,23 +361,22 @@ class SoftmaxAttention(nnx.Module):
 
     def init_memory(self, batch_size: int, max_length: int) -> KeyValueCache:
         """An empty cache with room for ``max_length`` tokens."""
+        _check_sizes(batch_size=batch_size, max_length=max_length)
         key = jnp.zeros((batch_size, max_length, *self.key_shape), self.memory_dtype)
         value = jnp.zeros((batch_size, max_length, *self.value_shape), self.memory_dtype)
         return KeyValueCache(key, value, jnp.zeros(key.shape[:2], jnp.int32), jnp.zeros(batch_size, jnp.int32))
 
     def _check_cache(self, memory, batch, num_tokens):
-        capacity = memory.key.shape[1]
-        got, expected = (memory.key.shape, memory.value.shape), (self.key_shape, self.value_shape)
-        if got != tuple((batch, capacity, *shape) for shape in expected):
-            raise ValueError(
-                f"memory must hold keys and values [{batch}, S, ...] of {expected[0]} and {expected[1]} a token, "
-                f"got {list(got[0])} and {list(got[1])}; init_memory({batch}, max_length) makes an empty one"
-            )
+        way_out = f"layer.init_memory({batch}, max_length) makes an empty one"
+        _check_kind(memory, KeyValueCache, way_out)
+        capacity = (*np.shape(memory.key), 0, 0)[1]
+        slots = (batch, capacity)
+        _check_shapes(memory, ((*slots, *self.key_shape), (*slots, *self.value_shape), slots, (batch,)), way_out)
         used = 0 if isinstance(memory.length, jax.core.Tracer) else np.asarray(memory.length).max()
         if used + num_tokens > capacity:
             raise ValueError(
                 f"the cache holds {used} of at most {capacity} tokens and has no room for {num_tokens} more; "
-                "start with init_memory(batch_size, max_length) and a larger max_length"
+                "start with layer.init_memory(batch_size, max_length) and a larger max_length"
             )
 
 
@@ -381,12 +394,19 @@ def _softmax_read(query, key, value, first, last, precision):
 
 def _projections(in_features, num_heads, head_size, value_size, **options):
     """W_q, W_k, W_v: d_model -> [H, ·] and W_o: [H, V] -> d_model."""
-    sizes = {"in_features": in_features, "num_heads": num_heads, "head_size": head_size, "value_size": value_size}
-    if min(sizes.values()) < 1:
-        raise ValueError(f"sizes must be at least 1, got {sizes}")
+    _check_sizes(in_features=in_features, num_heads=num_heads, head_size=head_size, value_size=value_size)
     linear = functools.partial(nnx.LinearGeneral, **options)
     heads = [linear(in_features, (num_heads, size)) for size in (head_size, head_size, value_size)]
     return *heads, linear((num_heads, value_size), in_features, axis=(-2, -1))
+
+
+def _check_sizes(least=1, **sizes):
+    wrong = {name: size for name, size in sizes.items() if not isinstance(size, Integral)}
+    if wrong:
+        raise ValueError(f"sizes must be integers, got {wrong}; int(...) makes one of a whole number")
+    wrong = {name: size for name, size in sizes.items() if size < least}
+    if wrong:
+        raise ValueError(f"sizes must be at least {least}, got {wrong}")
 
 
 def _features(x, feature_map, feature_normalization):
@@ -422,12 +442,36 @@ def _count_features(feature_map, feature_normalization, num_heads, head_size):
 
 
 def _at_least_float32(x):
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(attention.computation_dtype(x.dtype))
 
 
-def _check_input(x, in_features):
+def _checked_input(x, in_features):
+    """x as an array ``[B, T, in_features]``."""
+    x = jnp.asarray(x)
     if x.ndim != 3 or x.shape[-1] != in_features or x.shape[1] == 0 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
             f"x must be floating point and [B, T, {in_features}] with T ≥ 1, got {x.dtype}{list(x.shape)}; "
             "for one token or one sequence add an axis of length 1, e.g. x[:, None]"
         )
+    return x
+
+
+def _checked_segments(segment_ids):
+    """Lists as arrays, of NumPy: JAX would make int32 of them, where large ids could become equal."""
+    return segment_ids if segment_ids is None or hasattr(segment_ids, "shape") else np.asarray(segment_ids)
+
+
+def _check_kind(memory, kind, way_out):
+    if not isinstance(memory, kind):
+        raise ValueError(
+            f"memory must be a {kind.__name__}, as this layer returns it, got {type(memory).__name__}; {way_out}"
+        )
+
+
+def _check_shapes(memory, shapes, way_out):
+    """shapes: those of the arrays of memory, in their order."""
+    got = [list(x.shape) if hasattr(x, "shape") else type(x).__name__ for x in memory]
+    expected = [list(shape) for shape in shapes]
+    if got != expected:
+        expected, got = (", ".join(f"{n} {x}" for n, x in zip(memory._fields, y, strict=True)) for y in (expected, got))
+        raise ValueError(f"memory must hold {expected}, got {got}; {way_out}")

@@ -13,11 +13,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from fwt_jax.layers import DEFAULT_INIT
+from fwt_jax.layers import DEFAULT_INIT, _check_kind, _check_shapes, _check_sizes, _checked_input
 
 
 class SegmentMemory(NamedTuple):
     """What was fed to a layer before.
+
+    It cannot go back: with each new token the oldest one is gone, and a smaller length hides the oldest tokens, not the
+    newest. To take tokens back, keep the memory from before them.
 
     Attributes:
       hidden: the last M inputs ``[B, M, E]``, the newest last.
@@ -44,6 +47,10 @@ class RelativeAttention(nnx.Module):
       clamp_length: distances above it count as it; 0: none.
       dtype, kernel_init, rngs: of the projections, which have no biases; rngs' stream "params" is used.
 
+    Raises:
+      ValueError: sizes that are not integers of at least 1, lengths that are not integers of at least 0. When called:
+        an x, memory, positions or biases of other shapes.
+
     Attributes:
       query, key, value: kernels ``[E, H, D]``; position, of r: the same; out: ``[H, D, E]``.
 
@@ -63,6 +70,8 @@ class RelativeAttention(nnx.Module):
         kernel_init: nnx.Initializer = DEFAULT_INIT,
         rngs: nnx.Rngs,
     ):
+        _check_sizes(in_features=in_features, num_heads=num_heads, head_size=head_size)
+        _check_sizes(0, memory_length=memory_length, clamp_length=clamp_length)
         self.in_features, self.memory_length, self.clamp_length = in_features, memory_length, clamp_length
         options = {"use_bias": False, "dtype": dtype, "kernel_init": kernel_init, "rngs": rngs}
         for name in ("query", "key", "value", "position"):
@@ -81,15 +90,28 @@ class RelativeAttention(nnx.Module):
         """Reads T tokens.
 
         Args:
-          x: ``[B, T, E]``, floating point.
-          memory: what an earlier call returned; empty if not given.
+          x: ``[B, T, E]``, floating point, T ≥ 1.
+          memory: what an earlier call returned; empty and of x's dtype if not given.
           positions: sinusoids of the distances S − 1, …, 0, ``[S, E]``, as ``distances`` gives.
           content_bias, position_bias: u and w, ``[H, D]``.
 
         Returns:
-          y, as x, and the memory: the last M of the tokens before and these.
+          y, as x, and the memory: the last M of the tokens before and these, in the dtype of the memory before.
         """
-        memory = self.init_memory(len(x), x.dtype) if memory is None else memory
+        x = _checked_input(x, self.in_features)
+        batch, way_out = len(x), f"layer.init_memory({len(x)}) makes an empty one"
+        memory = self.init_memory(batch, x.dtype) if memory is None else memory
+        _check_kind(memory, SegmentMemory, way_out)
+        _check_shapes(memory, ((batch, self.memory_length, self.in_features), (batch,)), way_out)
+        seen_tokens, heads = self.memory_length + x.shape[1], self.query.out_features
+        for name, array, shape in (
+            ("positions", positions, (seen_tokens, self.in_features)),
+            ("content_bias", content_bias, heads),
+            ("position_bias", position_bias, heads),
+        ):
+            if array.shape != shape:
+                raise ValueError(f"{name} must be {list(shape)} for {x.shape[1]} tokens, got {list(array.shape)}")
+        content_bias, position_bias = content_bias.astype(jnp.float32), position_bias.astype(jnp.float32)
         seen = jnp.concatenate([lax.stop_gradient(memory.hidden).astype(x.dtype), x], axis=1)
         query, key, value = (
             layer(inputs).astype(jnp.float32)
@@ -99,21 +121,23 @@ class RelativeAttention(nnx.Module):
         scores = jnp.einsum("bthd,bshd->bhts", query + content_bias[None, None], key)
         scores += _by_distance(jnp.einsum("bthd,shd->bhts", query + position_bias[None, None], relative))
         tokens, slots = x.shape[1], seen.shape[1]
-        slot, place = jnp.arange(slots)[None, None], jnp.arange(tokens)[None, :, None] + self.memory_length
+        slot = jnp.arange(slots, dtype=jnp.int32)[None, None]
+        place = jnp.arange(tokens, dtype=jnp.int32)[None, :, None] + self.memory_length
         visible = (slot <= place) & (slot >= self.memory_length - memory.length[:, None, None])
         scores = jnp.where(visible[:, None], scores * query.shape[-1] ** -0.5, -jnp.inf)
         read = jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores, axis=-1), value)
         length = jnp.minimum(memory.length + tokens, self.memory_length)
-        kept = lax.stop_gradient(seen[:, slots - self.memory_length :])
+        kept = lax.stop_gradient(seen[:, slots - self.memory_length :]).astype(memory.hidden.dtype)
         return self.out(read.astype(x.dtype)).astype(x.dtype), SegmentMemory(kept, length)
 
     def distances(self, num_tokens: int) -> jax.Array:
-        """Of S tokens from the last one, S − 1, …, 0, clamped: ``[S]``."""
-        distances = jnp.arange(self.memory_length + num_tokens)[::-1]
+        """Of S tokens from the last one, S − 1, …, 0, clamped: int32 ``[S]``."""
+        distances = jnp.arange(self.memory_length + num_tokens, dtype=jnp.int32)[::-1]
         return jnp.minimum(distances, self.clamp_length) if self.clamp_length else distances
 
     def init_memory(self, batch_size: int, dtype: jax.typing.DTypeLike = jnp.float32) -> SegmentMemory:
         """An empty memory."""
+        _check_sizes(batch_size=batch_size)
         hidden = jnp.zeros((batch_size, self.memory_length, self.in_features), dtype)
         return SegmentMemory(hidden, jnp.zeros(batch_size, jnp.int32))
 

@@ -16,9 +16,11 @@ from jax import lax
 
 from fwt_jax import attention
 from fwt_jax.attention import fast_weight_attention
+from fwt_jax.cross_attention import CrossAttention
 from fwt_jax.feature_maps import dpfp, elu_plus_one, hedgehog, l2_normalize, sum_normalize, t2r, tanh
 from fwt_jax.layers import FastWeightAttention, FavorPlus, SoftmaxAttention, TrainedFeatureMap
 from fwt_jax.models import DecoderLM, ModelConfig
+from fwt_jax.relative import RelativeAttention
 
 BATCH, LENGTH, D_MODEL, HEADS, HEAD_SIZE, VALUE_SIZE = 2, 8, 6, 3, 4, 5  # all different
 SEGMENT_IDS = np.array([[0, 0, 1, 1, 1, 2, 2, 2], [5, 5, 5, 5, 5, 5, 3, 3]])  # none begins with the second half
@@ -354,7 +356,7 @@ def test_a_trained_feature_map_has_a_kernel_for_each_head():
 def test_a_full_cache_is_refused_or_reads_nan():
     layer, x = make("softmax"), inputs()
     full = empty(layer)._replace(length=jnp.full(BATCH, LENGTH))
-    with pytest.raises(ValueError, match=r"holds 8 of at most 8 tokens and has no room for 1 more; start with"):
+    with pytest.raises(ValueError, match=r"holds 8 of at most 8 tokens and has no room for 1 more; start with layer"):
         layer(x[:, :1], full)
     with pytest.raises(ValueError, match=r"holds 0 of at most 4 tokens and has no room for 8 more"):
         layer(x, layer.init_memory(BATCH, 4))
@@ -371,6 +373,24 @@ def test_a_cache_in_a_jitted_function_may_be_a_constant():
     _, memory = jax.jit(lambda x, memory: layer(x, memory))(x[:, :5], empty(layer))
     y, _ = jax.jit(lambda x: layer(x, memory))(x[:, 5:])
     np.testing.assert_allclose(y, jax.jit(lambda x: layer(x)[0])(x)[:, 5:], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["delta, elu, read", "delta, dpfp-2, retrieval", "fwm, tanh", "sum, dpfp-2", "softmax"]
+)
+def test_rows_are_padded_in_front(name):
+    """A row of 5 in 8 tokens, after 3 of padding with another segment id: its reads and memory are those of 5 alone."""
+    layer, x = make(name), inputs()
+    padded = jnp.concatenate([100 * x[:1, :3], x[:1, :5]], axis=1)
+    ids = jnp.array([[-1, -1, -1, 0, 0, 0, 0, 0]])
+    call = jax.jit(lambda x, ids=None: layer(x, segment_ids=ids))
+    (y, memory), (want, wanted_memory) = call(padded, ids), call(x[:1, :5])
+    np.testing.assert_allclose(y[:, 3:], want, atol=1e-5)
+    if isinstance(layer, FastWeightAttention):
+        chex.assert_trees_all_close(memory, wanted_memory, atol=1e-5)
+        for behind in (jnp.zeros_like(x[:1, :3]), x[:1, :3]):  # as the docstring says: it is written
+            _, memory = call(jnp.concatenate([x[:1, :5], behind], axis=1), ids[:, ::-1])
+            assert jnp.max(jnp.abs(memory.fast_weights - wanted_memory.fast_weights)) > 0.01
 
 
 def test_rows_of_a_cache_may_have_different_lengths():
@@ -490,6 +510,9 @@ def test_a_softmax_layer_in_a_linen_model():
         (dict(feature_map=dpfp, feature_normalization=sum_normalize_exactly), r"features of \[0, .* an eps above 0"),
         (dict(feature_map=tanh, feature_normalization=functools.partial(l2_normalize, eps=0)), "or norm that is 0"),
         (dict(value_size=0), "sizes must be at least 1, got .*'value_size': 0"),
+        (dict(head_size=8.0), r"sizes must be integers, got \{'head_size': 8.0, 'value_size': 8.0\}; int"),
+        (dict(num_heads="2"), r"sizes must be integers, got \{'num_heads': '2'\}"),
+        (dict(in_features=None), r"sizes must be integers, got \{'in_features': None\}"),
         (dict(num_heads=-1), "sizes must be at least 1, got .*'num_heads': -1"),
     ],
 )
@@ -535,8 +558,110 @@ def test_call_mistakes(name):
         layer(x.astype(jnp.int32))
     with pytest.raises(ValueError, match=r"segment_ids must be integers \[B, T\] = \[2, 8\], got int64\[2, 7\]"):
         layer(x, segment_ids=SEGMENT_IDS[:, 1:])
-    with pytest.raises(ValueError, match=r"memory must hold .*; init_memory\("):
+    with pytest.raises(ValueError, match=r"memory must hold .*, got .*; layer\.init_memory\(2"):
         layer(x, empty(layer, batch=3))
+
+
+SIZES = {
+    "softmax": lambda: SoftmaxAttention(6, 2.0, 4, rngs=nnx.Rngs(0)),
+    "value": lambda: SoftmaxAttention(6, 2, 4, value_size=3.5, rngs=nnx.Rngs(0)),
+    "cross": lambda: CrossAttention(6.0, 2, 4, rngs=nnx.Rngs(0)),
+    "relative": lambda: RelativeAttention(6, 2, 4.0, 3, rngs=nnx.Rngs(0)),
+    "relative memory": lambda: RelativeAttention(6, 2, 4, 3.0, rngs=nnx.Rngs(0)),
+    "favor": lambda: FavorPlus(4.0, 5, rngs=nnx.Rngs(0)),
+    "favor features": lambda: FavorPlus(4, 5.0, rngs=nnx.Rngs(0)),
+    "trained": lambda: TrainedFeatureMap(t2r, 2, 4, 5.0, rngs=nnx.Rngs(0)),
+    "dpfp": lambda: dpfp(jnp.ones(4), nu=1.0),
+    "batch": lambda: make("delta, elu").init_memory(2.0),
+    "cache": lambda: make("softmax").init_memory(2, 8.0),
+    "segment memory": lambda: relative().init_memory(2.0),
+}
+
+
+@pytest.mark.parametrize("make_it", SIZES.values(), ids=SIZES)
+def test_sizes_are_integers(make_it):
+    with pytest.raises(ValueError, match=r"integers|takes nu from 1 to 7, got nu=1.0"):
+        make_it()
+
+
+def test_sizes_may_be_of_numpy():
+    sizes = np.array([D_MODEL, HEADS, HEAD_SIZE])
+    assert FastWeightAttention(*sizes, rngs=nnx.Rngs(0)).init_memory(np.int32(2)).key_sum.shape == (2, 2, 4)
+    assert SoftmaxAttention(*sizes, rngs=nnx.Rngs(0)).init_memory(2, np.int64(3)).start.shape == (2, 3)
+
+
+def relative():
+    return RelativeAttention(D_MODEL, HEADS, HEAD_SIZE, 3, rngs=nnx.Rngs(0))
+
+
+def read_relative(layer, x, memory, **options):
+    tokens, bias = 3 + x.shape[1], jnp.zeros((HEADS, HEAD_SIZE))
+    options = {"positions": jnp.zeros((tokens, D_MODEL)), "content_bias": bias, "position_bias": bias, **options}
+    return layer(x, memory, **options)
+
+
+MEMORIES = {
+    "Memory": lambda batch=BATCH: make("delta, elu").init_memory(batch),
+    "KeyValueCache": lambda batch=BATCH: make("softmax").init_memory(batch, LENGTH),
+    "SegmentMemory": lambda batch=BATCH: relative().init_memory(batch),
+    "Source": lambda batch=BATCH: CrossAttention(6, 2, 4, rngs=nnx.Rngs(0)).write(inputs(batch)),
+    "tuple": lambda: (1, 2),
+    "dict": lambda: {},
+}
+READERS = {
+    "Memory": lambda: (make("delta, elu"), r"layer\.init_memory\(2\)"),
+    "KeyValueCache": lambda: (make("softmax"), r"layer\.init_memory\(2, max_length\)"),
+    "SegmentMemory": lambda: (functools.partial(read_relative, relative()), r"layer\.init_memory\(2\)"),
+    "Source": lambda: (CrossAttention(6, 2, 4, rngs=nnx.Rngs(0)).read, r"layer\.write\(source\).*softmax"),
+    "Memory, read": lambda: (
+        CrossAttention(6, 2, 4, rule="sum", rngs=nnx.Rngs(0)).read,
+        r"layer\.write\(source\).*sum",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_memory_of_another_layer_is_refused(name):
+    layer, way_out = READERS[name]()
+    kind = name.split(",")[0]
+    for other, make_memory in MEMORIES.items():
+        if other != kind:
+            with pytest.raises(ValueError, match=rf"memory must be a {kind}, .* got {other}; {way_out}"):
+                layer(inputs(), make_memory())
+    memory = MEMORIES[kind]()
+    for field in memory._fields:
+        with pytest.raises(ValueError, match=rf"memory must hold .*{field} .*, got .*; {way_out}"):
+            layer(inputs(), memory._replace(**{field: getattr(memory, field)[..., None]}))
+        with pytest.raises(ValueError, match=rf"memory must hold .*, got .*{field} list.*; {way_out}"):
+            layer(inputs(), memory._replace(**{field: [1, 2]}))
+    with pytest.raises(ValueError, match=r"memory must hold|x must have the 3 rows of its source, got 2"):
+        layer(inputs(), MEMORIES[kind](3))
+
+
+@pytest.mark.parametrize("name", ["positions", "content_bias", "position_bias"])
+def test_what_relative_attention_adds_must_fit(name):
+    with pytest.raises(ValueError, match=rf"{name} must be .* for 8 tokens, got \[5, 1\]"):
+        read_relative(relative(), inputs(), None, **{name: jnp.zeros((5, 1))})
+
+
+def test_lists_and_numpy_arrays_are_arrays():
+    ids, x = SEGMENT_IDS * 2**32, inputs()  # which are all 0 as int32
+    for name in ("delta, elu", "softmax"):
+        layer = make(name)
+        want = layer(x, segment_ids=SEGMENT_IDS)
+        chex.assert_trees_all_close(layer(np.array(x).tolist(), segment_ids=ids.tolist()), want, atol=1e-6)
+        chex.assert_trees_all_close(layer(np.array(x), segment_ids=ids), want, atol=1e-6)
+    layer, mask = CrossAttention(6, 2, 4, rule="sum", rngs=nnx.Rngs(0)), SEGMENT_IDS > 0
+    want, lists = layer(x, x, mask), np.array(x).tolist()
+    chex.assert_trees_all_close(layer(lists, lists, mask.tolist()), want, atol=1e-6)
+    chex.assert_trees_all_close(layer.read(lists, layer.write(lists, mask.tolist())), want, atol=1e-6)
+    read_relative(relative(), np.array(x), None)
+
+
+@pytest.mark.parametrize("rule", ["softmax", "sum"])
+def test_cross_attention_refuses_another_normalisation(rule):
+    with pytest.raises(ValueError, match=r"normalize must be False or .read. .*, got 'retrieval'"):
+        CrossAttention(6, 2, 4, rule=rule, normalize="retrieval", rngs=nnx.Rngs(0))
 
 
 def test_a_random_map_needs_a_stream_to_draw_from():
