@@ -166,9 +166,13 @@ def features(config, rngs: nnx.Rngs, favor_plus: Callable[..., FavorPlus] = TOOL
 
 
 def _layer_norm(config, rngs):
-    scale_init = lambda *args: 1 + INIT(*args)  # noqa: E731
-    options = {"epsilon": 1e-5, "scale_init": scale_init, "use_fast_variance": False, "rngs": rngs}
+    options = {"epsilon": 1e-5, "scale_init": _init_scale, "use_fast_variance": False, "rngs": rngs}
     return nnx.LayerNorm(config.d_model, **options)
+
+
+def _init_scale(*args):
+    """Of the module, since a layer may keep it: equal models must have equal attributes."""
+    return 1 + INIT(*args)
 
 
 class FeedForward(nnx.Module):
@@ -327,7 +331,7 @@ def through_blocks(call, blocks, x, memories, rngs, *, scan: bool, remat: bool):
       remat: recompute each block in the backward pass.
     """
     if not scan or x.shape[1] == 1:
-        call, after = nnx.remat(call) if remat else call, []
+        call, after = _recomputed(call) if remat else call, []
         for block, before in zip(blocks, memories, strict=True):
             x, memory = call(block, x, before, rngs)
             after.append(memory)
@@ -343,6 +347,30 @@ def through_blocks(call, blocks, x, memories, rngs, *, scan: bool, remat: bool):
     stacked, before = (jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees) for trees in (states, memories))
     x, after = lax.scan(jax.checkpoint(body) if remat else body, x, (stacked, before, keys))
     return x, tuple(jax.tree.map(lambda leaf, i=i: leaf[i], after) for i in range(len(graphs)))
+
+
+def _recomputed(call):
+    """``call`` of ``through_blocks``, which the backward pass computes again.
+
+    ``jax.checkpoint`` sees arrays alone. ``nnx.remat`` would write to the variables of the block, and a variable of an
+    outer trace (``jax.jit``, a scan) refuses that.
+    """
+
+    def of_modules(block, x, before, rngs):
+        graph, state = nnx.split((block, rngs))
+
+        @jax.checkpoint
+        def of_arrays(state, x, before):
+            block, rngs = nnx.merge(graph, state)
+            x, memory = call(block, x, before, rngs)
+            return x, memory, nnx.state(rngs, nnx.RngCount)
+
+        x, memory, counts = of_arrays(state, x, before)
+        if rngs is not None:
+            nnx.update(rngs, counts)
+        return x, memory
+
+    return of_modules
 
 
 def dropout(x: jax.Array, rate: float, rngs: nnx.Rngs | None) -> jax.Array:

@@ -46,6 +46,12 @@ def test_transformer_xl_goes_on_from_its_memory_and_refuses_lengths():
         decode.generate(model, PROMPTS, 4, lengths=jnp.array([9, 4, 1]), temperature=0)
 
 
+@pytest.mark.parametrize("options", [{"rule": "delta"}, {"rule": "softmax", "scan": True}], ids=str)
+def test_a_model_that_recomputes_its_blocks_goes_on_as_one_that_does_not(options):
+    want, got = (decode.generate(sharp(remat=remat, **options), PROMPTS, 4, temperature=0) for remat in (False, True))
+    chex.assert_trees_all_equal(got, want)
+
+
 def test_tokens_are_drawn_in_proportion_and_by_the_key():
     model = DecoderLM(ModelConfig(**CONFIG), rngs=nnx.Rngs(1))
     model.embedding[...] = 10 * model.embedding[...]

@@ -188,6 +188,43 @@ def test_remat_and_scan_change_nothing_and_no_token_sees_a_later_one(rule):
     chex.assert_trees_all_close(model(tokens)[0][:, :8], model(other)[0][:, :8], rtol=1e-5, atol=1e-5)
 
 
+def test_a_model_that_recomputes_its_blocks_can_be_closed_over():
+    """Its variables belong to the outer trace in jax.jit, jax.checkpoint and a scan over segments. Losses, gradients,
+    memories and the counts of the random streams are those of a model that keeps everything."""
+    tokens, targets = tokens_of((3, 2, 5)), tokens_of((3, 2, 5), 1)
+    weights = jax.random.normal(jax.random.key(2), targets.shape)
+    config, found = dataclasses.replace(TINY, positions=None, dropout=0.3, feature_map="favor_plus", feature_size=4), []
+    for remat in (False, True):
+        config = dataclasses.replace(config, remat=remat)
+        graph, params, rest = nnx.split(DecoderLM(config, rngs=nnx.Rngs(0)), nnx.Param, ...)
+
+        def total(params, graph=graph, rest=rest):
+            model, rngs = nnx.merge(graph, params, rest), nnx.Rngs(3)
+            memory = model.losses(tokens[0], targets[0], rngs=rngs)[1]  # outside of the scan
+            count = jax.tree.leaves(nnx.state(rngs, nnx.RngCount))
+
+            def segment(memory, inputs):
+                losses, memory = model.losses(*inputs, memory, rngs=nnx.Rngs(4))
+                return memory, losses
+
+            memory, losses = jax.lax.scan(jax.checkpoint(segment), memory, (tokens, targets))
+            return jnp.sum(weights * losses), (losses, memory, count)
+
+        found.append(jax.jit(jax.value_and_grad(total, has_aux=True))(params))
+    chex.assert_trees_all_close(*found, rtol=1e-5, atol=1e-6)
+
+
+def test_the_draws_of_a_call_go_on_after_recomputed_blocks():
+    """Eagerly, too: the second call with one Rngs has other masks, and the same as without recomputing."""
+    tokens, drawn = tokens_of((2, 5)), []
+    for remat in (False, True):
+        rngs = nnx.Rngs(dropout=1)
+        model = DecoderLM(dataclasses.replace(TINY, num_layers=1, dropout=0.5, remat=remat), rngs=nnx.Rngs(0))
+        drawn.append([model(tokens, rngs=rngs)[0] for _ in range(2)] + [rngs.dropout.count[...]])
+    chex.assert_trees_all_close(*drawn, rtol=1e-5)
+    assert jnp.max(jnp.abs(drawn[1][0] - drawn[1][1])) > 1e-2
+
+
 @pytest.mark.parametrize("scan", [False, True])
 def test_dropout_is_of_training_alone_and_favor_plus_draws_there(scan):
     config = dataclasses.replace(TINY, feature_map="favor_plus", feature_size=4, dropout=0.5, scan=scan)

@@ -348,6 +348,16 @@ def test_a_beam_is_that_of_plain_python(beam_size, early_stop):
     assert len(lengths) > 1
 
 
+def test_a_model_that_recomputes_its_blocks_translates_as_one_that_does_not():
+    source, target = sentences(3, 6, seed=4), sentences(3, 5, seed=1)
+    found = []
+    for remat in (False, True):
+        model = make("each another", remat=remat)
+        losses = jax.jit(lambda source, model=model: model.losses(source, target))(source)
+        found.append((losses, decode.beam_search(model, source, beam_size=2, max_length=6)))
+    chex.assert_trees_all_close(*found, atol=1e-5)
+
+
 def test_padding_of_the_source_changes_no_translation_and_padding_alone_has_none():
     model, source = make("each another"), sentences(3, 6, seed=4, lengths=[6, 2, 4])
     options = {"beam_size": 2, "max_length": 6}
