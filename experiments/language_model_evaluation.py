@@ -40,7 +40,7 @@ def segments(
         placed = place({name: batch[name] for name in ("tokens", "targets")}, mesh, whole=True)
         loss, memory = _segment_loss(model, placed["tokens"], placed["targets"], memory)
         memory = memory if carry else None
-        total, count = total + loss, count + batch["targets"].size
+        total, count = total + loss, count + int(np.sum(batch["targets"] >= 0))
     return float(total) / count
 
 
@@ -88,7 +88,7 @@ def sliding_window(
     for batch in tqdm(rest, "sliding window", number, unit="batch", disable=not progress, dynamic_ncols=True):
         batch = place(batch, mesh)
         losses.append(_last_loss(model, batch["tokens"], batch["targets"], batch["weights"]))
-    return float(np.sum([np.float64(loss) for loss in losses])) / (len(tokens) - 1)
+    return float(np.sum([np.float64(loss) for loss in losses])) / int(np.sum(np.asarray(tokens)[1:] >= 0))
 
 
 @nnx.jit

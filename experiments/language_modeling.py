@@ -156,7 +156,7 @@ def loss(model, batch, memory, rngs):
     if memory is not None:
         memory = jax.tree.map(lambda x: jnp.where(batch["start"], jnp.zeros_like(x), x), memory)
     losses, after = model.losses(batch["tokens"], batch["targets"], memory, rngs=rngs)
-    return jnp.sum(losses), jnp.asarray(losses.size), None if memory is None else after
+    return jnp.sum(losses), jnp.sum(batch["targets"] >= 0), None if memory is None else after
 
 
 def run(config: Config) -> dict:

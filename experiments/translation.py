@@ -164,7 +164,8 @@ def read_data(config: Config) -> dict[str, Pairs]:
 def loss(label_smoothing, model, batch, memory, rngs):
     """Sum of the cross-entropies, and the number of tokens."""
     losses = model.losses(batch["source"], batch["target"], label_smoothing=label_smoothing, rngs=rngs)
-    return jnp.sum(losses), jnp.sum(batch["target"] != model.config.pad_id), None
+    counts = (batch["target"] != model.config.pad_id) & (batch["target"] >= 0)
+    return jnp.sum(losses), jnp.sum(counts), None
 
 
 @nnx.jit

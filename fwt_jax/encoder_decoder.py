@@ -268,22 +268,23 @@ class EncoderDecoder(nnx.Module):
         """log p of the token of the target after each.
 
         Args:
-          source: integers ``[B, S]`` from 0 to V − 1, which is not checked, padded with pad_id behind.
-          tokens: integers ``[B, T]``: bos_id and the target.
+          source: integers ``[B, S]`` from 0 to V − 1, padded with pad_id behind. Numbers that are not traced are
+            checked, which waits for the device; of traced ones (``jax.jit``) another number gives NaN.
+          tokens: integers ``[B, T]`` from 0 to V − 1, as the source: bos_id and the target.
           rngs: for dropout and the projections of "favor_plus", see ``DecoderLM``; without: evaluation.
 
         Returns:
           ``[B, T, V]``, float32.
 
         Raises:
-          ValueError: tokens that are not integers of two axes, other numbers of sentences.
+          ValueError: tokens that are not integers of two axes from 0 to V − 1, other numbers of sentences.
         """
         return self.log_probabilities(self._hidden(source, tokens, rngs))
 
     def losses(
         self, source: jax.Array, targets: jax.Array, *, label_smoothing: float = 0.0, rngs: nnx.Rngs | None = None
     ) -> jax.Array:
-        """Cross-entropy of each token of the target: ``[B, T]``, float32, and 0 for padding.
+        """Cross-entropy of each token of the target: ``[B, T]``, float32; 0 for padding and for a negative target.
 
             (1 − ε)(−log p(target)) + ε/V Σ_v (−log p(v))       Szegedy et al. 2016, section 7
 
@@ -291,23 +292,30 @@ class EncoderDecoder(nnx.Module):
 
         Args:
           source, rngs: as in ``__call__``.
-          targets: integers ``[B, T]`` that end with eos_id, then padding; bos_id is put before them here.
-          label_smoothing: ε, from 0 to 1, a Python number.
+          targets: integers ``[B, T]``, up to V − 1, that end with eos_id, then padding; bos_id is put before them here.
+            A negative one (−1, −100) is not learnt: it costs 0, without gradient, and the decoder reads pad_id in its
+            place. A mean over tokens must count neither it nor padding. Where they are traced, one above V − 1 gives
+            NaN.
+          label_smoothing: ε, from 0 to 1, a number that is not traced.
 
         Raises:
-          ValueError: as ``__call__``; a label_smoothing outside of its range.
+          ValueError: as ``__call__``; targets known to be above V − 1; a label_smoothing outside of its range.
         """
+        label_smoothing, pad_id = float(label_smoothing), self.config.pad_id
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing must be from 0 to 1, got {label_smoothing}")
-        targets = _tokens("targets", targets)
-        bos = jnp.full((len(targets), 1), self.config.bos_id, targets.dtype)
-        hidden = self._hidden(source, jnp.concatenate([bos, targets[:, :-1]], axis=1), rngs)
-        losses = output_layer.losses(hidden, targets, self._output())
+        targets = self._tokens("targets", targets, least=None)
+        read = jnp.where(targets < 0, pad_id, targets)
+        bos = jnp.full((len(read), 1), self.config.bos_id, read.dtype)
+        hidden = self._hidden(source, jnp.concatenate([bos, read[:, :-1]], axis=1), rngs)
+        counts = read != pad_id
+        losses = output_layer.losses(hidden, jnp.where(counts, targets, -1), self._output())
         if label_smoothing:
             # −log p(v) differs from −log p(target) by the difference of their logits, whose mean needs no logits.
-            centred = self.embedding[...][targets] - jnp.mean(self.embedding[...], axis=0)[None, None]
-            losses += label_smoothing * jnp.sum(hidden * centred, axis=-1)
-        return jnp.where(targets == self.config.pad_id, 0.0, losses)
+            centred = output_layer.embed(self.embedding[...], read) - jnp.mean(self.embedding[...], axis=0)[None, None]
+            smoothing = jnp.sum(jnp.where(counts[..., None], hidden, 0.0) * centred, axis=-1)
+            losses += label_smoothing * smoothing
+        return losses
 
     def encode(self, source: jax.Array, max_length: int, hypotheses: int = 1) -> TranslationMemory:
         """Reads the source, for decoding.
@@ -318,10 +326,11 @@ class EncoderDecoder(nnx.Module):
           hypotheses: R, in which each sentence is translated at once.
 
         Raises:
-          ValueError: a source that is not integers ``[B, S]``, numbers below 1.
+          ValueError: a source as in ``__call__``, numbers below 1.
         """
         if min(max_length, hypotheses) < 1:
             raise ValueError(f"max_length and hypotheses must be at least 1, got {max_length} and {hypotheses}")
+        source = self._tokens("source", source)
         encoded = self._encode(source, None)
         sources = tuple(block.cross_attention.write(*encoded) for block in self.decoder)
         rows = len(source) * hypotheses
@@ -333,13 +342,14 @@ class EncoderDecoder(nnx.Module):
         """What the output layer sees after more tokens, ``[B·R, T, D]``, and the memory after them.
 
         Args:
-          tokens: integers ``[B·R, T]``, the hypotheses of a sentence one after another; T = 1 unless R = 1.
+          tokens: integers ``[B·R, T]`` from 0 to V − 1, the hypotheses of a sentence one after another; T = 1 unless
+            R = 1.
           memory: what ``encode`` or an earlier call returned.
 
         Raises:
           ValueError: tokens that are not integers of these shapes, of other rows than the memory's.
         """
-        tokens = _tokens("tokens", tokens)
+        tokens = self._tokens("tokens", tokens)
         rows, sentences = (len(jax.tree.leaves(part)[0]) for part in (memory.decoder, memory.source))
         if len(tokens) != rows:
             raise ValueError(f"tokens must have the {rows} rows of the memory, got {len(tokens)}")
@@ -353,14 +363,13 @@ class EncoderDecoder(nnx.Module):
         return output_layer.log_probabilities(hidden, self._output())
 
     def _hidden(self, source, tokens, rngs):
-        encoded = self._encode(source, rngs)
-        tokens = _tokens("the target", tokens)
+        source, tokens = self._tokens("source", source), self._tokens("the target", tokens)
         if len(tokens) != len(source):
             raise ValueError(f"source and target must have as many rows, got {len(source)} and {len(tokens)}")
+        encoded = self._encode(source, rngs)
         return self._decode(tokens, 0, (None,) * len(self.decoder), encoded, rngs)[0]
 
     def _encode(self, source, rngs):
-        source = _tokens("source", source)
         mask = source != self.config.pad_id
         x = self._embed(source, 0, rngs)
 
@@ -379,22 +388,18 @@ class EncoderDecoder(nnx.Module):
         return x if self.decoder_norm is None else self.decoder_norm(x), memories
 
     def _embed(self, tokens, position, rngs):
-        x = self.embedding[...][tokens] * self.config.d_model**0.5
+        x = output_layer.embed(self.embedding[...], tokens) * self.config.d_model**0.5
         positions = position + jnp.arange(tokens.shape[1])
         return dropout(x + sinusoids(positions, self.config.d_model)[None], self.config.dropout, rngs)
+
+    def _tokens(self, name, x, least=0):
+        return output_layer.words(name, x, self.config.vocab_size, axes="[rows ≥ 1, length ≥ 1]", least=least)
 
     def _through(self, call, blocks, x, memories, rngs):
         return through_blocks(call, blocks, x, memories, rngs, scan=self.config.scan, remat=self.config.remat)
 
     def _output(self):
         return self.embedding[...], jnp.zeros(self.config.vocab_size)
-
-
-def _tokens(name, x):
-    x = jnp.asarray(x)
-    if x.ndim != 2 or 0 in x.shape or not jnp.issubdtype(x.dtype, jnp.integer):
-        raise ValueError(f"{name} must be integers [rows ≥ 1, length ≥ 1], got {x.dtype}{list(x.shape)}")
-    return x
 
 
 def _layer_norm(config, rngs):

@@ -239,7 +239,8 @@ class DecoderLM(nnx.Module):
         """Log-probabilities of the token after each.
 
         Args:
-          tokens: integers ``[B, T]``, from 0 to V − 1.
+          tokens: integers ``[B, T]``, from 0 to V − 1. Numbers that are not traced are checked, which waits for the
+            device; of traced ones (``jax.jit``) another number gives NaN.
           memory: what an earlier call returned, a tuple with one for each block; empty if not given.
           segment_ids: integers ``[B, T]``, see ``fast_weight_attention``. (Positions do not start anew.)
           rngs: for dropout, and for the projections of "favor_plus" (streams "dropout" and "projection", or
@@ -249,36 +250,44 @@ class DecoderLM(nnx.Module):
           ``[B, T, V]``, float32, and the memories.
 
         Raises:
-          ValueError: tokens that are not integers ``[B, T]``, another number of memories than blocks.
+          ValueError: tokens that are not integers ``[B, T]`` from 0 to V − 1, another number of memories than blocks.
         """
         x, memory = self.hidden(tokens, memory, segment_ids=segment_ids, rngs=rngs)
         return self.log_probabilities(x), memory
 
     def losses(self, tokens, targets, memory=None, *, segment_ids=None, rngs=None):
-        """−log p of ``targets``, integers ``[B, T]``, after each token: ``[B, T]``, float32, and the memories.
+        """−log p of ``targets`` after each token: ``[B, T]``, float32, and the memories.
 
-        Arguments as in ``__call__``; the cost of the output layer: ``output_layer.losses``.
+        The loss of a negative target (−1, −100) is 0 and has no gradient: a mean over tokens must not count it, as
+        ``jnp.sum(losses) / jnp.sum(targets >= 0)``.
+
+        Args:
+          targets: integers ``[B, T]``, up to V − 1. Where they are traced, a larger one gives NaN.
+          tokens, memory, segment_ids, rngs: as in ``__call__``. The cost of the output layer: ``output_layer.losses``.
 
         Raises:
-          ValueError: targets that are not integers of the shape of tokens, and as ``__call__``.
+          ValueError: targets that are not integers of the shape of tokens, or known to be above V − 1; and as
+            ``__call__``.
         """
-        if targets.shape != tokens.shape or not jnp.issubdtype(targets.dtype, jnp.integer):
-            raise ValueError(
-                f"targets must be integers as tokens, {list(tokens.shape)}, got {targets.dtype}{list(targets.shape)}"
-            )
+        vocab_size = self.config.vocab_size
+        tokens = output_layer.words("tokens", tokens, vocab_size)
+        options = {"axes": f"as tokens, {list(tokens.shape)}", "shape": tokens.shape, "least": None}
+        targets = output_layer.words("targets", targets, vocab_size, **options)
         x, memory = self.hidden(tokens, memory, segment_ids=segment_ids, rngs=rngs)
         return self.losses_of(x, targets), memory
 
     def losses_of(self, hidden, targets):
-        """What ``hidden`` returns, or a part of it, ``[B, T, D]``, to −log p of ``targets``: ``[B, T]``, float32."""
+        """What ``hidden`` returns, or a part of it, ``[B, T, D]``, to the losses of ``targets``: ``[B, T]``, float32.
+
+        Targets and errors as in ``losses``.
+        """
         return output_layer.losses(hidden, targets, self._output(), self.config.cutoffs)
 
     def hidden(self, tokens, memory=None, *, segment_ids=None, rngs=None):
         """What the output layer sees, ``[B, T, D]``, and the memories. Arguments as in ``__call__``."""
-        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-            raise ValueError(f"tokens must be integers [B, T], got {tokens.dtype}{list(tokens.shape)}")
         config = self.config
-        x = self.embedding[...][tokens] * config.d_model**0.5
+        tokens = output_layer.words("tokens", tokens, config.vocab_size)
+        x = output_layer.embed(self.embedding[...], tokens) * config.d_model**0.5
         if config.positions == "descending":
             x = x + sinusoids(jnp.arange(tokens.shape[1])[::-1], config.d_model)[None]
         x = dropout(x, config.dropout, rngs)

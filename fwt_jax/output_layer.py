@@ -3,6 +3,9 @@
     output = (embedding [V, D], bias [V])                       of a softmax
     output = (embedding, bias, kernel [c, D], bias [c])         of an adaptive one with c clusters, beside its cutoffs
 
+Words are numbers from 0 to V − 1. A negative target is ignored: its loss is 0, and so is the gradient. Any other number
+raises a ValueError where it is known, and gives NaN where it is traced (``jax.jit``), since nothing can raise there.
+
 Letters: B batch, T tokens, N tokens of all sequences, V vocabulary, D d_model. Everything that comes out is float32.
 """
 
@@ -12,6 +15,7 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from fwt_jax.sharding import over_batch
@@ -19,12 +23,62 @@ from fwt_jax.sharding import over_batch
 BLOCK = 256  # tokens whose logits exist at once
 
 
+def words(name: str, x, vocab_size: int, *, axes: str = "[B, T]", shape=None, least: int | None = 0) -> jax.Array:
+    """Numbers of words, or a list of lists of them, as int32.
+
+    Numbers that are not traced are read, which waits for the device that holds them.
+
+    Args:
+      name, axes: how an error calls x and its shape.
+      shape: of x; any two axes that are not empty if not given.
+      least: the smallest number; None: negative ones are ignored targets.
+
+    Raises:
+      ValueError: no integers, another shape, known numbers below ``least`` or above V − 1.
+    """
+    if not isinstance(x, (jax.Array, np.ndarray)):
+        try:
+            x = np.asarray(x)
+        except ValueError:
+            raise ValueError(f"{name} must be integers {axes}, got rows of different lengths; pad them") from None
+    fits = x.ndim == 2 and 0 not in x.shape if shape is None else x.shape == shape
+    if not fits or not jnp.issubdtype(x.dtype, jnp.integer):
+        raise ValueError(f"{name} must be integers {axes}, got {x.dtype}{list(x.shape)}")
+    check_range(name, x, least, vocab_size - 1)
+    info = jnp.iinfo(x.dtype)
+    if info.max > jnp.iinfo(jnp.int32).max:  # int32 would make other words of numbers that are too large
+        x = x.clip(max(info.min, -1), jnp.iinfo(jnp.int32).max)
+    return jnp.asarray(x, jnp.int32)
+
+
+def check_range(name: str, x: jax.Array | np.ndarray, low: int | None, high: int):
+    """Raises a ValueError if a known number is below ``low`` or above ``high``. Of a tracer no numbers are known."""
+    if isinstance(x, jax.core.Tracer) or x.size == 0:
+        return
+    with jax.ensure_compile_time_eval():  # known numbers stay known inside of jax.jit
+        least, most = int(x.min()), int(x.max())
+    if low is None and most > high:
+        raise ValueError(f"{name} must be at most {high}, or negative where a token is not to count, got {most}")
+    if low is not None and (least < low or most > high):
+        raise ValueError(f"{name} must be from {low} to {high}, got {least} to {most}")
+
+
+def embed(embedding: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Rows of the embedding ``[V, D]`` for int32 tokens ``[...]``: ``[..., D]``, NaN for no number of a word."""
+    return embedding.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+
 def losses(x: jax.Array, targets: jax.Array, output: tuple[jax.Array, ...], cutoffs: tuple[int, ...] = ()) -> jax.Array:
-    """−log p of ``targets``, integers ``[B, T]``, from x ``[B, T, D]``: ``[B, T]``.
+    """−log p of ``targets``, integers ``[B, T]``, from x ``[B, T, D]``: ``[B, T]``; 0 for a negative target.
 
     The logits exist for 256 tokens at a time, those of a cluster only for blocks of tokens with a target in it: 2VD
     FLOPs per token, or with clusters of n words that have a share p of the tokens 2D Σ pn.
+
+    Raises:
+      ValueError: targets that are not integers of these axes, or known to be above V − 1 (traced ones give NaN).
     """
+    shape = x.shape[:-1]
+    targets = words("targets", targets, len(output[0]), axes=str(list(shape)), shape=shape, least=None)
 
     def of_rows(rows, output):
         x, targets = rows
@@ -70,15 +124,15 @@ def _log_probabilities(x, output, cutoffs):
 
 def _losses(x, targets, output, cutoffs):
     embedding, bias, *_ = output
-    columns, rest = targets, jnp.zeros(len(targets))
+    counts = targets >= 0
+    columns, rest = jnp.where(counts, targets, 0), jnp.zeros(len(targets))
     for column, low, high in _clusters(cutoffs, len(embedding)):
         member = (low <= targets) & (targets < high)
         columns = jnp.where(member, cutoffs[0] + len(cutoffs) + column, columns)
         rows = embedding[low:high], bias[low:high]
         inside = jnp.clip(targets - low, 0, high - low - 1)
         rest += _in_blocks(lambda x, rows: _log_softmax(x, *rows), x, inside, member, rows)
-    everything = jnp.ones(len(targets), bool)
-    return rest + _in_blocks(lambda x, output: _head(x, output, cutoffs), x, columns, everything, output)
+    return rest + _in_blocks(lambda x, output: _head(x, output, cutoffs), x, columns, counts, output)
 
 
 def _in_blocks(log_probabilities, x, columns, member, parameters):
@@ -91,6 +145,7 @@ def _in_blocks(log_probabilities, x, columns, member, parameters):
 
     @jax.checkpoint
     def block(x, columns, member, parameters):
+        x = jnp.where(member[:, None], x, 0)  # a gradient of 0 times what is not finite would be NaN
         taken = jnp.take_along_axis(log_probabilities(x, parameters), columns[:, None], axis=-1)[:, 0]
         return jnp.where(member, -taken, 0)
 

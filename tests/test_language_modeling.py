@@ -65,6 +65,14 @@ def test_a_memory_that_is_carried_reads_the_text_as_one_sequence():
     assert abs(evaluation.segments(model, tokens, 7, 1) - np.mean(losses)) > 1e-3
 
 
+def test_a_target_that_is_ignored_is_not_counted():
+    model, tokens = tiny_model(), jnp.asarray(tokens_of(20).reshape(2, 10))
+    batch = {"tokens": tokens, "targets": tokens.at[0, 3].set(-1).at[1, 4].set(-100)}
+    total, count, _ = lm.loss(model, batch, None, None)
+    np.testing.assert_allclose(total, jnp.sum(model.losses(**batch)[0]), rtol=1e-5)
+    assert count == 18
+
+
 def test_segments_are_read_by_themselves():
     model, tokens = tiny_model(), tokens_of(47)
     rows = tokens[:46].reshape(2, 23)

@@ -1,6 +1,7 @@
 """Language models: the authors' toolkit, parameter counts, the adaptive softmax."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 
@@ -152,6 +153,60 @@ def test_losses_are_those_of_the_log_probabilities(cutoffs, length):
     chex.assert_trees_all_close(jnp.sum(jnp.exp(out), axis=-1), jnp.ones((1, length)), rtol=1e-5)
     want = -jnp.take_along_axis(out, targets[..., None], axis=-1)[..., 0]
     chex.assert_trees_all_close(losses, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("cutoffs", [(), (10, 30, 40)])
+def test_a_negative_target_costs_nothing_and_teaches_nothing(cutoffs):
+    """In more than one block of the output layer, and where what it would be computed from is not finite."""
+    model = DecoderLM(dataclasses.replace(TINY, cutoffs=cutoffs), rngs=nnx.Rngs(0))
+    hidden = jax.random.normal(jax.random.key(0), (3, 150, 16))
+    targets = np.asarray(tokens_of((3, 150), 1))
+    ignored = np.random.default_rng(2).random(targets.shape) < 0.4
+    weights = jax.random.normal(jax.random.key(1), targets.shape)
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+    def total(params, hidden, targets, weights):
+        losses = nnx.merge(graph, params, rest).losses_of(hidden, targets)
+        return jnp.sum(weights * losses), losses
+
+    (_, want), gradients = jax.jit(total)(params, hidden, targets, jnp.where(ignored, 0, weights))
+    others = np.where(ignored, np.where(targets % 2, -1, -100), targets)
+    broken = jnp.where(ignored[..., None], jnp.inf, hidden)
+    (_, losses), got = jax.jit(total)(params, broken, others, weights)
+    chex.assert_trees_all_close(losses, jnp.where(ignored, 0, want), rtol=1e-5)
+    chex.assert_trees_all_close(got, gradients, rtol=1e-5, atol=1e-5)
+    assert not jnp.any(losses[ignored]) and not jnp.any(got[1][ignored])
+    chex.assert_trees_all_close(model.losses_of(hidden, others), losses, rtol=1e-5)
+
+
+@pytest.mark.parametrize("cutoffs", [(), (10, 30, 40)])
+def test_words_outside_of_the_vocabulary_are_refused_or_nan(cutoffs):
+    model = DecoderLM(dataclasses.replace(TINY, num_layers=1, cutoffs=cutoffs), rngs=nnx.Rngs(0))
+    tokens, targets = np.asarray(tokens_of((2, 5))), np.asarray(tokens_of((2, 5), 1))
+    losses = jax.jit(lambda tokens, targets: model.losses(tokens, targets)[0])
+    here = np.arange(10).reshape(2, 5) == 7
+
+    def change(x, value, dtype=np.int32):
+        return np.where(here, np.asarray(value, dtype), x.astype(dtype))
+
+    for value, dtype in ((50, np.int32), (51, np.uint8), (2**32 - 1, np.uint32), (2**32 + 1, np.int64)):
+        with pytest.raises(ValueError, match=f"targets must be at most 49, or negative .*, got {value}"):
+            model.losses(tokens, change(targets, value, dtype))
+        if dtype != np.int64:  # of which jax.jit makes int32
+            got = losses(tokens, change(targets, value, dtype))
+            chex.assert_trees_all_equal(jnp.isnan(got), here)
+    for value, dtype in ((50, np.int32), (-1, np.int32), (-100, np.int8), (2**32 - 1, np.uint32)):
+        with pytest.raises(ValueError, match=f"tokens must be from 0 to 49, got .*{value}"):
+            model(change(tokens, value, dtype))
+        got = losses(change(tokens, value, dtype), targets)
+        assert jnp.all(jnp.isnan(got[1, 2:])) and jnp.all(jnp.isfinite(got[0]))
+    with pytest.raises(ValueError, match=r"targets must be at most 49, .*, got 50"):
+        model.losses_of(jnp.ones((2, 5, 16)), change(targets, 50))
+    wrong = jnp.asarray(change(tokens, -1))  # which stay known inside of jax.jit
+    with pytest.raises(ValueError, match="tokens must be from 0 to 49, got -1"):
+        jax.jit(lambda: model(wrong))()
+    chex.assert_trees_all_close(model.losses(tokens.tolist(), targets.tolist())[0], losses(tokens, targets), rtol=1e-5)
 
 
 @pytest.mark.parametrize("rule", ["softmax", "sum", "delta", "fwm"])

@@ -364,6 +364,13 @@ def test_the_loss_of_validation_counts_tokens_and_no_padding(trained):
     np.testing.assert_allclose(translation.nats(model, *data, all_rows, 8, mesh), np.mean(losses), rtol=1e-5)
 
 
+def test_a_target_that_is_ignored_is_not_counted():
+    model = EncoderDecoder(TranslationConfig(20, 1, 1, d_model=16, d_ff=16, num_heads=2), rngs=nnx.Rngs(0))
+    target = jnp.asarray([[4, -1, 5, EOS, PAD], [6, EOS, PAD, -100, PAD]])
+    _, count, _ = translation.loss(0.1, model, {"source": jnp.maximum(target, 1), "target": target}, None, None)
+    assert count == 5
+
+
 # --- settings --------------------------------------------------------------------------------------------------------
 
 

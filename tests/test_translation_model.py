@@ -210,6 +210,43 @@ def test_the_loss_is_the_cross_entropy_with_smoothed_labels(smoothing):
     chex.assert_trees_all_close(model.losses(source, target, label_smoothing=smoothing), expected, atol=2e-5)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_negative_target_costs_nothing_and_teaches_nothing(smoothing):
+    """The decoder reads padding in its place, and padding costs nothing."""
+    graph, state = nnx.split(make("sum"))
+    source, target = sentences(3, 5), np.array(sentences(3, 6, seed=1, lengths=[6, 4, 3]))
+    target[0, 1], target[1, 2] = TINY.pad_id, TINY.pad_id
+    ignored, weights = np.array(target), jax.random.normal(jax.random.key(0), target.shape)
+    ignored[0, 1], ignored[1, 2], ignored[2, 4:] = -1, -100, -1
+
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def total(state, target):
+        losses = nnx.merge(graph, state).losses(source, target, label_smoothing=smoothing)
+        return jnp.sum(weights * losses), losses
+
+    got, want = (jax.jit(total)(state, x) for x in (ignored, target))
+    chex.assert_trees_all_close(got, want, atol=1e-6)
+    assert not np.any(got[0][1][target == TINY.pad_id]) and np.all(got[0][1][target != TINY.pad_id])
+
+
+def test_words_outside_of_the_vocabulary_are_refused_or_nan():
+    model, source, target = make("sum"), sentences(2, 4, lengths=[4, 4]), sentences(2, 5, seed=1, lengths=[5, 4])
+    losses = jax.jit(lambda source, target: model.losses(source, target, label_smoothing=0.1))
+    for value in (-1, 20):
+        with pytest.raises(ValueError, match="source must be from 0 to 19, got"):
+            model.losses(source.at[1, 2].set(value), target)
+        with pytest.raises(ValueError, match="the target must be from 0 to 19, got"):
+            model(source, target.at[1, 2].set(value))
+        with pytest.raises(ValueError, match="tokens must be from 0 to 19, got"):
+            model.decode(target.at[1, 2].set(value), model.encode(source, max_length=5))
+        got = losses(source.at[1, 2].set(value), target)
+        assert jnp.all(jnp.isnan(got[1, :4])) and jnp.all(jnp.isfinite(got[0])) and got[1, 4] == 0
+    with pytest.raises(ValueError, match=r"targets must be at most 19, or negative .*, got 20"):
+        model.losses(source, target.at[1, 2].set(20))
+    got = losses(source, target.at[1, 2].set(20))
+    assert jnp.all(jnp.isnan(got[1, 2:4])) and jnp.all(jnp.isfinite(got[0])) and got[1, 4] == 0
+
+
 @pytest.mark.parametrize("name", some(2, ["each another", "FAVOR+"]))
 def test_recomputing_blocks_changes_nothing_and_all_parameters_learn(name):
     source, target = sentences(2, 5), sentences(2, 5, seed=1)
