@@ -393,7 +393,7 @@ class EncoderDecoder(nnx.Module):
         return dropout(x + sinusoids(positions, self.config.d_model)[None], self.config.dropout, rngs)
 
     def _tokens(self, name, x, least=0):
-        return output_layer.words(name, x, self.config.vocab_size, axes="[rows ≥ 1, length ≥ 1]", least=least)
+        return output_layer.integers(name, x, self.config.vocab_size - 1, axes="[rows ≥ 1, length ≥ 1]", least=least)
 
     def _through(self, call, blocks, x, memories, rngs):
         return through_blocks(call, blocks, x, memories, rngs, scan=self.config.scan, remat=self.config.remat)

@@ -269,10 +269,10 @@ class DecoderLM(nnx.Module):
           ValueError: targets that are not integers of the shape of tokens, or known to be above V − 1; and as
             ``__call__``.
         """
-        vocab_size = self.config.vocab_size
-        tokens = output_layer.words("tokens", tokens, vocab_size)
+        last = self.config.vocab_size - 1
+        tokens = output_layer.integers("tokens", tokens, last)
         options = {"axes": f"as tokens, {list(tokens.shape)}", "shape": tokens.shape, "least": None}
-        targets = output_layer.words("targets", targets, vocab_size, **options)
+        targets = output_layer.integers("targets", targets, last, **options)
         x, memory = self.hidden(tokens, memory, segment_ids=segment_ids, rngs=rngs)
         return self.losses_of(x, targets), memory
 
@@ -286,7 +286,7 @@ class DecoderLM(nnx.Module):
     def hidden(self, tokens, memory=None, *, segment_ids=None, rngs=None):
         """What the output layer sees, ``[B, T, D]``, and the memories. Arguments as in ``__call__``."""
         config = self.config
-        tokens = output_layer.words("tokens", tokens, config.vocab_size)
+        tokens = output_layer.integers("tokens", tokens, config.vocab_size - 1)
         x = output_layer.embed(self.embedding[...], tokens) * config.d_model**0.5
         if config.positions == "descending":
             x = x + sinusoids(jnp.arange(tokens.shape[1])[::-1], config.d_model)[None]

@@ -23,18 +23,18 @@ from fwt_jax.sharding import over_batch
 BLOCK = 256  # tokens whose logits exist at once
 
 
-def words(name: str, x, vocab_size: int, *, axes: str = "[B, T]", shape=None, least: int | None = 0) -> jax.Array:
-    """Numbers of words, or a list of lists of them, as int32.
+def integers(name: str, x, most: int, *, axes: str = "[B, T]", shape=None, least: int | None = 0) -> jax.Array:
+    """Integers, or lists of them, as int32: words, targets, lengths.
 
     Numbers that are not traced are read, which waits for the device that holds them.
 
     Args:
       name, axes: how an error calls x and its shape.
+      most, least: the range of x; ``least`` None: negative ones are ignored targets.
       shape: of x; any two axes that are not empty if not given.
-      least: the smallest number; None: negative ones are ignored targets.
 
     Raises:
-      ValueError: no integers, another shape, known numbers below ``least`` or above V − 1.
+      ValueError: no integers, another shape, known numbers outside of the range.
     """
     if not isinstance(x, (jax.Array, np.ndarray)):
         try:
@@ -44,23 +44,17 @@ def words(name: str, x, vocab_size: int, *, axes: str = "[B, T]", shape=None, le
     fits = x.ndim == 2 and 0 not in x.shape if shape is None else x.shape == shape
     if not fits or not jnp.issubdtype(x.dtype, jnp.integer):
         raise ValueError(f"{name} must be integers {axes}, got {x.dtype}{list(x.shape)}")
-    check_range(name, x, least, vocab_size - 1)
+    if not isinstance(x, jax.core.Tracer) and x.size:
+        with jax.ensure_compile_time_eval():  # known numbers stay known inside of jax.jit
+            low, high = int(x.min()), int(x.max())
+        if least is None and high > most:
+            raise ValueError(f"{name} must be at most {most}, or negative where a token is not to count, got {high}")
+        if least is not None and (low < least or high > most):
+            raise ValueError(f"{name} must be from {least} to {most}, got {low} to {high}")
     info = jnp.iinfo(x.dtype)
     if info.max > jnp.iinfo(jnp.int32).max:  # int32 would make other words of numbers that are too large
         x = x.clip(max(info.min, -1), jnp.iinfo(jnp.int32).max)
     return jnp.asarray(x, jnp.int32)
-
-
-def check_range(name: str, x: jax.Array | np.ndarray, low: int | None, high: int):
-    """Raises a ValueError if a known number is below ``low`` or above ``high``. Of a tracer no numbers are known."""
-    if isinstance(x, jax.core.Tracer) or x.size == 0:
-        return
-    with jax.ensure_compile_time_eval():  # known numbers stay known inside of jax.jit
-        least, most = int(x.min()), int(x.max())
-    if low is None and most > high:
-        raise ValueError(f"{name} must be at most {high}, or negative where a token is not to count, got {most}")
-    if low is not None and (least < low or most > high):
-        raise ValueError(f"{name} must be from {low} to {high}, got {least} to {most}")
 
 
 def embed(embedding: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -78,7 +72,7 @@ def losses(x: jax.Array, targets: jax.Array, output: tuple[jax.Array, ...], cuto
       ValueError: targets that are not integers of these axes, or known to be above V − 1 (traced ones give NaN).
     """
     shape = x.shape[:-1]
-    targets = words("targets", targets, len(output[0]), axes=str(list(shape)), shape=shape, least=None)
+    targets = integers("targets", targets, len(output[0]) - 1, axes=str(list(shape)), shape=shape, least=None)
 
     def of_rows(rows, output):
         x, targets = rows

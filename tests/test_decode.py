@@ -77,6 +77,79 @@ def test_filters_keep_the_likeliest():
     assert kept(top_k=2, top_p=0.5) == [False, True, False, False]
 
 
+def test_generating_inside_of_transformations_gives_the_same_tokens_and_leaves_the_model():
+    model, key = sharp(), jax.random.key(3)
+    before, _ = model(PROMPTS)
+    likeliest = decode.generate(model, PROMPTS, 4, temperature=0)
+    drawn = decode.generate(model, PROMPTS, 4, key=key, temperature=3.0, top_k=7, top_p=0.9)
+    take = lambda prompts: decode.generate(model, prompts, 4, temperature=0)  # noqa: E731
+    chex.assert_trees_all_equal(jax.jit(take)(PROMPTS), likeliest)
+    chex.assert_trees_all_equal(jax.jit(lambda: take(PROMPTS))(), likeliest)
+    chex.assert_trees_all_equal(jax.vmap(take)(PROMPTS[:, None])[:, 0], likeliest)
+
+    def draw(key, *numbers):
+        temperature, top_k, top_p = numbers
+        return decode.generate(model, PROMPTS, 4, key=key, temperature=temperature, top_k=top_k, top_p=top_p)
+
+    keys = jnp.stack([key, jax.random.key(4)])
+    numbers = jnp.array([3.0, 0.0]), jnp.array([7, 30]), jnp.array([0.9, 1.0])
+    chex.assert_trees_all_equal(jax.jit(jax.vmap(draw))(keys, *numbers), jnp.stack([drawn, likeliest]))
+    with pytest.raises(ValueError, match=r"lengths must be integers \[3\]"):
+        jax.jit(lambda lengths: decode.generate(model, PROMPTS, 4, lengths=lengths, temperature=0))(jnp.ones(2, int))
+    chex.assert_trees_all_equal(model(PROMPTS)[0], before)
+
+
+def test_equal_models_and_other_numbers_compile_nothing():
+    key, count = jax.random.key(0), decode._generate._cache_size()
+    options = {"key": key, "top_k": np.int64(5), "lengths": [9, 4, 1]}
+    first = decode.generate(sharp(), PROMPTS, 2, temperature=0.5, top_p=0.7, **options)
+    assert decode._generate._cache_size() == count + 1
+    for temperature in (jnp.float32(0.5), np.float64(0.5)):
+        options |= {"top_k": jnp.int32(5), "lengths": jnp.array([9, 4, 1])}
+        got = decode.generate(sharp(), PROMPTS.tolist(), np.int32(2), temperature=temperature, top_p=0.7, **options)
+        chex.assert_trees_all_equal(got, first)
+    other = DecoderLM(ModelConfig(**CONFIG), rngs=nnx.Rngs(1))
+    for temperature, top_k, top_p in ((0, 30, 1), (2, 1, jnp.float32(0.1)), (0.1, 2, np.float32(0.9))):
+        options |= {"top_k": top_k, "top_p": top_p}
+        decode.generate(other, PROMPTS, 2, temperature=temperature, **options)
+    assert decode._generate._cache_size() == count + 1
+
+
+def test_a_temperature_that_float32_cannot_divide_by_takes_the_likeliest():
+    model, key = sharp(), jax.random.key(0)
+    want = decode.generate(model, PROMPTS, 4, temperature=0)
+    for temperature in (1e-300, 1e-45, 1e-38, 1.18e-38, 1e-30, jnp.float32(1e-38)):
+        for top_p in (None, 1e-300, 0.5):
+            got = decode.generate(model, PROMPTS, 4, key=key, temperature=temperature, top_p=top_p)
+            chex.assert_trees_all_equal(got, want)
+
+
+def test_what_is_wrong_and_traced_gives_no_token():
+    model, key = sharp(), jax.random.key(0)
+    want = decode.generate(model, PROMPTS, 4, temperature=0)
+    take = jax.jit(lambda prompts, lengths: decode.generate(model, prompts, 4, lengths=lengths, temperature=0))
+    got = take(PROMPTS.at[1, 8].set(-1), jnp.array([9, 9, 10]))
+    chex.assert_trees_all_equal(got, jnp.where(jnp.arange(3)[:, None] == 0, want, -1))
+
+    @jax.jit
+    def draw(temperature, top_k, top_p):
+        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        return decode.generate(model, PROMPTS, 4, key=key, **options)
+
+    assert jnp.all(draw(1.0, 3, 0.5) >= 0)
+    for numbers in ((-1.0, 3, 0.5), (jnp.nan, 3, 0.5), (1.0, 0, 0.5), (1.0, 31, 0.5), (1.0, 3, 1.5), (1.0, 3, jnp.nan)):
+        assert jnp.all(draw(*numbers) == -1)
+
+
+def test_a_model_that_gives_nan_generates_nothing():
+    model = sharp()
+    model.output_bias[...] = model.output_bias[...].at[3].set(jnp.nan)
+    for temperature in (0, 1.0):
+        with pytest.raises(ValueError, match="log-probabilities are NaN for 3 of 3 prompts: its parameters"):
+            decode.generate(model, PROMPTS, 4, key=jax.random.key(0), temperature=temperature)
+    assert jnp.all(jax.jit(lambda prompts: decode.generate(model, prompts, 4, temperature=0))(PROMPTS) == -1)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -84,6 +157,12 @@ def test_filters_keep_the_likeliest():
         ({"temperature": -1.0}, "temperature must be at least 0, got -1.0"),
         ({"temperature": 1.0}, "key must be given for a temperature above 0"),
         ({"top_k": 31}, "top_k must be from 1 to 30, got 31"),
+        ({"temperature": jnp.nan}, "temperature must be at least 0, got nan"),
+        ({"temperature": jnp.ones(3)}, "temperature must be at least 0, got "),
+        ({"temperature": "warm"}, "temperature must be at least 0, got warm"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be an integer that is not traced, at least 1, got 2.5"),
+        ({"top_k": 2.5}, "top_k must be an integer from 1 to 30, got 2.5"),
+        ({"prompts": [[1, 2], [3]]}, "prompts must be integers .* got rows of different lengths; pad them"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
         ({"prompts": PROMPTS[:, :0]}, r"prompts must be integers \[B, T\], T ≥ 1, got int32\[3, 0\]"),
         ({"prompts": PROMPTS + 0.5}, r"prompts must be integers .* got float32\[3, 9\]"),

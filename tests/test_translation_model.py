@@ -395,6 +395,35 @@ def test_a_model_that_recomputes_its_blocks_translates_as_one_that_does_not():
     chex.assert_trees_all_close(*found, atol=1e-5)
 
 
+def test_a_search_inside_of_transformations_is_the_same_and_leaves_the_model():
+    model, source = make("each another"), sentences(3, 6, seed=4)
+    options = {"beam_size": 2, "max_length": 6}
+    before, count = model.losses(source, source), decode._beam_search._cache_size()
+    want = decode.beam_search(model, source, length_penalty=0.6, **options)
+    search = lambda source, length_penalty: decode.beam_search(model, source, length_penalty=length_penalty, **options)  # noqa: E731
+    chex.assert_trees_all_close(jax.jit(search)(source, 0.6), want, atol=1e-5)
+    got = jax.vmap(search, in_axes=(0, None))(source[:, None], 0.6)
+    chex.assert_trees_all_close(jax.tree.map(lambda x: x[:, 0], got), want, atol=1e-5)
+    chex.assert_trees_all_equal(model.losses(source, source), before)
+    found = jax.jit(search)(source.at[1, 0].set(-1), 0.6)
+    assert jnp.all(found.tokens[1] == -1) and jnp.all(jnp.isnan(found.scores[1]))
+    chex.assert_trees_all_close(*(jax.tree.map(lambda x: x[::2], x) for x in (found, want)), atol=1e-5)
+    assert jnp.all(jnp.isnan(jax.jit(search)(source, -0.5).scores))
+    # Other numbers and other arrays compile nothing.
+    options = {"beam_size": np.int64(2), "max_length": jnp.int32(6), "early_stop": np.bool_(True)}
+    for penalty in (jnp.float32(0.6), np.float64(0.6)):
+        chex.assert_trees_all_equal(decode.beam_search(model, source.tolist(), length_penalty=penalty, **options), want)
+    decode.beam_search(model, np.asarray(source), length_penalty=1, **options)
+    assert decode._beam_search._cache_size() == count + 1
+
+
+def test_a_model_that_gives_nan_translates_nothing():
+    model = EncoderDecoder(dataclasses.replace(TINY, decoder=DELTA), rngs=nnx.Rngs(1))
+    model.decoder[0].feed_forward.out.bias[...] += jnp.nan
+    with pytest.raises(ValueError, match="log-probabilities are NaN for 2 of 2 sentences: its parameters"):
+        decode.beam_search(model, [[4, 5, 3], [5, 3, 0]], beam_size=2, max_length=4)
+
+
 def test_padding_of_the_source_changes_no_translation_and_padding_alone_has_none():
     model, source = make("each another"), sentences(3, 6, seed=4, lengths=[6, 2, 4])
     options = {"beam_size": 2, "max_length": 6}
@@ -466,8 +495,9 @@ def test_no_scores_leave_their_device():
     model, source = make("delta decoder"), sentences(8, 6)
     mesh = sharding.make_mesh()
     source = jax.device_put(source, sharding.batch_partition(mesh, source))
+    options = {"max_length": 6, "beam_size": 3, "early_stop": True}
     with jax.set_mesh(mesh):
-        text = decode._beam_search.lower(model, source, 6, 3, 1.0, True).compile().as_text()
+        text = decode._beam_search.lower(*nnx.split(model), source, jnp.float32(1), **options).compile().as_text()
     gathered = re.findall(r"= \(?(\w+\[[\d,]*\])\S* all-gather", text)
     assert not [shape for shape in gathered if shape != "pred[8]"], gathered
 
@@ -515,7 +545,9 @@ def test_an_attention_that_is_none(options, words):
     [
         ({"max_length": 0}, "max_length must be at least 1, got 0"),
         ({"beam_size": 0}, "beam_size must be at least 1, got 0"),
+        ({"max_length": 1.5}, "max_length must be an integer that is not traced, at least 1, got 1.5"),
         ({"length_penalty": -1}, "length_penalty must be at least 0, got -1"),
+        ({"length_penalty": jnp.nan}, "length_penalty must be at least 0, got nan"),
     ],
 )
 def test_a_beam_search_that_is_none(options, words):
