@@ -351,7 +351,7 @@ def _read(query, memory, normalize, eps, precision):
 
 
 def computation_dtype(*trees):
-    """float32, or float64 if an array in them is: of a memory, and of what is computed with it."""
+    """float32, or float64 if an array or dtype in them is: of a memory, and of what is computed with it."""
     dtypes = {jnp.result_type(x) for x in jax.tree.leaves(trees)}
     return jnp.dtype("float64" if jnp.dtype("float64") in dtypes else "float32")
 

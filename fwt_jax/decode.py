@@ -81,6 +81,8 @@ def generate(
             "key must be given for a temperature above 0, or one that is traced, e.g. jax.random.key(0); "
             "temperature=0 needs none"
         )
+    if key is not None and not isinstance(key, (jax.Array, np.ndarray)):
+        raise ValueError(f"key must be one of jax.random, e.g. jax.random.key(0), got {key!r}")
     key = jax.random.key(0) if key is None else key
     if top_k is not None:
         top_k = _number("top_k", top_k, f"from 1 to {vocab_size}", lambda x: 1 <= x <= vocab_size, jnp.int32)

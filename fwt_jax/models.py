@@ -242,7 +242,10 @@ class DecoderLM(nnx.Module):
           tokens: integers ``[B, T]``, from 0 to V − 1. Numbers that are not traced are checked, which waits for the
             device; of traced ones (``jax.jit``) another number gives NaN.
           memory: what an earlier call returned, a tuple with one for each block; empty if not given.
-          segment_ids: integers ``[B, T]``, see ``fast_weight_attention``. (Positions do not start anew.)
+          segment_ids: integers ``[B, T]``, see ``fast_weight_attention``. (Positions do not start anew.) Pad a shorter
+            row in front, with a segment id of its own, e.g. 0 for padding and 1 for the text: the first token of the
+            text drops the padding, and memory and log p after it are those of the row alone. Never pad behind: there
+            is no mask, and the memory that is returned would have read the padding.
           rngs: for dropout, and for the projections of "favor_plus" (streams "dropout" and "projection", or
             "default"); without, there is no dropout: evaluation.
 

@@ -156,6 +156,7 @@ def test_a_model_that_gives_nan_generates_nothing():
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"temperature": -1.0}, "temperature must be at least 0, got -1.0"),
         ({"temperature": 1.0}, "key must be given for a temperature above 0"),
+        ({"key": 0}, r"key must be one of jax.random, e.g. jax.random.key\(0\), got 0"),
         ({"top_k": 31}, "top_k must be from 1 to 30, got 31"),
         ({"temperature": jnp.nan}, "temperature must be at least 0, got nan"),
         ({"temperature": jnp.ones(3)}, "temperature must be at least 0, got "),

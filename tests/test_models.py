@@ -225,6 +225,28 @@ def test_a_memory_goes_on_where_the_last_call_ended(rule, norm):
         chex.assert_trees_all_close(jnp.concatenate([first, second], axis=1), want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{"rule": "delta", "normalize": "retrieval"}, {"rule": "softmax"}], ids=str)
+def test_a_row_that_is_padded_in_front_is_as_it_is_alone(options):
+    """With segment ids. Its memory is, too, and the next token that is read from it."""
+    model = DecoderLM(dataclasses.replace(TINY, num_layers=1, positions=None, **options), rngs=nnx.Rngs(0))
+    for layer in (model.blocks[0].attention.value, model.blocks[0].attention.out):  # so that the memory matters
+        layer.kernel[...] = 20 * layer.kernel[...]
+    call = jax.jit(lambda tokens, memory, ids: model(tokens, memory, segment_ids=ids))
+    rows, after, ids = tokens_of((2, 5)), tokens_of((2, 3), 1), (jnp.arange(9) >= 4).astype(jnp.int32)
+    # The second row fills its batch, and has the padding inside of its text.
+    padded = jnp.pad(rows, ((0, 0), (4, 0)), constant_values=7)
+    alone, memory = call(rows, model.init_memory(2, 12), None)
+    got, memory_of_padded = call(padded, model.init_memory(2, 12), jnp.stack([ids, jnp.zeros_like(ids)]))
+    chex.assert_trees_all_close(got[0, 4:], alone[0], rtol=1e-5, atol=1e-5)
+    assert jnp.max(jnp.abs(got[1, 4:] - alone[1])) > 1e-3
+    if options["rule"] == "delta":
+        one, other = (jax.tree.map(lambda x: x[0], memory) for memory in (memory_of_padded, memory))
+        chex.assert_trees_all_close(one, other, rtol=1e-5, atol=1e-6)
+    got, want = (call(after, memory, None)[0] for memory in (memory_of_padded, memory))
+    chex.assert_trees_all_close(got[0], want[0], rtol=1e-5, atol=1e-5)
+    assert jnp.max(jnp.abs(got[1] - want[1])) > 1e-3
+
+
 @pytest.mark.parametrize("rule", some(2, ["delta", "softmax"]))
 def test_remat_and_scan_change_nothing_and_no_token_sees_a_later_one(rule):
     tokens, targets = tokens_of((2, 12)), tokens_of((2, 12), 1)
