@@ -349,7 +349,7 @@ def through_blocks(call, blocks, x, memories, rngs, *, scan: bool, remat: bool):
             after.append(memory)
         return x, tuple(after)
     graphs, states = zip(*(nnx.split(block) for block in blocks), strict=True)
-    names = () if rngs is None else ("dropout", "projection")
+    names = [name for name in ("dropout", "projection") if rngs is not None and (name in rngs or "default" in rngs)]
     keys = {name: jax.random.split(rngs[name](), len(graphs)) for name in names}
 
     def body(x, inputs):

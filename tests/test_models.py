@@ -302,6 +302,12 @@ def test_the_draws_of_a_call_go_on_after_recomputed_blocks():
     assert jnp.max(jnp.abs(drawn[1][0] - drawn[1][1])) > 1e-2
 
 
+def test_a_scan_over_blocks_needs_no_stream_that_nothing_draws_from():
+    model, tokens = DecoderLM(dataclasses.replace(TINY, scan=True), rngs=nnx.Rngs(0)), tokens_of((2, 5))
+    one, other = (model(tokens, rngs=nnx.Rngs(dropout=seed))[0] for seed in (0, 1))
+    assert jnp.max(jnp.abs(one - other)) > 1e-2
+
+
 @pytest.mark.parametrize("scan", [False, True])
 def test_dropout_is_of_training_alone_and_favor_plus_draws_there(scan):
     config = dataclasses.replace(TINY, feature_map="favor_plus", feature_size=4, dropout=0.5, scan=scan)
