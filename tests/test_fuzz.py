@@ -20,7 +20,7 @@ import reference
 from cases import AS_USERS, attend
 from wrappers import AXES, MEMORY, OUTPUTS, axis_of, tie, wrap
 
-COUNT, SEED = 25, 723  # of every run; the seed is the first whose cases have what the test below asks of them
+COUNT, SEED = 25, 2453  # of every run; the seed is the first whose cases have what the test below asks of them
 
 
 def pytest_generate_tests(metafunc):
