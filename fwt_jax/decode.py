@@ -132,7 +132,7 @@ def _generate(graph, state, prompts, lengths, key, temperature, top_k, top_p, *,
     model = nnx.merge(graph, state)
     batch, length = prompts.shape
     # What stands before a prompt is a document of its own, which its first token drops.
-    segment_ids = (jnp.arange(length)[None] >= length - lengths[:, None]).astype(jnp.int32)
+    segment_ids = (jnp.arange(length, dtype=lengths.dtype)[None] >= length - lengths[:, None]).astype(jnp.int32)
     segment_ids = None if model.config.positions == "relative" else segment_ids
     memory = model.init_memory(batch, length + max_new_tokens)
     hidden, memory = model.hidden(prompts, memory, segment_ids=segment_ids)
@@ -258,7 +258,7 @@ def _beam_search(graph, state, source, length_penalty, *, max_length, beam_size,
     config, batch = model.config, len(source)
     memory = model.encode(source, max_length, beam_size)
     nothing = jnp.full((batch, beam_size, max_length), config.pad_id, jnp.int32)
-    unknown = jnp.full((batch, beam_size), -jnp.inf)
+    unknown = jnp.full((batch, beam_size), -jnp.inf, jnp.float32)
     # All hypotheses are equal at first, so only one may count, and none of what is padding alone.
     first = unknown.at[:, 0].set(jnp.where(jnp.any(source != config.pad_id, axis=1), 0.0, -jnp.inf))
     start = _Beams(jnp.zeros((), jnp.int32), nothing, first, Translations(nothing, unknown), memory)

@@ -258,7 +258,7 @@ class EncoderDecoder(nnx.Module):
     def __init__(self, config: TranslationConfig, *, rngs: nnx.Rngs):
         self.config = config
         init = nnx.initializers.normal(config.d_model**-0.5)
-        self.embedding = nnx.Param(init(rngs.params(), (config.vocab_size, config.d_model)))
+        self.embedding = nnx.Param(init(rngs.params(), (config.vocab_size, config.d_model), jnp.float32))
         self.encoder = nnx.List([EncoderBlock(config, rngs) for _ in range(config.encoder_layers)])
         self.decoder = nnx.List([DecoderBlock(config, rngs) for _ in range(config.decoder_layers)])
         self.encoder_norm = _layer_norm(config, rngs) if config.norm == "pre" else None
@@ -389,7 +389,7 @@ class EncoderDecoder(nnx.Module):
 
     def _embed(self, tokens, position, rngs):
         x = output_layer.embed(self.embedding[...], tokens) * self.config.d_model**0.5
-        positions = position + jnp.arange(tokens.shape[1])
+        positions = position + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         return dropout(x + sinusoids(positions, self.config.d_model)[None], self.config.dropout, rngs)
 
     def _tokens(self, name, x, least=0):
@@ -399,7 +399,7 @@ class EncoderDecoder(nnx.Module):
         return through_blocks(call, blocks, x, memories, rngs, scan=self.config.scan, remat=self.config.remat)
 
     def _output(self):
-        return self.embedding[...], jnp.zeros(self.config.vocab_size)
+        return self.embedding[...], jnp.zeros(self.config.vocab_size, jnp.float32)
 
 
 def _layer_norm(config, rngs):

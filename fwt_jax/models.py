@@ -225,12 +225,14 @@ class DecoderLM(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.embedding = nnx.Param(INIT(rngs.params(), (config.vocab_size, config.d_model)))
-        self.output_bias = nnx.Param(jnp.zeros(config.vocab_size))
+        self.embedding = nnx.Param(INIT(rngs.params(), (config.vocab_size, config.d_model), jnp.float32))
+        self.output_bias = nnx.Param(jnp.zeros(config.vocab_size, jnp.float32))
         clusters = len(config.cutoffs)
-        self.cluster_kernel = nnx.Param(INIT(rngs.params(), (clusters, config.d_model))) if clusters else None
-        self.cluster_bias = nnx.Param(jnp.zeros(clusters)) if clusters else None
-        bias = lambda: nnx.Param(INIT(rngs.params(), (config.num_heads, config.head_size)))  # noqa: E731
+        self.cluster_kernel = (
+            nnx.Param(INIT(rngs.params(), (clusters, config.d_model), jnp.float32)) if clusters else None
+        )
+        self.cluster_bias = nnx.Param(jnp.zeros(clusters, jnp.float32)) if clusters else None
+        bias = lambda: nnx.Param(INIT(rngs.params(), (config.num_heads, config.head_size), jnp.float32))  # noqa: E731
         self.content_bias = bias() if config.positions == "relative" else None
         self.position_bias = bias() if config.positions == "relative" else None
         self.blocks = nnx.List([Block(config, rngs) for _ in range(config.num_layers)])
@@ -394,6 +396,7 @@ def dropout(x: jax.Array, rate: float, rngs: nnx.Rngs | None) -> jax.Array:
 
 
 def sinusoids(positions: jax.Array, size: int) -> jax.Array:
-    """[sin(t ω); cos(t ω)] ``[T, size]`` of positions t ``[T]``, ωᵢ = 10000^(−2i/size) (Vaswani et al. 2017)."""
-    angles = jnp.outer(positions, 10000.0 ** (-jnp.arange(0, size, 2) / size))
+    """[sin(t ω); cos(t ω)] ``[T, size]``, float32, of t ``[T]``, ωᵢ = 10000^(−2i/size) (Vaswani et al. 2017)."""
+    frequencies = 10000.0 ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
+    angles = jnp.outer(positions.astype(jnp.float32), frequencies)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)

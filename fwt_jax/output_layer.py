@@ -119,7 +119,7 @@ def _log_probabilities(x, output, cutoffs):
 def _losses(x, targets, output, cutoffs):
     embedding, bias, *_ = output
     counts = targets >= 0
-    columns, rest = jnp.where(counts, targets, 0), jnp.zeros(len(targets))
+    columns, rest = jnp.where(counts, targets, 0), jnp.zeros(len(targets), jnp.float32)
     for column, low, high in _clusters(cutoffs, len(embedding)):
         member = (low <= targets) & (targets < high)
         columns = jnp.where(member, cutoffs[0] + len(cutoffs) + column, columns)
@@ -144,8 +144,8 @@ def _in_blocks(log_probabilities, x, columns, member, parameters):
         return jnp.where(member, -taken, 0)
 
     def body(_, inputs):
-        nothing = lambda x, columns, *_: 0.0 * columns  # noqa: E731 -- of each device, as columns
+        nothing = lambda x, columns, *_: 0.0 * columns.astype(jnp.float32)  # noqa: E731 -- of each device, as columns
         return None, lax.cond(jnp.any(inputs[2]), block, nothing, *inputs, parameters)
 
     _, losses = lax.scan(body, None, blocks)
-    return jnp.zeros(length).at[order].set(losses.reshape(-1)[:length])
+    return jnp.zeros(length, jnp.float32).at[order].set(losses.reshape(-1)[:length])
