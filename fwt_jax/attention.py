@@ -8,12 +8,12 @@ Letters: B batch, T tokens, H heads, K key features, V value size.
 from __future__ import annotations
 
 import functools
+import math
 from numbers import Integral, Real
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from fwt_jax import memory as memory_lib
@@ -220,7 +220,7 @@ def _retrieval(key_sum, found, key, beta, log_decay, reset, eps):
         # Where something was, it may have decayed to less than the smallest float32. It counts as float64 has it.
         arrays = jax.tree.map(lax.stop_gradient, (key_sum, key, log_decay))
         largest = over_heads(memory_lib.log_of_largest_key, out_axes=1)(*arrays, reset)
-        nothing = largest < np.log(np.finfo(np.float64).smallest_subnormal)
+        nothing = largest < math.log(math.ulp(0.0))
     divisor = jnp.where(nothing, 1, mass + eps)
     # The gradient of 1/d has d² in it, which would overflow for what has decayed to less than 1e-19.
     scale = lax.stop_gradient(1 / divisor)

@@ -47,11 +47,6 @@ def test_a_file_imports_only_from_files_before_it(path):
             assert same_folder or RANK[names[0]] < file_rank(path), f"{path.name} imports {module}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_a_file_is_read_in_one_sitting(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 420
-
-
 def test_the_package_itself_is_nothing_but_the_public_names():
     tree = ast.parse((ROOT / "fwt_jax" / "__init__.py").read_text(encoding="utf-8"))
     docstring, *body = tree.body
