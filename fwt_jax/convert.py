@@ -13,10 +13,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
+import numbers
 import os
 import pathlib
 import pickle
+import typing
 import zipfile
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,8 +50,9 @@ def config_from_toolkit(arguments: Mapping) -> ModelConfig:
         clamp_len, dropout.
 
     Raises:
-      ValueError: an attn_type that is none of the paper's, an argument that is missing.
+      ValueError: an attn_type that is none of the paper's, an argument that is missing, or of another type.
     """
+    _check_types(arguments, "the arguments of the toolkit")
     missing = [name for name in REQUIRED if name not in arguments]
     if missing:
         raise ValueError(f"arguments lack {', '.join(missing)}; the toolkit saves them beside the weights")
@@ -86,6 +91,31 @@ SIZES = {"favor_plus": ("performer_proj_dim", 16), "dpfp": ("dpfp_n_roll", 2)}  
 FIELDS = {"n_layer": "num_layers", "n_head": "num_heads", "d_model": "d_model", "d_head": "head_size"}
 FIELDS |= {"d_inner": "d_ff", "n_token": "vocab_size"}
 REQUIRED = ("attn_type", *FIELDS, "cutoffs")
+TYPES = typing.get_type_hints(ModelConfig) | dict.fromkeys(("attn_type", *FIELDS), int)
+TYPES |= dict.fromkeys(("performer_proj_dim", "dpfp_n_roll", "mem_len", "clamp_len"), int)
+TYPES |= dict.fromkeys(("pre_lnorm", "no_pos", "skip_attn_normalization"), bool)
+
+
+def _check_types(config, where):
+    """Raises a ``ValueError`` for what is no JSON object, or has values of another type than ours or the toolkit's."""
+    if not isinstance(config, Mapping):
+        raise ValueError(f"{where} must be a JSON object, got {type(config).__name__}")
+    for name, value in config.items():
+        if name in TYPES and not _fits(value, TYPES[name]):
+            expected = getattr(TYPES[name], "__name__", TYPES[name]) if isinstance(TYPES[name], type) else TYPES[name]
+            raise ValueError(f"{where}: {name} must be {str(expected).replace('typing.', '')}, got {value!r}")
+
+
+def _fits(value, kind):
+    if typing.get_origin(kind) is typing.Literal:
+        return isinstance(value, str | bool | None) and value in typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, list | tuple) and all(_fits(x, int) for x in value)
+    if kind is int:
+        return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if kind is float:
+        return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    return any(_fits(value, one) for one in typing.get_args(kind)) if typing.get_args(kind) else isinstance(value, kind)
 
 
 def from_toolkit(state: Mapping[str, np.ndarray], arguments: Mapping, projections=None) -> DecoderLM:
@@ -98,9 +128,12 @@ def from_toolkit(state: Mapping[str, np.ndarray], arguments: Mapping, projection
         not save them, does.
 
     Raises:
-      ValueError: names that are missing or not used, all of them, and arrays of another shape.
+      ValueError: names that are missing or not used, all of them, and arrays of another shape; numbers that are not
+        real, or too large for float32.
     """
     config = config_from_toolkit(arguments)
+    _check_numbers(state)
+    _check_numbers({f"projection/{i}": x for i, x in enumerate(projections or ())})
     model = DecoderLM(config, rngs=nnx.Rngs(0))
     state = {name: np.asarray(x) for name, x in state.items() if name not in DERIVED}
     tied = state.pop("crit.out_layers.0.weight", None)
@@ -121,6 +154,24 @@ def from_toolkit(state: Mapping[str, np.ndarray], arguments: Mapping, projection
 
 
 DERIVED = ("pos_emb.inv_freq",)  # a constant
+
+
+def _check_numbers(arrays):
+    """Raises a ``ValueError`` for arrays that float32 cannot stand for: complex, integers, 1e300, ..."""
+    for name, x in arrays.items():
+        x = np.asarray(x)
+        if x.dtype.kind == "V":
+            raise ValueError(
+                f"{name} must be floating-point numbers, got bytes without a type ({x.dtype}), as .npz keeps bfloat16; "
+                "save it as float32, or as .safetensors"
+            )
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"{name} must be real floating-point numbers, got {x.dtype}")
+        if x.dtype == np.float64:
+            with np.errstate(over="ignore"):
+                large = np.isinf(x.astype(np.float32)) & np.isfinite(x)
+            if large.any():
+                raise ValueError(f"{name} must be numbers that float32 has, got {x[large][0]}")
 
 
 def _check_names(wanted, given, what):
@@ -235,28 +286,35 @@ def load(path: str | os.PathLike, arguments: Mapping | None = None) -> DecoderLM
       arguments: of the toolkit, where the file does not have them as "config".
 
     Raises:
-      ValueError: a file of another kind, without arguments, or whose names and shapes do not fit them, all named.
+      ValueError: a file of another kind, without arguments, or whose names and shapes do not fit them, all named;
+        numbers that are not real, or too large for float32.
     """
     path = pathlib.Path(path)
     arrays, config = _read(path)
     config = arguments or config
     if config is None:
         raise ValueError(f"{path} has no arguments of the toolkit; give them as JSON with --config")
-    if not isinstance(config, Mapping):
-        raise ValueError(f"the arguments must be a JSON object, got {type(config).__name__}")
+    _check_types(config, f"the config of {path}" if arguments is None else "the arguments")
     if "vocab_size" not in config:  # which only ours have
         projections = [arrays[name] for name in sorted(arrays, key=_number) if name.startswith("projection/")]
         prefix = "state/" if any(name.startswith("state/") for name in arrays) else ""
         state = {name.removeprefix(prefix): x for name, x in arrays.items() if name.startswith(prefix)}
         state = {name.removeprefix("module."): x for name, x in state.items() if not name.startswith("projection/")}
-        return from_toolkit(state, config, projections or None)
+        try:
+            return from_toolkit(state, config, projections or None)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
     try:
         config = ModelConfig(**config | {"cutoffs": tuple(config.get("cutoffs", ()))})
-    except TypeError as error:  # names that this version does not have
+    except (TypeError, ValueError) as error:  # names that this version does not have; values out of their ranges
         raise ValueError(f"the config of {path} is no ModelConfig of this version: {error}") from error
     model = DecoderLM(config, rngs=nnx.Rngs(0))
     variables = _by_name(model)
     _check_names(variables, arrays, f"{path} does not fit its config")
+    try:
+        _check_numbers(arrays)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     for name, variable in variables.items():
         variable[...] = jnp.asarray(arrays[name], variable.dtype)
     return model
@@ -349,12 +407,15 @@ def _read(path):
         raise ValueError(f"{path} is not there")
     if path.suffix == ".npz":
         try:
-            with path.open("rb") as opened, np.load(opened) as file:
+            with path.open("rb") as opened:
+                file = np.load(opened)
+                if isinstance(file, np.ndarray):
+                    raise ValueError("it holds one array, as .npy does")
                 arrays = {name: file[name] for name in file.files}
-        except (zipfile.BadZipFile, EOFError, ValueError, AttributeError) as error:
+        except DAMAGED_ZIP as error:
             raise ValueError(f"{path} is not a whole .npz file of arrays ({error})") from error
         config = arrays.pop("config", None)
-        return arrays, None if config is None else json.loads(str(config))
+        return arrays, None if config is None else _parse(str(config), f"the config of {path}")
     if path.suffix == ".safetensors":
         try:
             with _safetensors().safe_open(path, "numpy") as file:
@@ -362,10 +423,29 @@ def _read(path):
                 arrays = {name: file.get_tensor(name) for name in file.keys()}
         except _safetensors().SafetensorError as error:
             raise ValueError(f"{path} is not a whole .safetensors file ({error})") from error
-        return arrays, json.loads(metadata["config"]) if "config" in metadata else None
+        return arrays, _parse(metadata["config"], f"the config of {path}") if "config" in metadata else None
     if path.suffix in (".pt", ".pth"):
         return _read_torch(path)
     raise ValueError(f"{path} must end in .pt, .npz or .safetensors")
+
+
+# what NumPy and zipfile raise of files that are cut off, or have other bytes
+DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError)
+DAMAGED_ZIP += (NotImplementedError, RuntimeError, OverflowError, MemoryError, SyntaxError)
+
+
+def _parse(text, where):
+    """The object of a JSON text, in which all numbers are finite."""
+
+    def refuse(name):
+        raise ValueError(f"{name} is no number of JSON")
+
+    try:
+        config = json.loads(text, parse_constant=refuse)
+    except ValueError as error:
+        raise ValueError(f"{where} is not whole JSON: {error}") from error
+    _check_types(config, where)
+    return config
 
 
 def _read_torch(path):
@@ -384,7 +464,9 @@ def _read_torch(path):
             f"({type(error).__name__}: {(str(error) or 'no message').splitlines()[0][:200]})"
         ) from error
     state = content.get("state_dict", content.get("model_state_dict", content))
-    return {name: x.float().numpy() for name, x in state.items() if hasattr(x, "numpy")}, content.get("config")
+    state = {name: x.detach() for name, x in state.items() if hasattr(x, "numpy")}
+    narrow = {name for name, x in state.items() if x.is_floating_point() and x.dtype != torch.float64}  # bfloat16, ...
+    return {name: (x.float() if name in narrow else x).numpy() for name, x in state.items()}, content.get("config")
 
 
 def _safetensors():
@@ -404,7 +486,11 @@ def main(args: list[str] | None = None):
     parser.add_argument("--config", type=pathlib.Path, help="JSON of the toolkit's arguments, if SRC has none")
     options = parser.parse_args(args)
     try:
-        arguments = None if options.config is None else json.loads(options.config.read_text(encoding="utf-8"))
+        arguments = None
+        if options.config is not None:
+            arguments = _parse(options.config.read_bytes().decode("utf-8", "replace"), str(options.config))
+        if options.destination.exists() and options.destination.samefile(options.source):
+            raise ValueError(f"{options.destination} would be overwritten with itself; name another destination")
         _, config = _read(options.source)
         model = load(options.source, arguments)
         back = "vocab_size" in (arguments or config)

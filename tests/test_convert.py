@@ -1,11 +1,15 @@
 """Files of weights: the toolkit's and ours, there and back, and what is refused."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
+import re
 import sys
+import warnings
 
 import chex
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -124,6 +128,125 @@ def test_a_config_of_another_version_and_projections_of_another_size_are_named(t
     words = rf"a projection must be \[.*, 16\] for performer_proj_dim=16, got \[.*, {m}\]"
     with pytest.raises(ValueError, match=words):
         convert.load(tmp_path / "old.npz")
+
+
+BAD_ARRAYS = {
+    "complex": (lambda x: x + 1j, "must be real floating-point numbers, got complex"),
+    "large": (lambda x: np.where(x == x.flat[3], 1e300, x.astype(np.float64)), r"that float32 has, got 1e\+300"),
+    "integers": (lambda x: x.astype(np.int8), "must be real floating-point numbers, got int8"),
+    "text": (lambda x: x.astype(str), "must be real floating-point numbers, got <U"),
+    "bfloat16": (
+        lambda x: x.astype(jnp.bfloat16),
+        r"got bytes without a type \(.V2\), as .npz keeps bfloat16; save it",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_ARRAYS)
+def test_weights_that_float32_cannot_stand_for_are_refused(kind, tmp_path):
+    change, words = BAD_ARRAYS[kind]
+    path = tmp_path / "ours.npz"
+    convert.save(DecoderLM(TINY, rngs=nnx.Rngs(0)), path)
+    arrays = dict(np.load(path))
+    np.savez(path, **arrays | {"embedding": change(arrays["embedding"])})
+    with pytest.raises(ValueError, match=rf"ours.npz: embedding .*{words}"):
+        convert.load(path)
+    arrays, arguments = toolkit_arrays()
+    name = "layers.1.pos_ff.CoreNet.0.weight"
+    arrays[name] = change(arrays[name])
+    np.savez(tmp_path / "theirs.npz", **arrays)
+    with pytest.raises(ValueError, match=rf"theirs.npz: {name} .*{words}"):
+        convert.load(tmp_path / "theirs.npz", arguments)
+
+
+def test_wide_numbers_that_float32_has_are_taken_and_narrow_ones_too(tmp_path):
+    model = DecoderLM(TINY, rngs=nnx.Rngs(0))
+    convert.save(model, tmp_path / "ours.npz")
+    for dtype in (np.float64, np.float16):
+        arrays = dict(np.load(tmp_path / "ours.npz"))
+        np.savez(tmp_path / "other.npz", **arrays | {"embedding": arrays["embedding"].astype(dtype)})
+        want = np.asarray(arrays["embedding"].astype(dtype), np.float32)
+        np.testing.assert_array_equal(convert.load(tmp_path / "other.npz").embedding[...], want)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "is not whole JSON: "),
+        ("[1]", "must be a JSON object, got list"),
+        ('{"dropout": NaN}', "is not whole JSON: NaN is no number of JSON"),
+        ('{"eps": -Infinity}', "is not whole JSON: -Infinity is no number of JSON"),
+        ('{"d_model": 8.0}', "d_model must be int, got 8.0"),
+        ('{"d_model": "x"}', "d_model must be int, got 'x'"),
+        ('{"d_model": true}', "d_model must be int, got True"),
+        ('{"d_model": null}', "d_model must be int, got None"),
+        ('{"dropout": "x"}', "dropout must be float, got 'x'"),
+        ('{"output_scale": [1]}', r"output_scale must be float . None, got \[1\]"),
+        ('{"scan": 1}', "scan must be bool, got 1"),
+        ('{"rule": {}}', "rule must be Literal.*, got {}"),
+        ('{"feature_map": []}', r"feature_map must be str, got \[\]"),
+        ('{"cutoffs": 5}', r"cutoffs must be tuple\[int, ...\], got 5"),
+        ('{"cutoffs": [1.5]}', r"cutoffs must be tuple\[int, ...\], got \[1.5\]"),
+        ('{"vocab_size": 20, "dropout": 2}', "is no ModelConfig of this version: dropout must be in"),
+    ],
+)
+def test_a_config_that_is_broken_names_its_file_and_what_is_wrong(text, words, tmp_path, capsys):
+    path = tmp_path / "model.npz"
+    convert.save(DecoderLM(TINY, rngs=nnx.Rngs(0)), path)
+    arrays = dict(np.load(path))
+    np.savez(path, **arrays | {"config": text})
+    with pytest.raises(ValueError, match=rf"the config of .*model.npz:? .*{words}"):
+        convert.load(path)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(SystemExit, match="2"):
+        convert.main([str(path), str(tmp_path / "other.npz"), "--config", str(tmp_path / "config.json")])
+    printed = capsys.readouterr().err
+    assert ("config.json" in printed or "no ModelConfig" in printed) and not (tmp_path / "other.npz").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("attn_type", [24]), ("n_layer", 2.0), ("d_head", "x"), ("mem_len", None), ("cutoffs", "5")]
+)
+def test_arguments_of_other_types_are_named(name, value):
+    arrays, arguments = toolkit_arrays()
+    with pytest.raises(
+        ValueError, match=rf"the arguments of the toolkit: {name} must be .*, got {re.escape(repr(value))}"
+    ):
+        convert.from_toolkit(arrays, arguments | {name: value})
+
+
+def test_a_file_is_not_overwritten_with_itself(tmp_path, capsys):
+    path = tmp_path / "m.npz"
+    convert.save(DecoderLM(TINY, rngs=nnx.Rngs(0)), path)
+    before = path.read_bytes()
+    (tmp_path / "link.npz").symlink_to(path)
+    for other in (path, tmp_path / "link.npz", tmp_path / "." / "m.npz"):
+        with pytest.raises(SystemExit, match="2"):
+            convert.main([str(path), str(other)])
+        assert "would be overwritten with itself; name another destination" in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_no_damaged_byte_raises_anything_else(suffix, tmp_path):
+    path = tmp_path / f"model{suffix}"
+    small = ModelConfig(vocab_size=5, num_layers=1, d_model=2, d_ff=2, num_heads=1, head_size=2)
+    convert.save(DecoderLM(small, rngs=nnx.Rngs(0)), path)
+    data, rng = path.read_bytes(), np.random.default_rng(0)
+    heads = range(len(data) - 1700, len(data)) if suffix == ".npz" else range(300)  # where it says what there is
+    for at in heads:
+        damaged = bytearray(data)
+        damaged[at] ^= 1 << rng.integers(8)
+        path.write_bytes(damaged)
+        with contextlib.suppress(ValueError), warnings.catch_warnings(action="ignore"):
+            convert._read(path)
+
+
+def test_an_array_by_itself_is_no_model(tmp_path):
+    with (tmp_path / "model.npz").open("wb") as file:
+        np.save(file, np.zeros(3))
+    with pytest.raises(ValueError, match=r"model.npz is not a whole .npz file of arrays \(it holds one array, as .npy"):
+        convert.load(tmp_path / "model.npz")
 
 
 def test_files_that_are_none(tmp_path, capsys):
