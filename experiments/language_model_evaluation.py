@@ -34,14 +34,20 @@ def segments(
     batch_size = max(1, min(batch_size, len(tokens) // 2))
     batches = Segments(tokens, batch_size, length)
     memory = model.init_memory(batch_size) if carry else None
-    total, count = 0.0, 0
+    losses, count = [], 0
     for _ in range(len(batches)):
         batch = next(batches)
         placed = place({name: batch[name] for name in ("tokens", "targets")}, mesh, whole=True)
         loss, memory = _segment_loss(model, placed["tokens"], placed["targets"], memory)
         memory = memory if carry else None
-        total, count = total + loss, count + int(np.sum(batch["targets"] >= 0))
-    return float(total) / count
+        losses.append(loss)
+        count += int(np.sum(batch["targets"] >= 0))
+    return _sum(losses) / count
+
+
+def _sum(losses):
+    """In float64: in float32 a sum loses what is less than a ten-millionth of it, which segments of a long text are."""
+    return float(np.sum([np.float64(loss) for loss in losses]))
 
 
 @nnx.jit
@@ -88,7 +94,7 @@ def sliding_window(
     for batch in tqdm(rest, "sliding window", number, unit="batch", disable=not progress, dynamic_ncols=True):
         batch = place(batch, mesh)
         losses.append(_last_loss(model, batch["tokens"], batch["targets"], batch["weights"]))
-    return float(np.sum([np.float64(loss) for loss in losses])) / int(np.sum(np.asarray(tokens)[1:] >= 0))
+    return _sum(losses) / int(np.sum(np.asarray(tokens)[1:] >= 0))
 
 
 @nnx.jit

@@ -73,6 +73,17 @@ def test_a_target_that_is_ignored_is_not_counted():
     assert count == 18
 
 
+def test_segments_are_summed_in_float64():
+    """A word that costs 1e9 nats, before 40 segments whose losses are less than float32 tells in such a sum."""
+    model, tokens = DecoderLM(dataclasses.replace(TINY, cutoffs=()), rngs=nnx.Rngs(0)), 1 + tokens_of(42) % 29
+    model.output_bias[...] = model.output_bias[...].at[0].set(-1e9)
+    tokens[1] = 0
+    losses = [model.losses(jnp.asarray([[a]]), jnp.asarray([[b]]))[0][0, 0] for a, b in itertools.pairwise(tokens)]
+    rest = float(np.sum(np.asarray(losses[1:], np.float64)))
+    assert rest > 60
+    np.testing.assert_allclose(evaluation.segments(model, tokens, 1, 1) * 41 - float(losses[0]), rest, atol=1e-3)
+
+
 def test_segments_are_read_by_themselves():
     model, tokens = tiny_model(), tokens_of(47)
     rows = tokens[:46].reshape(2, 23)
