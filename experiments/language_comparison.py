@@ -78,7 +78,7 @@ def words_of(path: pathlib.Path) -> str:
 def separate(content: str) -> str:
     """Puts spaces between words and signs; WikiText's marks for signs inside words are taken out."""
     content = re.sub(r" @([-,.])@ ", r"\1", content)
-    return "\n".join(" ".join(re.findall(r"<unk>|\w+|[^\w\s]", line)) for line in content.splitlines()) + "\n"
+    return "\n".join(" ".join(re.findall(r"<unk>|\w+|[^\w\s]", line)) for line in content.removesuffix("\n").split("\n")) + "\n"
 
 
 def _digest(content):

@@ -65,7 +65,7 @@ def _lines(path):
             f"{path} is {'a folder' if path.is_dir() else 'not there'}; name a file with a sentence a line"
         )
     try:
-        with path.open(encoding="utf-8-sig", newline="\n") as file:  # a lone "\r", as web text has, ends no line
+        with path.open(encoding="utf-8-sig", newline="\n") as file:  # as ``text.plain`` has it, but line by line
             lines = [line.removesuffix("\n").removesuffix("\r") for line in file]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: {error}; convert it first") from error

@@ -70,11 +70,12 @@ class Vocabulary:
         import sentencepiece
 
         _check_text(text)
-        longest = max(len(line.encode()) for line in text.splitlines()) + 1  # what is longer would be skipped
+        lines = [line.rstrip("\n") for line in _lines(text)]
+        longest = max(len(line.encode()) for line in lines) + 1  # what is longer would be skipped
         model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(text.splitlines()),
+                sentence_iterator=iter(lines),
                 max_sentence_length=longest,
                 model_writer=model,
                 vocab_size=size,
@@ -164,9 +165,24 @@ class Vocabulary:
         """
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
-            return cls(fields["kind"], tuple(fields["pieces"]), fields["model"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            if fields["kind"] not in ("word", "character", "sentencepiece") or not isinstance(fields["model"], str):
+                raise ValueError(f"it has the kind {fields['kind']!r}")
+            if not isinstance(fields["pieces"], list) or not all(isinstance(piece, str) for piece in fields["pieces"]):
+                raise ValueError("its pieces must be texts")
+            vocabulary = cls(fields["kind"], tuple(fields["pieces"]), fields["model"])
+            if vocabulary.kind == "sentencepiece":
+                vocabulary.encode("")  # which reads the model
+            return vocabulary
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"{path} is not a vocabulary: {type(error).__name__}: {error}") from error
+
+
+def plain(content: str) -> str:
+    """The content of a file without a byte order mark; its lines, which "\\n" or "\\r\\n" ends, end with "\\n".
+
+    A lone "\\r", as web text has, ends no line: a space between words.
+    """
+    return content.removeprefix("\ufeff").replace("\r\n", "\n")
 
 
 def _lines(text):
@@ -270,7 +286,7 @@ def windows(tokens: np.ndarray, length: int, batch_size: int) -> tuple[Window, I
 
 
 def read_files(paths: Sequence[pathlib.Path]) -> str:
-    """The text of files, and of the .txt files in folders, in the order of their names.
+    """The ``plain`` text of files, and of the .txt files in folders, in the order of their names.
 
     Raises:
       ValueError: a path that is not there, a folder without .txt files, text that is empty or not UTF-8.
@@ -284,7 +300,7 @@ def read_files(paths: Sequence[pathlib.Path]) -> str:
             if not file.is_file():
                 raise ValueError(f"{file} is not there")
             try:
-                parts.append(file.read_text(encoding="utf-8"))
+                parts.append(plain(file.read_bytes().decode("utf-8")))
             except UnicodeDecodeError as error:
                 raise ValueError(f"{file} is not UTF-8: {error}; convert it first") from error
     _check_text("".join(parts))

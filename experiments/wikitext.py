@@ -1,6 +1,6 @@
 """WikiText-103 (Merity et al. 2017) from the user's own files, through TFDS, without network and without TensorFlow.
 
-parts = load(pathlib.Path("wikitext-103"))     # {"train": ..., "validation": ..., "test": ...}, each as its file
+parts = load(pathlib.Path("wikitext-103"))     # {"train": ..., "validation": ..., "test": ...}
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import os
 import pathlib
 import re
 
+from experiments.text import plain
+
 FILES = {"train": "wiki.train.tokens", "validation": "wiki.valid.tokens", "test": "wiki.test.tokens"}
 
 
 def load(folder: pathlib.Path | None, data_dir: pathlib.Path | None = None) -> dict[str, str]:
-    """The texts of the three splits, each as its file has it. The first call prepares an array_record copy.
+    """The texts of the three splits, ``plain`` (see text.py). The first call prepares an array_record copy.
 
     Args:
       folder: with the files; if None, that where TFDS looks for what users put there themselves.
@@ -39,7 +41,7 @@ def load(folder: pathlib.Path | None, data_dir: pathlib.Path | None = None) -> d
     digest = hashlib.sha256(b"".join(_digest(folder / name) for name in FILES.values())).hexdigest()[:16]
     data = _builder()(data_dir=home / "wikitext" / digest, file_format="array_record")
     data.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=folder, num_shards=1))
-    return {split: "".join(map(_text, data.as_data_source(split))) for split in FILES}
+    return {split: plain("".join(map(_text, data.as_data_source(split)))) for split in FILES}
 
 
 def _digest(path):

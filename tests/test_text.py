@@ -6,7 +6,7 @@ import socket
 import numpy as np
 import pytest
 
-from experiments import text, wikitext
+from experiments import language_comparison, parallel_text, text, wikitext
 from experiments.text import Segments, Vocabulary
 
 LINES = " the cat\n\n the dog and the <unk> cat \nend"  # the last line has no line break
@@ -65,7 +65,14 @@ def test_a_vocabulary_is_saved_and_told_from_another(kind, tmp_path):
     assert getattr(Vocabulary, kind)(corpus + " zebra~zebra", *sizes).digest() != vocabulary.digest()
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"kind": "word"}', "[1]"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "{", '{"kind": "word"}', "[1]", '{"kind": "word", "pieces": "abc", "model": ""}'),
+        *(json.dumps({"kind": kind, "pieces": [1], "model": ""}) for kind in ("word", "other")),
+        *(json.dumps({"kind": "sentencepiece", "pieces": ["a"], "model": model}) for model in ("a", "QUJD")),
+    ],
+)
 def test_a_file_that_is_no_vocabulary(content, tmp_path):
     (tmp_path / "v.json").write_text(content)
     with pytest.raises(ValueError, match=r"v.json is not a vocabulary"):
@@ -138,6 +145,17 @@ def test_files_and_folders_are_read_in_order(tmp_path):
     assert text.read_files([tmp_path / "c.md", tmp_path / "a.txt"]) == "not this\nfirst\n"
 
 
+def test_lines_end_where_they_do_in_pairs_of_sentences(tmp_path):
+    """A byte order mark is none of the text, "\\r\\n" is one line end and a lone "\\r" is none, for both readers."""
+    (tmp_path / "a.txt").write_bytes("\ufeffThe\rcat\r\nsat\u2028on\n\ufeffno mark".encode())
+    content = text.read_files([tmp_path])
+    assert content == "The\rcat\nsat\u2028on\n\ufeffno mark\n"
+    assert content.removesuffix("\n").split("\n") == parallel_text._lines(tmp_path / "a.txt")
+    assert Vocabulary.words(content).pieces == ("<eos>", "The", "cat", "sat", "on", "\ufeffno", "mark")
+    assert len(Vocabulary.words(content).encode(content)) == text.count_words(content) == 6 + 3
+    assert language_comparison.separate("a.\rb\n\nc\u2028d\n") == "a . b\n\nc d\n"
+
+
 def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "latin").write_bytes("naïve".encode("latin-1"))
@@ -194,6 +212,8 @@ def test_wikitext_comes_back_as_its_files_have_it(folder):
     for other in ("other\n", "OTHER\n"):  # of one size
         (folder / "files" / "wiki.test.tokens").write_text(other)
         assert wikitext.load(folder / "files", folder / "data")["test"] == other
+    (folder / "files" / "wiki.test.tokens").write_bytes(b"\xef\xbb\xbfThe\r\ncat\rsat\n")
+    assert wikitext.load(folder / "files", folder / "data")["test"] == "The\ncat\rsat\n"
 
 
 def test_articles_are_cut_before_their_titles():
