@@ -17,6 +17,8 @@ import pathlib
 import numpy as np
 import tyro
 
+from experiments import command_line
+
 RESULTS = pathlib.Path(__file__).parent / "results"
 SETTINGS = {"0": "1", "1": "2"}  # column "replace" -> setting
 
@@ -42,6 +44,8 @@ UPDATE_RULES = {
 FOUR_RULES = {line: look for line, look in UPDATE_RULES.items() if line[0] in ("tanh", "dpfp1")}
 NUM_FEATURES = {64: "Linear", 128: "DPFP-1", 256: "DPFP-2", 384: "DPFP-3"}  # as many keys can be orthogonal
 EVAL_EVERY = 100  # steps
+# Of a results file
+COLUMNS = ("model", "rule", "S", "replace", "seed", "best_loss", "best_step", "last_loss", "steps", "seconds", "losses")
 
 FIGURES = {
     # experiment: {file: (setting, lines, S of learning curves or None for the last loss over S)}
@@ -55,6 +59,50 @@ def read(path: pathlib.Path) -> list[dict[str, str]]:
     """The rows of a csv file."""
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def read_runs(path: pathlib.Path) -> list[dict[str, str]]:
+    """The rows of a results file, each with numbers where they belong.
+
+    Raises:
+      ValueError: other columns, or a line that is not whole.
+    """
+    try:
+        rows = read(path)
+        with path.open(newline="", encoding="utf-8") as file:
+            columns = next(csv.reader(file), [])
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is not a results file: {error}; move it away, or put back a copy") from error
+    if tuple(columns) != COLUMNS:
+        raise ValueError(
+            f"{path} has the columns {columns}, expected {list(COLUMNS)}; "
+            "move it away, or name another place with --out"
+        )
+    for number, row in enumerate(rows, 2):
+        try:
+            _check_run(row)
+        except (ValueError, TypeError, AttributeError, IndexError) as error:  # fields that are missing are None
+            raise ValueError(
+                f"line {number} of {path} is not a whole run ({error}); delete that line, and the run is made again, "
+                "or put back a copy"
+            ) from error
+    return rows
+
+
+def _check_run(row):
+    if list(row) != list(COLUMNS) or None in row.values():
+        raise ValueError(f"it must have {len(COLUMNS)} fields")
+    if row["replace"] not in SETTINGS:
+        raise ValueError(f"replace must be 0 or 1, got {row['replace']!r}")
+    for name, number in {"S": int, "seed": int, "best_step": int, "best_loss": float, "seconds": float}.items():
+        number(row[name])
+    losses, last = row["losses"].split(), float(row["last_loss"])
+    for loss in losses:
+        float(loss)
+    if len(losses) * EVAL_EVERY != int(row["steps"]):
+        raise ValueError(f"{row['steps']} steps have {int(row['steps']) // EVAL_EVERY} losses, got {len(losses)}")
+    if losses[-1] not in (f"{last:.7g}", f"{last:.4g}"):  # as we write it, and as we did; else a digit is cut off
+        raise ValueError(f"the last of its losses must be {row['last_loss']}, got {losses[-1]}")
 
 
 def _by_point(rows):
@@ -243,14 +291,19 @@ def main(results: pathlib.Path = RESULTS):
     Args:
       results: where quick.csv, capacity.csv and update_rules.csv are, or some of them; the figures are written there.
     """
-    for experiment in FIGURES:
-        path = results / f"{experiment}.csv"
+    paths = {experiment: results / f"{experiment}.csv" for experiment in FIGURES}
+    if not any(path.exists() for path in paths.values()):
+        raise ValueError(
+            f"{results} has none of {', '.join(path.name for path in paths.values())}; name another folder"
+        )
+    for experiment, path in paths.items():
         if path.exists():
-            rows = read(path)
+            rows = read_runs(path)
             print(f"{path}\n{table(rows)}")
             for figure in draw(rows, results, experiment):
                 print(f"wrote {figure}")
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    with command_line.one_line():
+        tyro.cli(main)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import multiprocessing
 import os
 import pathlib
@@ -26,10 +27,9 @@ import filelock
 import tyro
 from tqdm import tqdm
 
-from experiments import plot_retrieval
-from experiments.retrieval_model import EVAL_EVERY, MAX_STEPS, Model, Task, is_finished, train
-
-COLUMNS = ("model", "rule", "S", "replace", "seed", "best_loss", "best_step", "last_loss", "steps", "seconds", "losses")
+from experiments import command_line, plot_retrieval
+from experiments.plot_retrieval import COLUMNS
+from experiments.retrieval_model import EVAL_EVERY, MAX_STEPS, Model, Task, is_finished, read_unfinished, replace, train
 
 CAPACITY_MODELS = (
     Model("softmax", "softmax"),
@@ -74,30 +74,27 @@ class Run:
 
 
 def load(path: pathlib.Path) -> dict[tuple[str, ...], dict[str, str]]:
-    """The finished runs of a results file by ``Run.id``; none if there is no file."""
-    if not path.exists():
-        return {}
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise ValueError(
-                f"{path} has the columns {reader.fieldnames}, expected {list(COLUMNS)}; "
-                "move it away, or name another place with --out"
-            )
-        return {tuple(row[column] for column in COLUMNS[:5]): row for row in reader}
+    """The finished runs of a results file by ``Run.id``; none if there is no file.
+
+    Raises:
+      ValueError: see ``plot_retrieval.read_runs``.
+    """
+    rows = plot_retrieval.read_runs(path) if path.exists() else []
+    return {tuple(row[column] for column in COLUMNS[:5]): row for row in rows}
 
 
 def save(path: pathlib.Path, rows: dict[tuple[str, ...], dict[str, str]]):
-    """Writes a results file whole and then puts it in place, so that at any moment there is a complete one."""
+    """Writes a results file whole and then puts it in place, so that at any moment there is a complete one.
+
+    Raises:
+      OSError: it cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows[key] for key in sorted(rows, key=lambda key: (key[0], key[1], int(key[2]), int(key[4]))))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    content = io.StringIO()
+    writer = csv.DictWriter(content, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows[key] for key in sorted(rows, key=lambda key: (key[0], key[1], int(key[2]), int(key[4]))))
+    replace(path, content.getvalue().encode())
 
 
 _progress = None  # in a worker: where it reports its evaluations
@@ -161,12 +158,15 @@ def sweep(runs: list[Run], path: pathlib.Path, *, workers: int, max_steps: int =
         bar.close()
         return rows
     path.parent.mkdir(parents=True, exist_ok=True)
+    checkpoints = {run.id: path.with_name("-".join((path.stem, *run.id)) + ".unfinished") for run in todo}
+    for checkpoint in checkpoints.values():
+        if checkpoint.exists():
+            read_unfinished(checkpoint)  # what is damaged is said now, and not after hours
     context = multiprocessing.get_context("spawn")
     progress, cores = context.Queue(), context.Queue()
     for worker in range(workers):
         cores.put(_cores()[worker % len(_cores())])
     with bar, ProcessPoolExecutor(min(workers, len(todo)), context, _start_worker, (progress, cores)) as pool:
-        checkpoints = {run.id: path.with_name("-".join((path.stem, *run.id)) + ".unfinished") for run in todo}
         try:
             pending = {pool.submit(_execute, run, max_steps, checkpoints[run.id]) for run in todo}
             while pending:
@@ -267,4 +267,5 @@ def main(config: Config):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    with command_line.one_line():
+        main(tyro.cli(Config, description=__doc__))

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import math
 import os
 import pathlib
@@ -397,17 +398,45 @@ def _keep(path, state, losses, seconds):
     carry, key = state
     data = {"carry": carry, "key": jax.random.key_data(key), "losses": np.array(losses), "seconds": seconds}
     data = serialization.to_bytes(data)
+    replace(path, data + hashlib.sha256(data).digest())
+
+
+def replace(path: pathlib.Path, data: bytes):
+    """Writes a file whole and then puts it in place, so that at any moment there is a complete one.
+
+    Raises:
+      OSError: it cannot be written.
+    """
     temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:  # which does not name the file, of a full disk
+        raise OSError(f"{path} cannot be written: {error}") from error
+
+
+def read_unfinished(path: pathlib.Path) -> bytes:
+    """What ``train`` kept of a run.
+
+    Raises:
+      ValueError: a file that was cut off, is damaged, or something else.
+    """
+    content = path.read_bytes()
+    data, digest = content[:-32], content[-32:]
+    if hashlib.sha256(data).digest() != digest:
+        raise ValueError(f"{path} is not an unfinished run of this program; delete it to begin the run anew")
+    return data
 
 
 def _restore(path, state):
     carry, key = state
     target = {"carry": carry, "key": jax.random.key_data(key), "losses": np.zeros(0), "seconds": 0.0}
     try:
-        data = serialization.from_bytes(target, path.read_bytes())
-    except ValueError as error:  # cut off, something else, or of other fields
+        data = serialization.from_bytes(target, read_unfinished(path))
+    except (ValueError, KeyError) as error:  # of other fields, too
         raise ValueError(f"{path} is not an unfinished run of this program; delete it to begin the run anew") from error
     carry = jax.tree.map(jnp.asarray, data["carry"])
     return (carry, jax.random.wrap_key_data(jnp.asarray(data["key"]))), data["losses"].tolist(), data["seconds"]

@@ -171,6 +171,20 @@ def test_draw_names_the_experiments_it_knows(tmp_path):
         draw([], tmp_path, "figure2")
 
 
+def test_main_names_what_it_cannot_draw(tmp_path):
+    with pytest.raises(ValueError, match=r"has none of quick.csv, capacity.csv, update_rules.csv; name another folder"):
+        plot_retrieval.main(tmp_path)
+    run = row("dpfp1", "sum", 580, False, [0.5, 0.4])
+    (tmp_path / "capacity.csv").write_text(",".join(run) + "\n" + ",".join(run.values())[:-9])
+    with pytest.raises(ValueError, match=r"line 2 of .*capacity.csv is not a whole run"):
+        plot_retrieval.main(tmp_path)
+
+
+def test_the_results_that_ship_are_whole():
+    for experiment in FIGURES:
+        assert plot_retrieval.read_runs(RESULTS / f"{experiment}.csv")
+
+
 def test_main_redraws_from_the_files_there_are(tmp_path, capsys):
     run = row("dpfp1", "sum", 580, False, [0.5, 0.4])
     (tmp_path / "capacity.csv").write_text(",".join(run) + "\n" + ",".join(run.values()) + "\n")

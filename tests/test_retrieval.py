@@ -223,7 +223,18 @@ def test_an_interrupted_run_goes_on_where_it_was_kept(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda data: data[:-5], lambda data: b"", lambda data: data.replace(b"seconds", b"minutes")]
+    "damage",
+    [
+        lambda data: data[:-5],
+        lambda data: b"",
+        lambda data: data.replace(b"seconds", b"minutes"),
+        lambda data: data[:-32],
+        lambda data: bytes(len(data)),
+        *(
+            lambda data, at=at: bytes(x ^ (1 if i == int(at * (len(data) - 1)) else 0) for i, x in enumerate(data))
+            for at in (0, 0.3, 0.6, 0.9, 1)
+        ),
+    ],
 )
 def test_an_unfinished_run_that_cannot_be_read_names_its_file(damage, tmp_path):
     run, checkpoint = (Model("linear", "sum"), Task(4, False)), tmp_path / "run.unfinished"
@@ -233,6 +244,10 @@ def test_an_unfinished_run_that_cannot_be_read_names_its_file(damage, tmp_path):
     checkpoint.write_bytes(damage(checkpoint.read_bytes()))
     with pytest.raises(ValueError, match=r"run.unfinished is not an unfinished run .* delete it"):
         retrieval_model.train(*run, max_steps=100, checkpoint=checkpoint)
+    path = tmp_path / "quick.csv"
+    checkpoint.rename(tmp_path / "quick-linear-sum-4-0-1.unfinished")
+    with pytest.raises(ValueError, match=r"quick-linear-sum-4-0-1.unfinished is not an unfinished run .* delete it"):
+        sweep([Run(*run)], path, workers=1)  # before any run begins
 
 
 # --- sweeps ----------------------------------------------------------------------------------------------------------
@@ -330,6 +345,34 @@ def test_a_results_file_with_other_columns_is_refused(tmp_path):
     path.write_text("model,loss\nlinear,0.1\n")
     with pytest.raises(ValueError, match=r"expected.*move it away"):
         load(path)
+
+
+@pytest.mark.parametrize(
+    ("cut", "words"),
+    [
+        (
+            lambda text: text[:-30],
+            "line 3 of .*capacity.csv is not a whole run .it must have 11 fields.; delete that line",
+        ),
+        (lambda text: text[:-5], "line 3 of .* .200 steps have 2 losses, got 1"),
+        (lambda text: text[:-2], "line 3 of .* .the last of its losses must be 0.5, got 0"),
+        (lambda text: text.replace(",200,", ",many,", 1), "line 2 of .* .invalid literal for int.*'many'"),
+        (lambda text: text.replace(",0,1,", ",2,1,", 1), "line 2 of .* .replace must be 0 or 1, got '2'"),
+        (lambda text: text.replace("\n", ",1\n").replace("losses,1", "losses"), "line 2 of .* 11 fields"),
+        (lambda text: text.replace("linear", "\xff"), ".*capacity.csv is not a results file: 'utf-8' codec"),
+        (lambda text: "", ".*capacity.csv has the columns .., expected"),
+    ],
+)
+def test_a_results_file_that_is_broken_names_its_line_before_any_run_begins(cut, words, tmp_path):
+    run, path = Run(Model("linear", "sum"), Task(4, False)), tmp_path / "capacity.csv"
+    other = dataclasses.replace(run, seed=2)
+    save(path, {run.id: finished(run), other.id: finished(other)})
+    assert len(load(path)) == 2
+    broken = cut(path.read_text()).encode("latin-1")
+    path.write_bytes(broken)
+    with pytest.raises(ValueError, match=words):
+        sweep([Run(Model("softmax", "softmax"), Task(4, False))], path, workers=1)
+    assert path.read_bytes() == broken
 
 
 def test_the_experiments_have_the_papers_runs():
