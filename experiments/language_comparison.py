@@ -28,8 +28,8 @@ import numpy as np
 import tyro
 from flax import nnx
 
+from experiments import command_line, run_folder, text, training
 from experiments import language_model_evaluation as evaluation
-from experiments import run_folder, text, training
 from experiments.language_model_presets import DELTA, SOFTMAX, SUM, dpfp, performer
 from experiments.language_modeling import loss
 from fwt_jax.models import DecoderLM, ModelConfig
@@ -47,6 +47,13 @@ MODELS = {
 PAPER = dict(zip(MODELS, (34.1, 38.3, 35.5, 38.8, 35.0, 39.6, 37.2), strict=True))
 BASE = ModelConfig(vocab_size=1, num_layers=4, d_model=128, d_ff=512, num_heads=8, head_size=16)
 CUTOFFS = (2000, 10_000)
+# What the command line calls the settings in run.json
+OPTIONS = {
+    "training.steps": "--steps",
+    "vocabulary": "the vocabulary of --train (SHA-256)",
+    "text": "the text of --train (SHA-256)",
+    "validation": "the text of --validation (SHA-256)",
+}
 BATCH, LENGTH, MIN_COUNT, WINDOWS = 8, 256, 3, 3000
 
 
@@ -78,7 +85,10 @@ def words_of(path: pathlib.Path) -> str:
 def separate(content: str) -> str:
     """Puts spaces between words and signs; WikiText's marks for signs inside words are taken out."""
     content = re.sub(r" @([-,.])@ ", r"\1", content)
-    return "\n".join(" ".join(re.findall(r"<unk>|\w+|[^\w\s]", line)) for line in content.removesuffix("\n").split("\n")) + "\n"
+    return (
+        "\n".join(" ".join(re.findall(r"<unk>|\w+|[^\w\s]", line)) for line in content.removesuffix("\n").split("\n"))
+        + "\n"
+    )
 
 
 def _digest(content):
@@ -108,10 +118,10 @@ def run(config: Config, name: str, seed: int) -> dict:
     tests = {path.stem: _digest(words_of(path)) for path in config.test}
     of = _digest(json.dumps([identity, dataclasses.asdict(settings), tests, WINDOWS]))
     if (out / "results.json").exists():
-        results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+        results = run_folder.read_json(out / "results.json")
         if results.get("of") == of:
             return results
-    training.train(make_model, loss, batches, settings, out, evaluate=evaluate, identity=identity)
+    training.train(make_model, loss, batches, settings, out, evaluate=evaluate, identity=identity, words=OPTIONS)
     model, step = training.load(out, make_model)
     parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
     results = {"model": name, "seed": seed, "step": step, "parameters": parameters, "vocabulary": len(vocabulary)}
@@ -183,6 +193,8 @@ def main(config: Config):
     for worker in range(config.workers):
         cores.put(available[worker % len(available)])
     results = []
+    for path in (config.validation, config.train, *config.test):
+        words_of(path)  # what cannot be read is said at once
     with ProcessPoolExecutor(config.workers, context, _start_worker, (cores,)) as pool:
         runs = [pool.submit(run, config, name, seed) for seed in range(1, config.seeds + 1) for name in MODELS]
         for future in as_completed(runs):
@@ -196,4 +208,5 @@ def main(config: Config):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    with command_line.one_line():
+        main(tyro.cli(Config, description=__doc__))

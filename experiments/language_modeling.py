@@ -31,14 +31,30 @@ import numpy as np
 import tyro
 from flax import nnx
 
+from experiments import command_line, run_folder, text, training, wikitext
 from experiments import language_model_evaluation as evaluation
-from experiments import run_folder, text, training, wikitext
 from experiments.language_model_presets import PRESETS, Preset, find
 from fwt_jax import decode
 from fwt_jax.models import DecoderLM, ModelConfig
 
 PARTS = ("validation", "test")
 RUNS = pathlib.Path("runs/language_modeling")
+# What the command line calls the settings in run.json; of others, --preset decides.
+OPTIONS = {
+    "training.steps": "--steps",
+    "training.accumulate": "--accumulate",
+    "training.seed": "--seed",
+    "model.dtype": "--dtype",
+    "batch.rows": "--batch-size",
+    "batch.length": "--length",
+    "vocabulary.kind": "--vocabulary",
+    "vocabulary.size": "the number of words in the vocabulary",
+    "vocabulary.sha256": "the vocabulary (SHA-256)",
+    "asked for.vocabulary_size": "--vocabulary-size",
+    "text.tokens": "the number of tokens to train on",
+    "text.sha256": "the text to train on (SHA-256)",
+    "text.validation": "the text of validation (SHA-256)",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +201,8 @@ def run(config: Config) -> dict:
     _describe(config, preset, data, model_options, out)
     memory = make_model().init_memory(preset.batch_size) if preset.carry else None
     batches = text.Segments(data.train, preset.batch_size, preset.length)
-    options = {"memory": memory, "evaluate": evaluate, "identity": identity, "mesh": mesh}
+    words = run_folder.words(preset.training, identity, OPTIONS)
+    options = {"memory": memory, "evaluate": evaluate, "identity": identity, "words": words, "mesh": mesh}
     training.train(make_model, loss, batches, preset.training, out, **options)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         model, step = training.load(out, make_model, mesh=mesh)
@@ -286,17 +303,14 @@ def table(results: list[dict]) -> str:
 
 def main(config: Config):
     if config.table:
-        paths = sorted((config.out or RUNS).glob("**/results.json"))
-        print(table([json.loads(path.read_text(encoding="utf-8")) for path in paths]))
+        print(table(run_folder.results(config.out or RUNS, "evaluation", table)))
         return
     find(config.preset)
     if config.distributed:
         jax.distributed.initialize()
-    try:
-        run(config)
-    except KeyboardInterrupt as error:
-        raise SystemExit(str(error) or "interrupted; the same command goes on from the last checkpoint") from None
+    run(config)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    with command_line.one_line():
+        main(tyro.cli(Config, description=__doc__))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import hashlib
 import json
 import math
 import os
@@ -11,14 +13,16 @@ import pathlib
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
-from tensorboardX import SummaryWriter
+from tensorboardX import event_file_writer, summary
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tqdm import tqdm
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
@@ -39,8 +43,13 @@ def checkpoints(
         return ocp.CheckpointManager(out / "checkpoints", options=options)
     best = preservation_policy.BestN(get_metric_fn=_loss, reverse=True, n=1)
     kept = preservation_policy.AnyPreservationPolicy([_Last(keep, saves), best])
+    seal = functools.partial(_write_digests, out / "checkpoints")
     options = ocp.CheckpointManagerOptions(
-        best_fn=_loss, best_mode="min", preservation_policy=kept, cleanup_tmp_directories=True
+        best_fn=_loss,
+        best_mode="min",
+        preservation_policy=kept,
+        cleanup_tmp_directories=True,
+        async_options=ocp.AsyncOptions(post_finalization_callback=seal),
     )
     return ocp.CheckpointManager(out / "checkpoints", options=options)
 
@@ -62,16 +71,19 @@ def _loss(metrics):
 
 
 def _mend_losses(folder):
-    """A loss that cannot be read, which orbax would fail of, is as one that was not measured."""
+    """A loss that is damaged, which orbax would fail of, is as one that was not measured."""
     for path in sorted(folder.glob("[0-9]*/metrics/metrics")) if jax.process_index() == 0 else ():
         if not path.parents[1].name.isdigit():
             continue  # a run writes it just now
         try:
-            float(json.loads(path.read_text(encoding="utf-8"))["loss"])
+            loss = float(json.loads(path.read_bytes())["loss"])
+            whole = loss == math.inf or _digests_of(path.parents[1]).get("metrics/metrics") in (None, _sha256(path))
         except FileNotFoundError:
             continue  # a run has just deleted it
         except (ValueError, KeyError, TypeError):
-            print(f"{path} cannot be read; the loss of that checkpoint is taken as not measured")
+            whole = False
+        if not whole:
+            print(f"{path} is damaged; the loss of that checkpoint is taken as not measured")
             write_atomically(path, json.dumps({"loss": math.inf}))
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("losses of checkpoints")
@@ -80,6 +92,55 @@ def _mend_losses(folder):
 def steps_by_loss(manager: ocp.CheckpointManager) -> list[int]:
     """The steps of all checkpoints, that of the smallest loss first, and the latest of those that are equal."""
     return sorted(manager.all_steps(), key=lambda step: (_loss(manager.metrics(step)), -step))
+
+
+DIGESTS = "digests.json"  # in each checkpoint: {path of a file: its SHA-256}
+
+
+def _write_digests(folder):
+    """Of the checkpoint that was written last. Orbax calls it when all files are there, in the background."""
+    names = [path for path in folder.iterdir() if path.name.split(".")[0].isdigit()]
+    checkpoint = max(names, key=lambda path: int(path.name.split(".")[0]))
+    paths = sorted(path for part in ("model", "rest", "host", "metrics") for path in checkpoint.glob(f"{part}/**/*"))
+    digests = {str(path.relative_to(checkpoint)): _sha256(path) for path in paths if path.is_file()}
+    write_atomically(checkpoint / DIGESTS, json.dumps(digests, indent=1))
+
+
+def _sha256(path):
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digests_of(checkpoint):
+    """{} for a checkpoint without, as older versions wrote them."""
+    path = checkpoint / DIGESTS
+    return read_json(path) if path.exists() else {}
+
+
+def _damage(checkpoint):
+    """Which file of a checkpoint is not what was written, as far as the first process can tell; else ""."""
+    words = ""
+    if jax.process_index() == 0:
+        try:
+            for name, digest in _digests_of(checkpoint).items():  # without its loss a checkpoint is as good as any
+                if not name.startswith("metrics/") and _sha256(checkpoint / name) != digest:
+                    words = f"{name} is not what was written"
+        except (OSError, ValueError) as error:
+            words = _reason(error)
+    return of_first_process(words.encode()).rstrip(b"\0").decode()
+
+
+def _read(manager, step, read):
+    """What ``read`` makes of a checkpoint, and why it could not: (result, "") or (None, reason)."""
+    checkpoint = pathlib.Path(manager.directory) / str(step)
+    if words := _damage(checkpoint):
+        return None, words
+    try:
+        return read(step), ""
+    # Orbax and tensorstore raise Exception itself, AttributeError, ... of a damaged file. The reason is reported, and
+    # an error of ours in between would be that of every checkpoint, of which the callers raise a ValueError.
+    except Exception as error:
+        return None, _reason(error)
 
 
 def read_first(manager: ocp.CheckpointManager, steps: list[int], read: Callable[[int], Any], count: int) -> dict:
@@ -92,18 +153,21 @@ def read_first(manager: ocp.CheckpointManager, steps: list[int], read: Callable[
     for step in steps:
         if len(found) == count:
             break
-        try:
-            found[step] = read(step)
-        except UNREADABLE as error:
-            broken.append(f"{step} ({_reason(error)})")
+        result, reason = _read(manager, step, read)
+        if reason:
+            broken.append(f"{step} ({reason})")
             print(f"checkpoint {broken[-1]} of {manager.directory} cannot be read; another one is taken")
+        else:
+            found[step] = result
     if not found:
         raise ValueError(f"no checkpoint of {manager.directory} can be read: {'; '.join(broken)}. Put back a copy")
     return found
 
 
 def _reason(error):
-    return f"{type(error).__name__}: {(str(error) or 'no message').strip().splitlines()[0][:200]}"
+    words = (str(error) or "no message").strip().splitlines()[0]
+    words = words if len(words) <= 300 else f"{words[:80]} … {words[-200:]}"  # tensorstore's cause is at the end
+    return f"{type(error).__name__}: {words}"
 
 
 def save(manager: ocp.CheckpointManager, state: Any, host: Any, loss: float = math.inf):
@@ -113,12 +177,41 @@ def save(manager: ocp.CheckpointManager, state: Any, host: Any, loss: float = ma
       state: a named tuple of arrays, with "step", "params" and "constants".
       host: what else to keep, as JSON has it.
       loss: on which the best is chosen; ∞ where it was not measured.
+
+    Raises:
+      OSError: this checkpoint, or the one before it, cannot be written.
     """
     arrays = state._asdict()
     model = {name: arrays.pop(name) for name in ("params", "constants")}
     items = {name: ocp.args.StandardSave(tree) for name, tree in (("model", model), ("rest", arrays))}
     items["host"] = ocp.args.JsonSave(host)
-    manager.save(int(state.step), args=ocp.args.Composite(**items), metrics={"loss": loss})
+    step, metrics = int(state.step), {"loss": loss}
+    _say_what_failed(manager, lambda: manager.save(step, args=ocp.args.Composite(**items), metrics=metrics))
+
+
+def finish(manager: ocp.CheckpointManager):
+    """Waits until the last checkpoint is complete.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    _say_what_failed(manager, manager.wait_until_finished)
+
+
+def check(manager: ocp.CheckpointManager):
+    """Raises an ``OSError`` if the last checkpoint could not be written, as far as that is known yet."""
+    if not manager.is_saving_in_progress():
+        finish(manager)
+
+
+def _say_what_failed(manager, action):
+    try:
+        action()
+    except (OSError, ValueError, RuntimeError) as error:  # of tensorstore, a full disk is a ValueError
+        raise OSError(
+            f"a checkpoint cannot be written to {manager.directory}: {_reason(error)}. Those that are complete stay; "
+            "make space, and the same command goes on from the last of them"
+        ) from error
 
 
 def restore(manager: ocp.CheckpointManager, abstract: Any) -> tuple[Any, Any]:
@@ -132,14 +225,17 @@ def restore(manager: ocp.CheckpointManager, abstract: Any) -> tuple[Any, Any]:
     Raises:
       ValueError: there are checkpoints, and none can be read.
     """
-    broken, found = {}, (None, None)
+    arrays = abstract._asdict()
+    model = {name: arrays.pop(name) for name in ("params", "constants")}
+    items = {name: ocp.args.StandardRestore(tree) for name, tree in (("model", model), ("rest", arrays))}
+    args = ocp.args.Composite(**items, host=ocp.args.JsonRestore())
+    broken, found = {}, None
     for step in sorted(manager.all_steps(), reverse=True):
-        try:
-            found = _read(manager, step, abstract)
+        found, reason = _read(manager, step, lambda step: manager.restore(step, args=args))
+        if not reason:
             break
-        except UNREADABLE as error:
-            broken[step] = _reason(error)
-    if broken and found[0] is None:
+        broken[step] = reason
+    if broken and found is None:
         reasons = "; ".join(f"{step} ({reason})" for step, reason in broken.items())
         raise ValueError(
             f"no checkpoint of {manager.directory} can be read: {reasons}. Put back a copy, or delete the folder of "
@@ -154,20 +250,15 @@ def restore(manager: ocp.CheckpointManager, abstract: Any) -> tuple[Any, Any]:
         multihost_utils.sync_global_devices("broken checkpoints")
     if broken:
         manager.reload()
-    return found
+    return (None, None) if found is None else (type(abstract)(**found["model"], **found["rest"]), found["host"])
 
 
-# what orbax and tensorstore raise for files that are missing, cut off, or of another model
-UNREADABLE = (OSError, ValueError, KeyError)
-
-
-def _read(manager, step, abstract):
-    arrays = abstract._asdict()
-    model = {name: arrays.pop(name) for name in ("params", "constants")}
-    items = {name: ocp.args.StandardRestore(tree) for name, tree in (("model", model), ("rest", arrays))}
-    items["host"] = ocp.args.JsonRestore()
-    restored = manager.restore(step, args=ocp.args.Composite(**items))
-    return type(abstract)(**restored["model"], **restored["rest"]), restored["host"]
+def of_first_process(data: bytes) -> bytes:
+    """What the first process has, in all of them; the others may give b""."""
+    if jax.process_count() == 1:
+        return data
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    return multihost_utils.broadcast_one_to_all(np.frombuffer(data.ljust(size, b"\0"), np.uint8)).tobytes()
 
 
 # --- what people read ------------------------------------------------------------------------------------------------
@@ -205,38 +296,103 @@ def check_that_all_see(path: pathlib.Path):
         time.sleep(1)
 
 
-def check_identity(path: pathlib.Path, identity: dict[str, Any]):
+def check_identity(
+    path: pathlib.Path, identity: dict[str, Any], free: Collection[str] = (), words: Mapping[str, str] | None = None
+):
     """Writes down the settings of a new run; of one that goes on, they must be what they were.
 
+    Args:
+      path: the file.
+      identity: by name, as far as JSON can say it; a dict in it has names "of.this.kind".
+      free: names of settings that may change.
+      words: what the user calls a setting, by its name.
+
     Raises:
-      ValueError: other settings, with each that differs.
+      ValueError: other settings, with each that differs; a number that is not finite, which would differ from itself.
     """
-    identity = json.loads(json.dumps(identity))
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        names = sorted(name for name in {*before, *identity} if before.get(name) != identity.get(name))
-        if names:
-            changes = "; ".join(_difference(name, before.get(name), identity.get(name)) for name in names)
-            raise ValueError(f"{path.parent} holds another run: {changes}. Name another folder, or delete this one")
+    bad = [f"{name} is {x}" for name, x in _leaves(identity) if isinstance(x, float) and not math.isfinite(x)]
+    if bad:
+        raise ValueError(f"the settings of a run must be finite numbers: {'; '.join(bad)}")
+    if not path.exists():
+        write_atomically(path, json.dumps(identity, indent=1))
         return
-    write_atomically(path, json.dumps(identity, indent=1))
+    before, now, words = dict(_leaves(read_json(path))), dict(_leaves(json.loads(json.dumps(identity)))), words or {}
+    names = [name for name in sorted({*before, *now} - {*free}) if before.get(name) != now.get(name)]
+    if names:
+        changes = [f"{words.get(name, name)} was {before.get(name)!r} and is {now.get(name)!r}" for name in names]
+        raise ValueError(
+            f"{path.parent} holds another run: {'; '.join(changes)}. Name another folder, or delete this one"
+        )
 
 
-def _difference(name, before, now):
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
-        return "; ".join(_difference(f"{name}.{key}", before.get(key), now.get(key)) for key in keys)
-    return f"{name} was {before!r} and is {now!r}"
+def words(config: Any, identity: dict[str, Any], options: Mapping[str, str]) -> dict[str, str]:
+    """What the user calls each setting of a program: an option, or what its preset has.
+
+    Args:
+      config: of training.
+      identity: the other settings.
+      options: what the program calls those that are not its preset's, by their names in run.json.
+    """
+    names = [name for name, _ in _leaves({"training": dataclasses.asdict(config), **identity})]
+    return {name: f"{name.rpartition('.')[2]} of --preset" for name in names} | dict(options)
+
+
+def results(folder: pathlib.Path, mark: str, table: Callable[[list[dict]], str]) -> list[dict]:
+    """The results of all runs in a folder that have ``mark``, by which experiments tell theirs.
+
+    Raises:
+      ValueError: a file that is damaged, or from which ``table`` cannot make a row.
+    """
+    rows = []
+    for path in sorted(folder.glob("**/results.json")):
+        row = read_json(path)
+        if mark in row:
+            try:
+                table([row])
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{path} is not whole ({_reason(error)}); run its command again") from error
+            rows.append(row)
+    return rows
+
+
+def _leaves(settings, prefix=""):
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+      ValueError: a file that holds something else, or is damaged.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of the encoding, too
+        raise ValueError(f"{path} is not whole JSON: {error}; put back a copy") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}; put back a copy")
+    return content
 
 
 def write_atomically(path: pathlib.Path, text: str):
-    """Writes a file whole and then puts it in place, so that at any moment there is a complete one."""
+    """Writes a file whole and then puts it in place, so that at any moment there is a complete one.
+
+    Raises:
+      OSError: it cannot be written.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:  # which does not name the file, of a full disk
+        raise OSError(f"{path} cannot be written: {error}") from error
 
 
 class Log:
@@ -255,17 +411,22 @@ class Log:
             lines = [line for line in read_metrics(path) if line["step"] <= self.step]
             write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
             self.file = path.open("a", encoding="utf-8")
-            self.board = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.step + 1)
+            # Not its SummaryWriter: that writes in a thread, which dies of a full disk while others wait for it.
+            (self.out / "tensorboard").mkdir(exist_ok=True)
+            self.board = event_file_writer.EventsWriter(str(self.out / "tensorboard" / "events"))
+            restart = SessionLog(status=SessionLog.START)  # hides what is there of this step and later ones
+            self.board.write_event(Event(step=self.step + 1, session_log=restart))
         self.bar = tqdm(
             total=self.config.steps, initial=self.step, unit="step", dynamic_ncols=True, disable=not self.first
         )
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, error, *_):
         self.bar.close()
         if self.first:
-            self.file.close()
-            self.board.close()
+            for file in (self.file, self.board):
+                with contextlib.suppress(*[OSError] if error else []):  # of a full disk, once more
+                    file.close()
 
     def host(self):
         """What a checkpoint keeps of it."""
@@ -294,7 +455,9 @@ class Log:
         line = {"loss": loss / count, "gradient_norm": norm / count, "learning_rate": metrics["learning_rate"]}
         line |= {"tokens": self.tokens, "tokens_per_second": round(speed, 1)}
         self._write(step, line | {"seconds": round(self.host()["seconds"], 2)})
-        self.window, self.logged, self.logged_tokens = [0.0, 0.0, 0], now, self.tokens
+        self.logged, self.logged_tokens = now, self.tokens
+        if step % self.config.log_every == 0:  # else a run with more steps, which goes on here, has a part of a line
+            self.window = [0.0, 0.0, 0]
 
     def write_evaluation(self, step, measured):
         self._write(step, {f"validation_{name}": value for name, value in measured.items()})
@@ -305,17 +468,36 @@ class Log:
     def _write(self, step, line):
         if not self.first:
             return
-        self.file.write(json.dumps({"step": step} | line) + "\n")
-        self.file.flush()
-        for name, value in line.items():
-            self.board.add_scalar(name, value, step)
+        try:
+            self.file.write(json.dumps({"step": step} | line) + "\n")
+            self.file.flush()
+            for name, value in line.items():
+                self.board.write_event(Event(wall_time=time.time(), step=step, summary=summary.scalar(name, value)))
+            self.board.flush()
+        except OSError as error:
+            raise OSError(
+                f"metrics cannot be written to {self.out}: {error}. The checkpoints stay; make space, and the same "
+                "command goes on from the last of them"
+            ) from error
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, float]]:
-    """The lines of a metrics file, without a last one that was cut off; none if there is no file."""
+    """The lines of a metrics file, without a last one that was cut off; none if there is no file.
+
+    Raises:
+      ValueError: a file with a line that is none.
+    """
+    *content, last = path.read_bytes().split(b"\n") if path.exists() else [b""]
     lines = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                lines.append(json.loads(line))
+    for number, text in enumerate([*content, last], 1):
+        try:
+            line = json.loads(text.decode("utf-8"))
+            if not isinstance(line["step"], int) or not all(isinstance(x, int | float) for x in line.values()):
+                raise ValueError("it must be an object of numbers, with a step")
+            lines.append(line)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if number <= len(content):
+                raise ValueError(
+                    f"line {number} of {path} is not a line of metrics ({_reason(error)}); mend or delete that line"
+                ) from error
     return lines

@@ -3,7 +3,8 @@
     state, run folder:  train(make_model, loss, batches, config, out, ...)
     out/checkpoints/    the last few and the best, by orbax: model, optimizer, memory, position in the data
     out/metrics.jsonl   one line for every ``log_every`` steps and every evaluation; out/tensorboard/ has the same
-    out/run.json        what the run is: a run with other settings is refused, not mixed with it
+    out/run.json        what the run is: a run with other settings is refused, not mixed with it; those that change no
+                        number (FREE, and ``steps`` where the schedule has no end) may be others
 
 Step n is dispatched before the loss of step n − 1 is read, so that the device does not wait for the host.
 """
@@ -14,10 +15,11 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 import pathlib
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import filelock
@@ -27,7 +29,6 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments import run_folder
@@ -87,24 +88,37 @@ class TrainConfig:
 
     def __post_init__(self):
         for name in ("steps", "accumulate", "eval_every", "save_every", "log_every", "keep"):
-            if getattr(self, name) < 1:
+            if not getattr(self, name) >= 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "warmup", "clip", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("learning_rate", "warmup", "clip", "eps", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a finite number that is not negative, got {getattr(self, name)}")
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
 
     def saves(self, step: int) -> bool:
         """Whether a checkpoint is written after a step, without any interruption."""
         return step == self.steps or step % self.eval_every == 0 or step % self.save_every == 0
 
 
+SCHEDULES = ("authors", "cosine", "inverse_sqrt", "constant")
+FREE = ("log_every", "save_every", "eval_every", "keep")  # may change when a run goes on
+
+
 def learning_rate(config: TrainConfig) -> Callable[[jax.Array], jax.Array]:
     """The learning rate of update number t = 0, 1, ... ``[]`` -> ``[]``.
+
+    In the warmup it is rate · (t + 1)/warmup. "cosine" falls from there as a half cosine that would be 0 at t = steps,
+    one update after the last.
 
     "authors" is what the toolkit does, which sets the rate after each update: the first has the full rate, then
     rate · t/warmup, and from t = warmup on rate · (1 + cos(πt/steps))/2, as if there had been no warmup.
     """
     rate, warmup, steps = config.learning_rate, config.warmup, config.steps
+    first = max(warmup, 1)  # updates until the highest rate
 
     def authors(t):
         cosine = rate / 2 * (1 + jnp.cos(jnp.pi * t / steps))
@@ -112,13 +126,13 @@ def learning_rate(config: TrainConfig) -> Callable[[jax.Array], jax.Array]:
 
     def inverse_sqrt(t):
         t = t + 1
-        return rate * jnp.minimum(t / max(warmup, 1), jnp.sqrt(max(warmup, 1) / t))
+        return rate * jnp.minimum(t / first, jnp.sqrt(first / t))
 
     return {
         "authors": authors,
-        "cosine": optax.warmup_cosine_decay_schedule(0.0, rate, warmup, max(steps, warmup + 1)),
+        "cosine": optax.warmup_cosine_decay_schedule(rate / first, rate, first - 1, max(steps, first)),
         "inverse_sqrt": inverse_sqrt,
-        "constant": lambda t: rate * jnp.minimum(1.0, (t + 1) / max(warmup, 1)),
+        "constant": lambda t: rate * jnp.minimum(1.0, (t + 1) / first),
     }[config.schedule]
 
 
@@ -236,6 +250,7 @@ def train(
     memory: Any = None,
     evaluate: Callable[[nnx.Module], Metrics] | None = None,
     identity: dict[str, Any] | None = None,
+    words: Mapping[str, str] | None = None,
     mesh: Mesh | None = None,
 ) -> nnx.Module:
     """Trains a model, or goes on where ``out`` ends.
@@ -250,27 +265,38 @@ def train(
       memory: of the first step, a tree of arrays whose first axis is the batch; None for losses that need none.
       evaluate: of the model to numbers by name, among them "loss", whose smallest value makes the best checkpoint.
       identity: what else makes this run what it is, as far as JSON can say it: of the model, the vocabulary, ...
+      words: what the user calls a setting, by its name in ``out``/run.json, as "model.d_model" or "training.steps".
       mesh: of ``fwt_jax.sharding.make_mesh``; one device if not given.
 
     Returns:
       The model after the last step; ``load`` has the best.
 
     Raises:
-      ValueError: a folder of another run, or in use by one; a batch that the mesh does not divide.
+      ValueError: a folder of another run, of one that is further than config.steps, or in use by one; a batch that the
+        mesh does not divide.
+      OSError: a checkpoint or the metrics cannot be written; the checkpoints that are complete stay.
       FloatingPointError: a loss or gradient that is not finite; the last checkpoint is from before it.
       KeyboardInterrupt: asked to stop (SIGINT, SIGTERM); a checkpoint of the last step was written. (Several processes
         all stop where one of them gets SIGTERM; SIGINT ends them at once, with the checkpoints that there are.)
     """
     out = run_folder.folder(pathlib.Path(out))
     with contextlib.ExitStack() as stack:
+        # Several processes must stop at the same step: jax.distributed handles SIGTERM then, and orbax knows of it.
+        signals = threading.Event() if jax.process_count() > 1 else stack.enter_context(_signals())
         if jax.process_index() == 0:
             out.mkdir(parents=True, exist_ok=True)
             try:
                 stack.enter_context(filelock.FileLock(out / "lock", timeout=0))
             except filelock.Timeout as error:
                 raise ValueError(f"another run trains in {out}: wait for its end, or name another folder") from error
-            settings = {name: x for name, x in dataclasses.asdict(config).items() if name != "keep"}
-            run_folder.check_identity(out / "run.json", {"training": settings, **(identity or {})})
+            free = {f"training.{name}" for name in FREE}
+            names = {f"training.{name}": name for name in dataclasses.asdict(config)} | dict(words or {})
+            if config.schedule in ("constant", "inverse_sqrt"):
+                free.add("training.steps")
+            else:
+                names["training.steps"] += f" (on which the schedule {config.schedule!r} depends)"
+            settings = {"training": dataclasses.asdict(config), **(identity or {})}
+            run_folder.check_identity(out / "run.json", settings, free, names)
         run_folder.check_that_all_see(out / "run.json")
         if mesh is not None:
             stack.enter_context(jax.set_mesh(mesh))
@@ -281,40 +307,51 @@ def train(
             shardings = None if mesh is None else sharding.partition(mesh, jax.eval_shape(init)._asdict())
             state = jax.jit(init, out_shardings=None if mesh is None else State(**shardings))()
             host = {"batches": batches.get_state(), "window": [0.0, 0.0, 0], "tokens": 0.0, "seconds": 0.0}
+        if int(state.step) > config.steps:
+            raise ValueError(
+                f"the run in {out} has made {int(state.step)} steps already, more than the {config.steps} asked for; "
+                "ask for at least as many, or name another folder"
+            )
         batches.set_state(host["batches"])
         log = stack.enter_context(run_folder.Log(out, int(state.step), config, host))
-        return _loop(graph_of(make_model), loss, batches, config, evaluate, mesh, manager, state, log, stack)
+        return _loop(graph_of(make_model), loss, batches, config, evaluate, mesh, manager, state, log, signals)
 
 
-def _loop(graph, loss, batches, config, evaluate, mesh, manager, state, log, stack):
+def _loop(graph, loss, batches, config, evaluate, mesh, manager, state, log, signals):
     # Else the compiler may split what the table does not, and compiles the second step anew for it.
     split = None if mesh is None else (jax.tree.map(lambda x: x.sharding, state), None)
     step_function = jax.jit(make_step(graph, loss, config), donate_argnums=0, out_shardings=split)
-    # Several processes must stop at the same step: jax.distributed handles SIGTERM then, and orbax knows of it.
-    asked_to_stop = threading.Event() if jax.process_count() > 1 else stack.enter_context(_signals())
     pending = None  # the metrics of the last step, which are read when the next is under way
-    first = int(state.step)
-    for step in range(first + 1, config.steps + 1):
+
+    def save(step, measured):
+        host = {"batches": batches.get_state(), **log.host()}
+        run_folder.save(manager, state, host, measured.get("loss", math.inf))
+
+    for step in range(int(state.step) + 1, config.steps + 2):
+        if manager.reached_preemption(step) if jax.process_count() > 1 else signals.is_set():
+            if pending is not None:
+                log.read(*pending)
+                save(step - 1, {})
+            run_folder.finish(manager)
+            words = f"stopped after step {step - 1}, which is saved" if step > 1 else "stopped before the first step"
+            raise KeyboardInterrupt(f"{words}; the same command goes on from there")
+        if step > config.steps:
+            break
+        run_folder.check(manager)
         batch = place(next(batches), mesh)
         state, metrics = step_function(state, batch)
         if pending is not None:
             log.read(*pending)
         pending = (step, metrics)
-        last = step == config.steps
-        stop = manager.reached_preemption(step) if jax.process_count() > 1 else asked_to_stop.is_set()
-        if not (stop or config.saves(step)):
-            continue
-        log.read(*pending)  # nothing is saved that is not finite
-        pending, measured = None, {}
-        if evaluate is not None and (last or step % config.eval_every == 0):
-            measured = evaluate(model_of(graph, state))
-            log.write_evaluation(step, measured)
-        host = {"batches": batches.get_state(), **log.host()}
-        run_folder.save(manager, state, host, measured.get("loss", math.inf))
-        if stop:
-            manager.wait_until_finished()
-            raise KeyboardInterrupt(f"stopped after step {step}, which is saved; the same command goes on from there")
-    manager.wait_until_finished()
+        if config.saves(step):
+            log.read(*pending)  # nothing is saved that is not finite
+            pending, measured = None, {}
+            if evaluate is not None and (step == config.steps or step % config.eval_every == 0):
+                measured = evaluate(model_of(graph, state))
+                log.write_evaluation(step, measured)
+            save(step, measured)
+            if step == config.steps:
+                run_folder.finish(manager)
     return model_of(graph, state)
 
 
@@ -325,14 +362,6 @@ def make_mesh(fsdp: int, tensor: int) -> Mesh | None:
       ValueError: devices that are not there.
     """
     return None if jax.device_count() == fsdp == tensor == 1 else sharding.make_mesh(fsdp=fsdp, tensor=tensor)
-
-
-def of_first_process(data: bytes) -> bytes:
-    """What the first process has, in all of them; the others may give b""."""
-    if jax.process_count() == 1:
-        return data
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
-    return multihost_utils.broadcast_one_to_all(np.frombuffer(data.ljust(size, b"\0"), np.uint8)).tobytes()
 
 
 def perplexity(nats: float) -> float:
@@ -359,6 +388,8 @@ def _signals() -> Iterator[threading.Event]:
         if event.is_set():
             raise KeyboardInterrupt
         event.set()
+        note = b"\nstops when the step, or the evaluation, is finished and saved; a second time: at once\n"
+        os.write(2, note)  # what Python buffers must not be written from here
 
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -34,7 +34,7 @@ import tyro
 from flax import nnx
 from tqdm import tqdm
 
-from experiments import parallel_text, run_folder, training
+from experiments import command_line, parallel_text, run_folder, training
 from experiments.language_modeling import draw
 from experiments.parallel_text import Pairs, Sentences, Subwords
 from experiments.translation_presets import PAPER, Size, find
@@ -42,6 +42,23 @@ from fwt_jax import decode
 from fwt_jax.encoder_decoder import EncoderDecoder
 
 RUNS = pathlib.Path("runs/translation")
+# What the command line calls the settings in run.json; of others, --preset decides.
+OPTIONS = {
+    "training.steps": "--steps",
+    "training.learning_rate": "--learning-rate",
+    "training.warmup": "--warmup",
+    "training.accumulate": "--accumulate",
+    "training.seed": "--seed",
+    "model.dropout": "--dropout",
+    "model.vocab_size": "the number of subwords",
+    "batch.tokens": "--tokens",
+    "batch.max_length": "--max-length",
+    "rows.multiple": "the number of devices, times --accumulate,",
+    "subwords.asked for": "--vocabulary",
+    "subwords.sha256": "subwords.model (SHA-256)",
+    "text.train": "the pairs to train on (SHA-256)",
+    "text.validation": "the pairs of validation (SHA-256)",
+}
 MEMORY = 2**30  # bytes of a device that the memories of a batch of translations may take
 
 
@@ -115,7 +132,7 @@ def settings(config: Config) -> Size:
         ("seed", 0),
     ):
         value = getattr(config, name)
-        if value is not None and value < least:
+        if value is not None and not least <= value < math.inf:
             raise ValueError(f"{name} must be at least {least}, got {value}")
     recipe = dataclasses.replace(size.training, **given(steps=config.steps, accumulate=config.accumulate))
     warmup = size.training.warmup * min(recipe.steps, size.training.steps) // size.training.steps
@@ -311,6 +328,7 @@ def run(config: Config) -> dict:
         out,
         evaluate=evaluate,
         identity=identity,
+        words=run_folder.words(size.training, identity, OPTIONS),
         mesh=mesh,
     )
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
@@ -353,12 +371,16 @@ def _subwords(path, train, size):
             if not path.exists():
                 raise ValueError(f"{path.parent} holds another run, without {path.name}; name another folder")
             model = path.read_bytes()
+            try:
+                len(Subwords(model))
+            except RuntimeError as error:
+                raise ValueError(f"{path} is damaged ({error}); put back a copy") from error
         else:
             print(f"making {size:,} subwords of {len(train.source):,} pairs")
             model = Subwords.train(train, size).model
             path.with_suffix(".tmp").write_bytes(model)
             os.replace(path.with_suffix(".tmp"), path)
-    return Subwords(training.of_first_process(model))
+    return Subwords(run_folder.of_first_process(model))
 
 
 def _score_part(config, model, subwords, pairs, name, multiple, mesh, out):
@@ -402,18 +424,15 @@ def table(results: list[dict]) -> str:
 def main(config: Config):
     if config.table:
         out = config.out or RUNS
-        results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("**/results.json"))]
-        results = [row for row in results if "references" in row]  # of this experiment
+        results = run_folder.results(out, "references", table)
         print(table(results) if results else f"{out}/ has no results of translation; train first, or name --out")
         return
     find(config.preset)
     if config.distributed:
         jax.distributed.initialize()
-    try:
-        run(config)
-    except KeyboardInterrupt as error:
-        raise SystemExit(str(error) or "interrupted; the same command goes on from the last checkpoint") from None
+    run(config)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    with command_line.one_line():
+        main(tyro.cli(Config, description=__doc__))

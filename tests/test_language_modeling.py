@@ -186,8 +186,18 @@ def test_a_run_with_another_vocabulary_is_refused(small_demo, book, tmp_path):
     config = lm.Config(text=(book,), out=tmp_path / "run", sample=0)
     lm.main(config)
     book.write_text("zebra?\n" * 100 + book.read_text())
-    with pytest.raises(ValueError, match=r"holds another run: .*vocabulary.size was 22 and is 26"):
+    with pytest.raises(ValueError, match=r"holds another run: .*number of words in the vocabulary was 22 and is 26"):
         lm.main(config)
+
+
+def test_another_preset_in_the_folder_is_refused_in_the_words_of_the_command_line(small_demo, book, tmp_path):
+    config = lm.Config(text=(book,), out=tmp_path, sample=0)
+    lm.main(config)
+    words = r"--batch-size was 8 and is 16; d_ff of --preset was 32 and is 64; --steps \(on .* depends\) was 6 and is 9"
+    demo = PRESETS["demo"]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match=words):
+        patch.setitem(PRESETS, "demo", dataclasses.replace(demo, model=dataclasses.replace(demo.model, d_ff=64)))
+        lm.main(dataclasses.replace(config, batch_size=16, steps=9))
 
 
 def test_runs_on_a_mesh_and_refuses_batches_that_do_not_fit(small_demo, book, tmp_path):
@@ -260,6 +270,16 @@ def test_the_table_is_of_a_folder(tmp_path, capsys):
     assert "3.50" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("", "results.json is not whole JSON"), ('{"evaluation": 1}', r"results.json is not whole \(KeyError: ")],
+)
+def test_results_that_are_broken_name_their_file(content, words, tmp_path):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(ValueError, match=words):
+        lm.main(lm.Config(table=True, out=tmp_path))
+
+
 # --- the comparison --------------------------------------------------------------------------------------------------
 
 
@@ -276,7 +296,7 @@ def test_the_comparison_trains_every_model_and_goes_on(tmp_path, monkeypatch):
     assert comparison.run(config, "softmax", 1) == results[0]
     paths[2].write_text("Another test text .\n" * 60)
     assert comparison.run(config, "softmax", 1)["test"] != results[0]["test"]
-    with pytest.raises(ValueError, match=r"holds another run: training.steps was 2 and is 3"):
+    with pytest.raises(ValueError, match=r"holds another run: --steps \(on which .* depends\) was 2 and is 3"):
         comparison.run(dataclasses.replace(config, steps=3), "softmax", 1)
     twice = dataclasses.replace(config, test=(paths[2], tmp_path / "other" / "test.txt"))
     with pytest.raises(ValueError, match=r"the names of the texts must differ, .* got valid, test, test"):

@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import hashlib
 import json
+import math
 import pathlib
 import subprocess
 import sys
@@ -290,11 +291,16 @@ def test_a_run_is_not_mixed_with_another(trained, tmp_path):
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(ValueError, match=r"holds another run, without subwords\.model; name another"):
         translation.run(dataclasses.replace(config, out=tmp_path))
+    (tmp_path / "subwords.model").write_bytes(b"pieces")
+    with pytest.raises(ValueError, match=r"subwords\.model is damaged \(.*; put back a copy"):
+        translation.run(dataclasses.replace(config, out=tmp_path))
     with pytest.raises(ValueError, match=r"must be one, and .*run\.json is a file"):
         translation.run(dataclasses.replace(config, out=tmp_path / "run.json"))
-    with pytest.raises(ValueError, match=r"subwords.asked for was 320 and is 330"):
+    with pytest.raises(ValueError, match=r"--vocabulary was 320 and is 330"):
         translation.run(dataclasses.replace(config, vocabulary=330))
-    with pytest.raises(ValueError, match=r"text.validation was '.*' and is"):  # the best is the best of one text
+    with pytest.raises(
+        ValueError, match=r"the pairs of validation \(SHA-256\) was '.*' and is"
+    ):  # the best is the best of one text
         translation.run(dataclasses.replace(config, validation=config.parallel))
 
 
@@ -398,6 +404,7 @@ def test_presets_are_the_papers():
         ({"tokens": 0}, "tokens must be at least 1, got 0"),
         ({"beam_size": 0}, "beam_size must be at least 1, got 0"),
         ({"length_penalty": -0.5}, "length_penalty must be at least 0, got -0.5"),
+        ({"length_penalty": math.nan}, "length_penalty must be at least 0, got nan"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"max_length": 1}, "max_length must be at least 2, got 1"),
         ({"dropout": 1.0}, "dropout must be in"),

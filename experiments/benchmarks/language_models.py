@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,8 @@ import numpy as np
 import tyro
 from flax import nnx
 
+from experiments import command_line, training
 from experiments import language_model_evaluation as evaluation
-from experiments import training
 from experiments.language_model_presets import DELTA, NO_POSITIONS, SOFTMAX, SUM
 from experiments.language_modeling import loss
 from fwt_jax.models import DecoderLM, ModelConfig
@@ -35,8 +36,12 @@ class Config:
 
     rounds: int = 5
     """How often each is timed."""
-    parts: tuple[str, ...] = ("train", "decode", "window")
+    parts: tuple[Literal["train", "decode", "window"], ...] = ("train", "decode", "window")
     """Which of the three."""
+
+    def __post_init__(self):
+        if self.rounds < 1:
+            raise ValueError(f"rounds must be at least 1, got {self.rounds}")
 
 
 def timed(calls: dict, rounds: int) -> dict:
@@ -132,4 +137,5 @@ def main(config: Config):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    with command_line.one_line():
+        main(tyro.cli(Config, description=__doc__))

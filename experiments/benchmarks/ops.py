@@ -36,6 +36,7 @@ import tyro
 from jax import lax
 
 import fwt_jax
+from experiments import command_line
 
 BATCH, HEADS = 2, 4
 
@@ -50,6 +51,10 @@ class Config:
     """Pairs of T and K = V."""
     repeats: int = 7
     """Calls timed of each form, after one that is not."""
+
+    def __post_init__(self):
+        if self.repeats < 1:
+            raise ValueError(f"repeats must be at least 1, got {self.repeats}")
 
 
 def naive_scan(query, key, value, beta):
@@ -156,4 +161,5 @@ def main(config: Config):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    with command_line.one_line():
+        main(tyro.cli(Config, description=__doc__))

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import optax
 import tyro
 
+from experiments import command_line
 from experiments.retrieval_model import Model, Task, draw_projection, make_step, sample_pairs
 from fwt_jax import feature_maps
 
@@ -54,6 +55,11 @@ class Config:
     """Steps in one jitted scan."""
     repeats: int = 5
     """Scans timed, after one that is not."""
+
+    def __post_init__(self):
+        for name in ("steps", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 def milliseconds(function, *args, steps: int, repeats: int) -> tuple[float, float]:
@@ -131,5 +137,6 @@ def time_parts(config: Config, num_keys: int = 600, batch: int = 32):
 
 
 if __name__ == "__main__":
-    settings = tyro.cli(Config, description=__doc__)
-    time_parts(settings) if settings.parts else time_steps(settings)
+    with command_line.one_line():
+        settings = tyro.cli(Config, description=__doc__)
+        time_parts(settings) if settings.parts else time_steps(settings)

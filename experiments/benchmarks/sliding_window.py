@@ -18,6 +18,7 @@ import io
 import pathlib
 import sys
 import types
+from typing import Literal
 
 import jax
 import numpy as np
@@ -25,6 +26,7 @@ import torch
 import tyro
 from flax import nnx
 
+from experiments import command_line
 from experiments import language_model_evaluation as evaluation
 from experiments.benchmarks.language_models import timed
 from fwt_jax import convert
@@ -48,8 +50,13 @@ class Config:
     """How often each is timed."""
     batches: tuple[int, ...] = (1, 4, 16)
     """Windows that we read at once."""
-    models: tuple[str, ...] = tuple(MODELS)
-    """Which of softmax, sum and delta."""
+    models: tuple[Literal["softmax", "sum", "delta"], ...] = tuple(MODELS)
+    """Which of the three."""
+
+    def __post_init__(self):
+        for name in ("windows", "rounds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 def delta(query, key, value, beta, left, inserted, fast_weights, out):
@@ -129,4 +136,5 @@ def main(config: Config):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    with command_line.one_line():
+        main(tyro.cli(Config, description=__doc__))

@@ -29,6 +29,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 import fwt_jax
+from experiments import command_line
 from experiments.benchmarks import ops
 
 CHIPS = {  # topology, GHz, GB/s
@@ -163,4 +164,5 @@ def main(config: Config):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    with command_line.one_line():
+        main(tyro.cli(Config, description=__doc__))

@@ -10,6 +10,7 @@ experiments/README.md.
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ import numpy as np
 import tyro
 from flax import nnx
 
-from experiments import training
+from experiments import command_line, training
 from experiments.benchmarks.language_models import timed
 from experiments.translation import loss
 from experiments.translation_presets import find
@@ -35,8 +36,12 @@ class Config:
 
     rounds: int = 5
     """How often each is timed."""
-    parts: tuple[str, ...] = ("train", "decode")
+    parts: tuple[Literal["train", "decode"], ...] = ("train", "decode")
     """Which of the two."""
+
+    def __post_init__(self):
+        if self.rounds < 1:
+            raise ValueError(f"rounds must be at least 1, got {self.rounds}")
 
 
 def model_of(preset: str) -> EncoderDecoder:
@@ -108,4 +113,5 @@ def main(config: Config):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    with command_line.one_line():
+        main(tyro.cli(Config, description=__doc__))
