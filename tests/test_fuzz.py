@@ -219,7 +219,7 @@ def _draw_arrays(call, rng):
         x /= np.linalg.norm(x, axis=-1, keepdims=True)
         return x * rng.uniform(0.1, 1, (*tokens, 1)) if rng.random() < 0.5 else x
 
-    # A read that is divided does not depend on the β of a first write, and its gradient is a difference of terms in 1/β.
+    # A read that is divided does not depend on the β of a first write: its gradient is a difference of terms in 1/β.
     beta = {"one": np.ones(tokens), "to one": rng.uniform(0.05, 1, tokens), "to two": rng.uniform(0.05, 2, tokens)}
     arrays = {
         "query": features(),
