@@ -373,18 +373,15 @@ class EncoderDecoder(nnx.Module):
         mask = source != self.config.pad_id
         x = self._embed(source, 0, rngs)
 
-        def call(block, x, before, rngs):
-            return block(x, mask, rngs), before
-
-        x, _ = self._through(call, self.encoder, x, (None,) * len(self.encoder), rngs)
+        x, _ = self._through(_read_source, self.encoder, x, (None,) * len(self.encoder), mask, rngs)
         return Encoded(x if self.encoder_norm is None else self.encoder_norm(x), mask)
 
     def _decode(self, tokens, position, memory, sources, rngs):
-        def call(block, x, before, rngs):
-            return block(x, before[0], sources if isinstance(sources, Encoded) else before[1], rngs)
-
-        taken = tuple((before, None if isinstance(sources, Encoded) else sources[i]) for i, before in enumerate(memory))
-        x, memories = self._through(call, self.decoder, self._embed(tokens, position, rngs), taken, rngs)
+        encoded = sources if isinstance(sources, Encoded) else None
+        taken = tuple(zip(memory, sources if encoded is None else (None,) * len(memory), strict=True))
+        x, memories = self._through(
+            _read_target, self.decoder, self._embed(tokens, position, rngs), taken, encoded, rngs
+        )
         return x if self.decoder_norm is None else self.decoder_norm(x), memories
 
     def _embed(self, tokens, position, rngs):
@@ -395,11 +392,21 @@ class EncoderDecoder(nnx.Module):
     def _tokens(self, name, x, least=0):
         return output_layer.integers(name, x, self.config.vocab_size - 1, axes="[rows ≥ 1, length ≥ 1]", least=least)
 
-    def _through(self, call, blocks, x, memories, rngs):
-        return through_blocks(call, blocks, x, memories, rngs, scan=self.config.scan, remat=self.config.remat)
+    def _through(self, call, blocks, x, memories, shared, rngs):
+        how = {"scan": self.config.scan, "remat": self.config.remat}
+        return through_blocks(call, blocks, x, memories, shared, rngs, **how)
 
     def _output(self):
         return self.embedding[...], jnp.zeros(self.config.vocab_size, jnp.float32)
+
+
+def _read_source(block, x, before, mask, rngs):
+    return block(x, mask, rngs), before
+
+
+def _read_target(block, x, before, encoded, rngs):
+    memory, source = before
+    return block(x, memory, source if encoded is None else encoded, rngs)
 
 
 def _layer_norm(config, rngs):

@@ -303,10 +303,8 @@ class DecoderLM(nnx.Module):
         if len(memory) != config.num_layers:
             raise ValueError(f"memory must have one for each of {config.num_layers} blocks, got {len(memory)}")
 
-        def call(block, x, before, rngs):
-            return block(x, before, rngs=rngs, **options)
-
-        x, memories = through_blocks(call, self.blocks, x, memory, rngs, scan=config.scan, remat=config.remat)
+        how = {"scan": config.scan, "remat": config.remat}
+        x, memories = through_blocks(_read_block, self.blocks, x, memory, options, rngs, **how)
         return dropout(x, config.dropout, rngs), memories
 
     def log_probabilities(self, hidden):
@@ -334,11 +332,17 @@ class DecoderLM(nnx.Module):
         return self.embedding[...], self.output_bias[...], *clusters
 
 
-def through_blocks(call, blocks, x, memories, rngs, *, scan: bool, remat: bool):
-    """x through all blocks, one after another: ``x, after = call(block, x, before, rngs)`` -> x, (after, ...).
+def _read_block(block, x, before, options, rngs):
+    return block(x, before, rngs=rngs, **options)
+
+
+def through_blocks(call, blocks, x, memories, shared, rngs, *, scan: bool, remat: bool):
+    """x through all blocks, one after another: ``x, after = call(block, x, before, shared, rngs)`` -> x, (after, ...).
 
     Args:
+      call: a function that is the same object in every call, or what is scanned is compiled anew outside of jax.jit.
       memories: what each block takes, trees of one shape.
+      shared: what all of them take, a tree.
       scan: by ``lax.scan`` over the parameters of equal blocks, put into one array: one block is compiled instead of
         all. Random numbers are others. Not for a single token, where putting memories together costs more than the
         blocks themselves.
@@ -347,20 +351,24 @@ def through_blocks(call, blocks, x, memories, rngs, *, scan: bool, remat: bool):
     if not scan or x.shape[1] == 1:
         call, after = _recomputed(call) if remat else call, []
         for block, before in zip(blocks, memories, strict=True):
-            x, memory = call(block, x, before, rngs)
+            x, memory = call(block, x, before, shared, rngs)
             after.append(memory)
         return x, tuple(after)
     graphs, states = zip(*(nnx.split(block) for block in blocks), strict=True)
     names = [name for name in ("dropout", "projection") if rngs is not None and (name in rngs or "default" in rngs)]
     keys = {name: jax.random.split(rngs[name](), len(graphs)) for name in names}
+    return _scan_blocks(states, x, tuple(memories), shared, keys, call=call, graph=graphs[0], remat=remat)
 
+
+@functools.partial(jax.jit, static_argnames=("call", "graph", "remat"))
+def _scan_blocks(states, x, memories, shared, keys, *, call, graph, remat):
     def body(x, inputs):
         state, before, keys = inputs
-        return call(nnx.merge(graphs[0], state), x, before, nnx.Rngs(**keys) if keys else None)
+        return call(nnx.merge(graph, state), x, before, shared, nnx.Rngs(**keys) if keys else None)
 
     stacked, before = (jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees) for trees in (states, memories))
     x, after = lax.scan(jax.checkpoint(body) if remat else body, x, (stacked, before, keys))
-    return x, tuple(jax.tree.map(lambda leaf, i=i: leaf[i], after) for i in range(len(graphs)))
+    return x, tuple(jax.tree.map(lambda leaf, i=i: leaf[i], after) for i in range(len(states)))
 
 
 def _recomputed(call):
@@ -370,16 +378,16 @@ def _recomputed(call):
     outer trace (``jax.jit``, a scan) refuses that.
     """
 
-    def of_modules(block, x, before, rngs):
+    def of_modules(block, x, before, shared, rngs):
         graph, state = nnx.split((block, rngs))
 
         @jax.checkpoint
-        def of_arrays(state, x, before):
+        def of_arrays(state, x, before, shared):
             block, rngs = nnx.merge(graph, state)
-            x, memory = call(block, x, before, rngs)
+            x, memory = call(block, x, before, shared, rngs)
             return x, memory, nnx.state(rngs, nnx.RngCount)
 
-        x, memory, counts = of_arrays(state, x, before)
+        x, memory, counts = of_arrays(state, x, before, shared)
         if rngs is not None:
             nnx.update(rngs, counts)
         return x, memory

@@ -11,6 +11,7 @@ Letters: B batch, T tokens, N tokens of all sequences, V vocabulary, D d_model. 
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import jax
@@ -73,7 +74,11 @@ def losses(x: jax.Array, targets: jax.Array, output: tuple[jax.Array, ...], cuto
     """
     shape = x.shape[:-1]
     targets = integers("targets", targets, len(output[0]) - 1, axes=str(list(shape)), shape=shape, least=None)
+    return _losses_of_batch(x, targets, output, cutoffs=tuple(cutoffs))
 
+
+@functools.partial(jax.jit, static_argnames="cutoffs")  # else its scans compile anew at each call outside of jit
+def _losses_of_batch(x, targets, output, *, cutoffs):
     def of_rows(rows, output):
         x, targets = rows
         return _losses(x.reshape(-1, x.shape[-1]), targets.reshape(-1), output, cutoffs).reshape(targets.shape)
