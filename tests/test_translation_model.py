@@ -605,7 +605,14 @@ def test_a_source_that_is_none(rule, change, words):
 
 
 @pytest.mark.parametrize("name", ["relu", "relu_squared"])
-def test_features_that_can_all_be_zero_are_not_divided_by_their_sum(name):
-    config = dataclasses.replace(TINY, decoder=Attention("delta", name, feature_normalization="sum"))
-    with pytest.raises(ValueError, match="of head_size 8, are not finite: those of ReLU"):
-        EncoderDecoder(config, rngs=nnx.Rngs(0))
+def test_features_that_are_all_zero_stay_zero(name):
+    """Those of keys that are all negative, and of all zeros, divide nothing by zero."""
+    config = dataclasses.replace(TINY, decoder=Attention("delta", name, feature_normalization="sum", normalize=False))
+    model = EncoderDecoder(config, rngs=nnx.Rngs(0))
+    for block in model.decoder:
+        block.attention.key.kernel[...] *= 0
+        block.attention.key.bias[...] -= 1
+        block.attention.query.kernel[...] *= 0
+    tokens = jnp.array([[5, 6, 7, 3]])
+    loss = lambda model: jnp.sum(model.losses(tokens, tokens))  # noqa: E731
+    chex.assert_tree_all_finite(nnx.jit(nnx.value_and_grad(loss))(model))
