@@ -1,7 +1,8 @@
 """Training: one loop for every experiment. It survives interruption at any moment, and goes on bit for bit.
 
     state, run folder:  train(make_model, loss, batches, config, out, ...)
-    out/checkpoints/    the last few and the best, by orbax: model, optimizer, memory, position in the data
+    out/checkpoints/    the last few and the best, by orbax: model, optimizer, memory, position in the data; each has
+                        the SHA-256 of its files, so that damage is told, and the one before it is taken
     out/metrics.jsonl   one line for every ``log_every`` steps and every evaluation; out/tensorboard/ has the same
     out/run.json        what the run is: a run with other settings is refused, not mixed with it; those that change no
                         number (FREE, and ``steps`` where the schedule has no end) may be others
