@@ -121,7 +121,13 @@ def over_batch(function, rows, shared):
     )
     if not axes or len(jax.tree.leaves(rows)[0]) % _size(mesh, axes):
         return function(rows, shared)
-    return jax.shard_map(function, in_specs=(P(axes), P()), out_specs=P(axes), axis_names=set(axes))(rows, shared)
+
+    def of_device(rows, shared):
+        # The gradient of shared is summed over the devices where it becomes each device's own. That is here and not
+        # where it is first used, which may be a branch that other devices do not take: they would wait for ever.
+        return function(rows, jax.lax.pcast(shared, axes, to="varying"))
+
+    return jax.shard_map(of_device, in_specs=(P(axes), P()), out_specs=P(axes), axis_names=set(axes))(rows, shared)
 
 
 def _size(mesh, axes):

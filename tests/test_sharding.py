@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from experiments import text, training
-from fwt_jax import sharding
+from fwt_jax import output_layer, sharding
 from fwt_jax.models import DecoderLM, ModelConfig
 
 TINY = ModelConfig(vocab_size=96, cutoffs=(32,), num_layers=2, d_model=32, d_ff=64, num_heads=4, head_size=8, dropout=0)
@@ -124,6 +124,26 @@ def test_the_output_layer_is_computed_once_for_each_row():
             return jax.jit(jax.grad(mean)).lower(params, batch).compile().cost_analysis()["flops"]
 
     assert flops(sharding.make_mesh()) < flops(None) / 6
+
+
+@pytest.mark.parametrize("cutoffs", [(), (5, 11)])
+def test_devices_may_differ_in_what_they_skip(cutoffs):
+    """All targets of one device are ignored, and rare words are on another one alone."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    targets = jax.random.randint(keys[0], (8, 3), 0, 5).at[2].set(-1).at[5, 1].set(17)
+    x, weights = jax.random.normal(keys[1], (8, 3, 4)), jax.random.normal(keys[2], (8, 3))
+    clusters = (jax.random.normal(keys[3], (len(cutoffs), 4)), jnp.zeros(len(cutoffs))) if cutoffs else ()
+    output = (jax.random.normal(keys[4], (20, 4)), jnp.zeros(20), *clusters)
+
+    def total(x, output):
+        return jnp.sum(weights * output_layer.losses(x, targets, output, cutoffs))
+
+    def gradients():
+        return jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(x, output)
+
+    with jax.set_mesh(sharding.make_mesh()):
+        spread = gradients()
+    chex.assert_trees_all_close(spread, gradients(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
