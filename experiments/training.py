@@ -211,10 +211,11 @@ def make_step(graph: nnx.GraphDef, loss: Loss, config: TrainConfig):
             zeros = (jax.tree.map(jnp.zeros_like, state.params), jnp.zeros(()), jnp.zeros(()))
             (gradients, losses, count), memory = jax.lax.scan(part, zeros, inputs)
             memory = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), memory)
-        gradients = jax.tree.map(lambda x: x / count, gradients)
+        some = jnp.maximum(count, 1)  # where all targets are ignored nothing is learned
+        gradients = jax.tree.map(lambda x: x / some, gradients)
         updates, moments = update(gradients, state.optimizer, state.params)
         metrics = {
-            "loss": losses / count,
+            "loss": losses / some,
             "tokens": count,
             "gradient_norm": optax.tree.norm(gradients),
             "learning_rate": rate(state.step),
