@@ -28,7 +28,9 @@ def ended(*arguments):
     ],
 )
 def test_a_program_ends_with_one_line(body, code, words):
-    program = f"import os, signal\nfrom experiments import command_line\nwith command_line.one_line():\n {body}"
+    # A shell's "&" has SIGINT ignored, and what is ignored is inherited.
+    program = "import os, signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    program += f"from experiments import command_line\nwith command_line.one_line():\n {body}"
     process = ended("-c", program)
     assert (process.returncode, process.stderr) == (code, words)
 
