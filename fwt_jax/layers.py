@@ -138,7 +138,7 @@ class FastWeightAttention(nnx.Module):
         Raises:
           ValueError: x, memory or segment_ids of the wrong shape or dtype.
         """
-        x, segment_ids = _checked_input(x, self.in_features), _checked_segments(segment_ids)
+        x, segment_ids = _checked_input(x, self.in_features, segment_ids)
         if memory is not None:
             batch, way_out = len(x), f"layer.init_memory({len(x)}) makes an empty one"
             _check_kind(memory, Memory, way_out)
@@ -332,9 +332,9 @@ class SoftmaxAttention(nnx.Module):
           ValueError: x, memory or segment_ids of the wrong shape or dtype, or a full cache. Where the length is traced
             (``jax.jit``) nothing can raise: there y is NaN for the rows whose cache is full.
         """
-        x = _checked_input(x, self.in_features)
+        x, segment_ids = _checked_input(x, self.in_features, segment_ids)
         batch, num_tokens, _ = x.shape
-        reset = attention.resets(_checked_segments(segment_ids), batch, num_tokens)
+        reset = attention.resets(segment_ids, batch, num_tokens)
         query, key, value = self.query(x), self.key(x), self.value(x)
         length = goes_on = jnp.zeros(batch, jnp.int32)
         if memory is not None:
@@ -445,20 +445,15 @@ def _at_least_float32(x):
     return x.astype(attention.computation_dtype(x.dtype))
 
 
-def _checked_input(x, in_features):
-    """x as an array ``[B, T, in_features]``."""
-    x = jnp.asarray(x)
+def _checked_input(x, in_features, segment_ids=None):
+    """x, ``[B, T, in_features]``, and segment_ids as arrays."""
+    x, segment_ids = jnp.asarray(x), None if segment_ids is None else jnp.asarray(segment_ids)
     if x.ndim != 3 or x.shape[-1] != in_features or x.shape[1] == 0 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
             f"x must be floating point and [B, T, {in_features}] with T ≥ 1, got {x.dtype}{list(x.shape)}; "
             "for one token or one sequence add an axis of length 1, e.g. x[:, None]"
         )
-    return x
-
-
-def _checked_segments(segment_ids):
-    """Lists as arrays, of NumPy: JAX would make int32 of them, where large ids could become equal."""
-    return segment_ids if segment_ids is None or hasattr(segment_ids, "shape") else np.asarray(segment_ids)
+    return x, segment_ids
 
 
 def _check_kind(memory, kind, way_out):

@@ -98,7 +98,7 @@ class RelativeAttention(nnx.Module):
         Returns:
           y, as x, and the memory: the last M of the tokens before and these, in the dtype of the memory before.
         """
-        x = _checked_input(x, self.in_features)
+        x, _ = _checked_input(x, self.in_features)
         batch, way_out = len(x), f"layer.init_memory({len(x)}) makes an empty one"
         memory = self.init_memory(batch, x.dtype) if memory is None else memory
         _check_kind(memory, SegmentMemory, way_out)
