@@ -14,6 +14,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from fwt_jax import memory as memory_lib
@@ -118,7 +119,7 @@ def fast_weight_attention(
     References:
       Schlag, Irie & Schmidhuber 2021 (eq. 17-28); Katharopoulos et al. 2020; Yang et al. 2024 (chunks), 2025 (decay).
     """
-    query, key, value, segment_ids = _arrays(query=query, key=key, value=value, segment_ids=segment_ids)
+    query, key, value = _arrays(query=query, key=key, value=value)
     _check_qkv(query, key, value)
     batch, length, heads, key_size = key.shape
     if query.shape != key.shape:
@@ -190,6 +191,7 @@ def _attend(
     memory = _start(memory, key, value, dtype)
     key_sum, recall_scale = memory.key_sum, None
     if normalize:
+        query = _scaled_query(query, eps)
         summed = beta[..., None] * key if rule == "sum" else key
         found, left = over_heads(memory_lib.key_sums, out_axes=1)(key_sum, summed, log_decay, reset)
         key_sum = left[:, -1]
@@ -204,8 +206,22 @@ def _attend(
     else:
         out, fast_weights = recurrent(*inputs, rule=rule)
     if normalize:
-        out = out / (jnp.sum(left * query, axis=-1, keepdims=True) + eps)
+        out = _divided(out, jnp.sum(left * query, axis=-1, keepdims=True), eps)
     return out.astype(out_dtype), Memory(fast_weights, key_sum)
+
+
+def _scaled_query(query, eps):
+    """With eps = 0 a normalised read does not depend on the length of q: where that is tiny, zᵀq must not be zero."""
+    if eps != 0:
+        return query
+    largest = lax.stop_gradient(jnp.max(jnp.abs(query), axis=-1, keepdims=True))
+    return query / jnp.where(largest == 0, 1, largest)
+
+
+def _divided(out, mass, eps):
+    """out / (mass + eps); with eps = 0 its gradient has no square of a tiny mass, which would be zero."""
+    scale = lax.stop_gradient(1 / mass) if eps == 0 else 1
+    return out * scale / (mass * scale + eps)
 
 
 def _retrieval(key_sum, found, key, beta, log_decay, reset, eps):
@@ -286,6 +302,7 @@ def fast_weight_cross_attention(
         written = jnp.where(key_mask[:, :, None, None], written, 0)
         value = jnp.where(key_mask[:, :, None, None], value, 0)
     precision = products_precision(precision, query, key, value)
+    query = _scaled_query(query.astype(dtype), eps) if normalize else query
     outer = jnp.einsum("bshk,bshv->bhkv", written, value.astype(dtype), precision=precision)
     after = Memory(memory.fast_weights + outer, memory.key_sum + jnp.sum(written, axis=1))
     reads, key_size, value_size = query.shape[1], key.shape[-1], value.shape[-1]
@@ -293,7 +310,7 @@ def fast_weight_cross_attention(
         scores = jnp.einsum("bthk,bshk->bhts", query.astype(dtype), written, precision=precision)
         out = jnp.einsum("bhts,bshv->bthv", scores, value.astype(dtype), precision=precision)
         if normalize:
-            out = out / (jnp.swapaxes(jnp.sum(scores, axis=-1), 1, 2)[..., None] + eps)
+            out = _divided(out, jnp.swapaxes(jnp.sum(scores, axis=-1), 1, 2)[..., None], eps)
     else:
         out = _read(query, after, normalize, eps, precision)
     return out.astype(value.dtype), after
@@ -343,10 +360,11 @@ def _read(query, memory, normalize, eps, precision):
             f"got {list(memory.key_sum.shape)}"
         )
     dtype = memory.fast_weights.dtype
+    query = _scaled_query(query.astype(dtype), eps) if normalize else query
     out = jnp.einsum("bthk,bhkv->bthv", query.astype(dtype), memory.fast_weights, precision=precision)
     if normalize:
         mass = jnp.einsum("bthk,bhk->bth", query.astype(dtype), memory.key_sum, precision=lax.Precision.HIGHEST)
-        out = out / (mass[..., None] + eps)
+        out = _divided(out, mass[..., None], eps)
     return out
 
 
@@ -490,7 +508,8 @@ def resets(segment_ids, batch, length):
     """True where a token's segment differs from the one before it; None without segments."""
     if segment_ids is None:
         return None
-    (segment_ids,) = _arrays(segment_ids=segment_ids)
+    if not isinstance(segment_ids, np.ndarray):  # of which JAX would make int32, where some ids are the same
+        (segment_ids,) = _arrays(segment_ids=segment_ids)
     if segment_ids.shape != (batch, length) or not jnp.issubdtype(segment_ids.dtype, jnp.integer):
         raise ValueError(
             f"segment_ids must be integers [B, T] = [{batch}, {length}], "

@@ -237,7 +237,7 @@ class TranslationMemory(NamedTuple):
     """What decoding takes along.
 
     Attributes:
-      position: tokens of the target so far, int32 ``[]``.
+      position: tokens of the target so far, int32 ``[]``. To take tokens back, set it back with the caches' lengths.
       decoder: for each block the memory of its self-attention, ``[B·R, ...]``: what differs between hypotheses.
       source: for each block that of the source, ``[B, ...]``, which the hypotheses of a sentence share.
     """

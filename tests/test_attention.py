@@ -368,3 +368,34 @@ def test_read_is_the_last_read_of_a_causal_call(normalize, x64):
     memory = fwt_jax.Memory(fast_weights, key_sum)
     again = fwt_jax.read(jnp.asarray(arrays["query"][:, -1:]), memory, normalize=normalize)
     chex.assert_trees_all_close(again, out[:, -1:], rtol=1e-12, atol=1e-13)
+
+
+def test_a_query_of_any_length_reads_the_same_with_eps_zero():
+    """Features of FAVOR+ may be as small as exp(−60), and the product of two of them is no float32."""
+    arrays = random_inputs(Case(normalize="read", length=11))
+    query, key, value = (jnp.asarray(arrays[name], jnp.float32) for name in ("query", "key", "value"))
+    tiny = float(np.exp(-60))
+
+    def reads(query, key):
+        options = {"normalize": "read", "eps": 0.0}
+        out, memory = fwt_jax.fast_weight_attention(query, key, value, rule="sum", **options)
+        cross, _ = fwt_jax.fast_weight_cross_attention(query, key, value, **options)
+        return out, cross, fwt_jax.read(query, memory, **options)
+
+    def gradient(query, key):
+        return jax.grad(lambda query: sum(jnp.sum(jnp.sin(x)) for x in reads(query, key)))(query)
+
+    want, want_gradient = jax.jit(reads)(query, key), jax.jit(gradient)(query, key)
+    chex.assert_trees_all_close(jax.jit(reads)(tiny * query, tiny * key), want, rtol=1e-5, atol=1e-6)
+    got = tiny * jax.jit(gradient)(tiny * query, tiny * key)
+    chex.assert_trees_all_close(got, want_gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_segments_of_large_ids_are_told_apart():
+    """2³² is 0 in the 32 bits that JAX keeps of it."""
+    arrays = random_inputs(Case(length=6))
+    tokens = [jnp.asarray(arrays[name], jnp.float32) for name in ("query", "key", "value", "beta")]
+    ids = np.broadcast_to(np.array([0, 0, 2**32, 2**32, 0, 0]), (2, 6))
+    out, _ = fwt_jax.fast_weight_attention(*tokens, segment_ids=ids)
+    want, _ = fwt_jax.fast_weight_attention(*tokens, segment_ids=ids // 2**32)
+    chex.assert_trees_all_equal(out, want)
