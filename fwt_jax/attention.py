@@ -77,7 +77,8 @@ def fast_weight_attention(
       beta: write strength, ``[B, T, H]``; in (0, 1) in the paper, up to 2 with unit keys. "delta" and "fwm" need it;
         1 for "sum" if not given.
       log_decay: log α, finite and ≤ 0, ``[B, T, H]`` (per head) or ``[B, T, H, K]`` (per key channel); no decay
-        if not given. What is below −200 (float64: −1000) counts as that, and forgets all.
+        if not given. What is below −200 (float64: −1000) counts as that, and forgets all. (Attention normalisation
+        alone knows what has decayed to less than float32 from what was never written, see ``normalize``.)
       rule: the update rule.
       memory: where to start, what an earlier call returned; empty if not given. For "fwm" in chunks ‖W‖ ≤ 1000.
       segment_ids: integers ``[B, T]``, for packed sequences. The memory is dropped before each token whose id differs
@@ -99,6 +100,7 @@ def fast_weight_attention(
       implementation: "xla" is plain JAX, and what None picks; "pallas" is a kernel for TPU, of the chunkwise form of
         sum and delta with a decay per head or none. It must be inside ``jax.shard_map`` where the arrays are sharded,
         and has first derivatives by reverse mode only. On CPU it is interpreted, for tests; a GPU refuses it.
+        It can be exported (``jax.export``) for one platform at a time.
       precision: of the matrix products of the chunkwise and parallel forms, as in ``jax.lax``. None: "highest", which
         keeps them exact where the hardware would round float32 to bfloat16 (TPU) or TF32 (GPU); but "default" if
         query, key and value are all bfloat16. A chunk's triangular system is solved more exactly.
@@ -178,8 +180,13 @@ def _attend(
     out_dtype = value.dtype
     if normalize or form != "chunkwise":  # which casts chunk by chunk
         query, key, value = (x.astype(dtype) for x in (query, key, value))
-    # Zeros that are sharded as any of these is: with them so is all that a mesh of explicit axes has replicated.
-    per_token = sum(jnp.zeros_like(x[..., 0], dtype) for x in (query, key, value))
+    # Zeros that are sharded as any argument is: with them so is all that a mesh of explicit axes has replicated.
+    arrays = [x[..., 0] for x in (query, key, value)] + ([] if beta is None else [beta])
+    arrays += [] if log_decay is None else [log_decay if log_decay.ndim == 3 else log_decay[..., 0]]
+    arrays += ([] if reset is None else [reset[..., None]]) + (
+        [] if memory is None else [memory.key_sum[:, None, :, 0]]
+    )
+    per_token = sum(jnp.zeros_like(x, dtype) for x in arrays)
     if any(jax.typeof(x).sharding.spec[:3] != jax.typeof(per_token).sharding.spec for x in (query, key, value)):
         query, key, value = (x + per_token[..., None].astype(x.dtype) for x in (query, key, value))
     beta = per_token + (jnp.ones((), dtype) if beta is None else beta.astype(dtype))
@@ -233,10 +240,11 @@ def _retrieval(key_sum, found, key, beta, log_decay, reset, eps):
     if eps == 0:
         nothing = mass == 0
     else:
-        # Where something was, it may have decayed to less than the smallest float32. It counts as float64 has it.
+        # A key sum of zero may be what has decayed to less than the smallest float32: then it counts as float64 has it.
         arrays = jax.tree.map(lax.stop_gradient, (key_sum, key, log_decay))
         largest = over_heads(memory_lib.log_of_largest_key, out_axes=1)(*arrays, reset)
-        nothing = largest < math.log(math.ulp(0.0))
+        smallest = math.log(float(jnp.finfo(mass.dtype).tiny))
+        nothing = jnp.all(found == 0, axis=-1) & ((largest > smallest) | (largest < math.log(math.ulp(0.0))))
     divisor = jnp.where(nothing, 1, mass + eps)
     # The gradient of 1/d has d² in it, which would overflow for what has decayed to less than 1e-19.
     scale = lax.stop_gradient(1 / divisor)
@@ -377,7 +385,7 @@ def computation_dtype(*trees):
 def products_precision(precision, *inputs):
     """What None means: bfloat16 inputs are rounded already, and the hardware's products of them are fast."""
     if precision is not None:
-        return precision
+        return tuple(precision) if isinstance(precision, list) else precision
     rounded = all(x.dtype == jnp.bfloat16 for x in inputs)
     return lax.Precision.DEFAULT if rounded else lax.Precision.HIGHEST
 
@@ -476,6 +484,9 @@ def _check_is_memory(memory, shape=""):
             f"memory must be a Memory, as a call returns it or init_memory{shape} makes it, got "
             f"{type(memory).__name__}; Memory(fast_weights, key_sum) makes one of two arrays"
         )
+    for name, x in zip(memory._fields, _arrays(**memory._asdict()), strict=True):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"{name} of memory must be floating point, got {x.dtype}")
 
 
 def _check_memory(memory, key, value):
@@ -483,15 +494,12 @@ def _check_memory(memory, key, value):
         return
     shape = (key.shape[0], *key.shape[2:], value.shape[-1])
     _check_is_memory(memory, shape)
-    got = (jnp.shape(memory.fast_weights), jnp.shape(memory.key_sum))
+    got = (memory.fast_weights.shape, memory.key_sum.shape)
     if got != (shape, shape[:-1]):
         raise ValueError(
             f"memory must hold fast_weights {list(shape)} and key_sum {list(shape[:-1])}, "
             f"got {list(got[0])} and {list(got[1])}; init_memory{shape} makes an empty one"
         )
-    for name, x in zip(memory._fields, memory, strict=True):
-        if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
-            raise ValueError(f"{name} of memory must be floating point, got {jnp.result_type(x)}")
 
 
 def _start(memory, key, value, dtype):

@@ -143,6 +143,12 @@ class TranslationConfig:
         """Of all attentions."""
         return self.d_model // self.num_heads
 
+    @property
+    def draws(self) -> bool:
+        """Whether the blocks draw random numbers where they are given rngs."""
+        attentions = (self.encoder, self.decoder, self.cross)
+        return self.dropout > 0 or any(attention.feature_map == "favor_plus" for attention in attentions)
+
     def make_attention(
         self, place: Literal["encoder", "decoder", "cross"], rngs: nnx.Rngs
     ) -> FastWeightAttention | SoftmaxAttention | CrossAttention:
@@ -394,7 +400,7 @@ class EncoderDecoder(nnx.Module):
 
     def _through(self, call, blocks, x, memories, shared, rngs):
         how = {"scan": self.config.scan, "remat": self.config.remat}
-        return through_blocks(call, blocks, x, memories, shared, rngs, **how)
+        return through_blocks(call, blocks, x, memories, shared, rngs if self.config.draws else None, **how)
 
     def _output(self):
         return self.embedding[...], jnp.zeros(self.config.vocab_size, jnp.float32)

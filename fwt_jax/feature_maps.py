@@ -135,7 +135,7 @@ def elu_plus_one(x: jax.Array) -> jax.Array:
     Returns:
       ``[..., D]`` in x's dtype, all entries > 0 (until exp underflows).
     """
-    most = jnp.max(x, axis=-1 if x.ndim else None, keepdims=True)
+    most = jnp.max(x, axis=-1 if x.ndim else None, keepdims=True, initial=-jnp.inf)
     exponents = jnp.minimum(x, 0) - jnp.minimum(most - _least_exponent(x), 0)
     return jnp.where(x > 0, x + 1, jnp.exp(exponents))
 
@@ -348,7 +348,7 @@ def sum_normalize(x: jax.Array, eps: float | None = None) -> jax.Array:
     (appendix A.2), and the memory stays bounded.
 
     The sum is taken of multiples whose largest is 1, so that neither it nor its square, in the gradient, leaves the
-    range of float32, however small (FAVOR+) or large the features are.
+    range of float32, from features of 1e-38 (FAVOR+ has small ones) to 1e38.
 
     Args:
       x: features, ``[..., F]``, floating point, non-negative.

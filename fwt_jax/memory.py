@@ -113,7 +113,7 @@ def recurrent(fast_weights, query, key, value, beta, log_decay=None, reset=None,
     _check_rule(rule)
     _check_shapes(fast_weights, query, key, value, beta, log_decay, reset, recall_scale)
     tokens = (query, key, value, beta, log_decay, reset, recall_scale)
-    fast_weights, reads = lax.scan(functools.partial(_token, rule), fast_weights, tokens)
+    fast_weights, reads = lax.scan(_token_of(rule), fast_weights, tokens)
     return reads, fast_weights
 
 
@@ -127,14 +127,23 @@ def recurrent_in_blocks(
     _check_rule(rule)
     _check_shapes(fast_weights, query, key, value, beta, log_decay, reset, recall_scale)
     tokens = (query, key, value, beta, log_decay, reset, recall_scale)
-    step, length = functools.partial(_token, rule), len(key)
+    length = len(key)
     block = max(1, int(length**0.5))
     blocks = jax.tree.map(lambda x: x[: length // block * block].reshape(-1, block, *x.shape[1:]), tokens)
     rest = jax.tree.map(lambda x: x[length // block * block :], tokens)
-    one_block = jax.checkpoint(functools.partial(lax.scan, step), prevent_cse=False)
-    fast_weights, reads = lax.scan(one_block, fast_weights, blocks)
-    fast_weights, last_reads = lax.scan(step, fast_weights, rest)
+    fast_weights, reads = lax.scan(_block_of(rule), fast_weights, blocks)
+    fast_weights, last_reads = lax.scan(_token_of(rule), fast_weights, rest)
     return jnp.concatenate([reads.reshape(-1, reads.shape[-1]), last_reads]), fast_weights
+
+
+@functools.cache  # a scan of the same function is compiled once outside of jit
+def _token_of(rule):
+    return functools.partial(_token, rule)
+
+
+@functools.cache
+def _block_of(rule):
+    return jax.checkpoint(functools.partial(lax.scan, _token_of(rule)), prevent_cse=False)
 
 
 def _token(rule, fast_weights, token):

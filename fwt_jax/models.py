@@ -120,6 +120,11 @@ class ModelConfig:
         if any(low >= high for low, high in itertools.pairwise(bounds)):
             raise ValueError(f"cutoffs must rise between 0 and vocab_size {self.vocab_size}, got {self.cutoffs}")
 
+    @property
+    def draws(self) -> bool:
+        """Whether the blocks draw random numbers where they are given rngs."""
+        return self.dropout > 0 or (self.rule != "softmax" and self.feature_map == "favor_plus")
+
     def make_attention(self, rngs: nnx.Rngs) -> FastWeightAttention | SoftmaxAttention | RelativeAttention:
         """The attention layer of one block."""
         if self.positions == "relative":
@@ -304,7 +309,8 @@ class DecoderLM(nnx.Module):
             raise ValueError(f"memory must have one for each of {config.num_layers} blocks, got {len(memory)}")
 
         how = {"scan": config.scan, "remat": config.remat}
-        x, memories = through_blocks(_read_block, self.blocks, x, memory, options, rngs, **how)
+        of_blocks = rngs if config.draws else None
+        x, memories = through_blocks(_read_block, self.blocks, x, memory, options, of_blocks, **how)
         return dropout(x, config.dropout, rngs), memories
 
     def log_probabilities(self, hidden):
@@ -343,6 +349,7 @@ def through_blocks(call, blocks, x, memories, shared, rngs, *, scan: bool, remat
       call: a function that is the same object in every call, or what is scanned is compiled anew outside of jax.jit.
       memories: what each block takes, trees of one shape.
       shared: what all of them take, a tree.
+      rngs: None where nothing is drawn: those of an outer trace (``jax.jit``) could not be counted on.
       scan: by ``lax.scan`` over the parameters of equal blocks, put into one array: one block is compiled instead of
         all. Random numbers are others. Not for a single token, where putting memories together costs more than the
         blocks themselves.

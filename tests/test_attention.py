@@ -399,3 +399,33 @@ def test_segments_of_large_ids_are_told_apart():
     out, _ = fwt_jax.fast_weight_attention(*tokens, segment_ids=ids)
     want, _ = fwt_jax.fast_weight_attention(*tokens, segment_ids=ids // 2**32)
     chex.assert_trees_all_equal(out, want)
+
+
+@pytest.mark.parametrize("form", ["recurrent", "chunkwise", "parallel"])
+def test_keys_that_cancel_leave_nothing_to_retrieve(form):
+    """z = 0 again after k and −k: eq. 27 has nothing to divide by, as at the first token."""
+    keys = np.array([[1.0, 0.0], [-1.0, 0.0], [1.0, 0.0], [0.5, 2.0]])
+    arrays = {"query": keys, "key": keys, "value": np.arange(1.0, 5.0)[:, None], "beta": np.ones(4)}
+    _, want, _ = reference.attention(**arrays, rule="delta", normalize="retrieval")
+    inputs = {name: jnp.asarray(x, jnp.float32)[None, :, None] for name, x in arrays.items()}
+    _, got, _ = attend(inputs, normalize="retrieval", form=form)
+    chex.assert_trees_all_close(np.float64(got[0, 0]), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_kernels_do_not_mind_that_float64_is_there(dtype):
+    """Under jax_enable_x64 a Python integer is an int64 beside the int32 of a kernel."""
+    arrays = random_inputs(Case(length=20, decay="head"))
+    names = ("query", "key", "value", "beta", "log_decay")
+    tokens = [jnp.asarray(arrays[name], dtype) for name in names]
+
+    def loss(*tokens):
+        out, _ = fwt_jax.fast_weight_attention(*tokens, implementation="pallas")
+        return jnp.sum(jnp.sin(out)), out
+
+    results = []
+    for x64 in (False, True):
+        with jax.enable_x64(x64):
+            results.append(jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3, 4), has_aux=True))(*tokens))
+    chex.assert_trees_all_equal(*results)
+    chex.assert_trees_all_equal_dtypes(*results)

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import fwt_jax
-from fwt_jax import feature_maps
+from fwt_jax import feature_maps, memory
 from fwt_jax.encoder_decoder import EncoderDecoder, TranslationConfig
 from fwt_jax.models import DecoderLM, ModelConfig
 
@@ -105,6 +105,16 @@ def test_weights_of_a_read_compile_once():
         return fwt_jax.read_weights(query, key[0, :, 0], beta[0, :, 0], rule="delta")[1]
 
     check_that_it_compiles_once(call, query[0, 0, 0])
+
+
+@pytest.mark.parametrize("form", [memory.recurrent, memory.recurrent_in_blocks])
+def test_the_forms_of_one_head_compile_once(form):
+    query, key, value, beta = (x[0, :, 0] for x in one_token(length=7))
+
+    def call(fast_weights):
+        return form(fast_weights, query, key, value, beta, rule="delta")[1]
+
+    check_that_it_compiles_once(call, jnp.zeros((8, 5)), times=5)
 
 
 @pytest.mark.parametrize("rule", ["delta", "sum"])

@@ -54,6 +54,11 @@ ATTENTION = {
     "chunk size 0": ({"chunk_size": 0}, ["chunk_size", "an integer above 0", "got 0"]),
     "floating chunk size": ({"chunk_size": 16.0}, ["chunk_size", "an integer above 0", "got 16.0"]),
     "a number as beta": ({"beta": 0.5}, ["beta", "[2, 3, 2]", "got 0.5; jnp.full"]),
+    "a memory of integers": (
+        {"memory": MEMORY._replace(fast_weights=MEMORY.fast_weights.astype(int))},
+        ["fast_weights of memory", "floating point", "int32"],
+    ),
+    "a memory of lists": ({"memory": type(MEMORY)([[1.0]], [1.0])}, ["fast_weights must be an array, got list"]),
     "a tuple as memory": ({"memory": tuple(MEMORY)}, ["a Memory", "init_memory(2, 2, 4, 5)", "got tuple"]),
     "kernel of another form": (
         {"implementation": "pallas", "form": "recurrent"},
@@ -139,6 +144,11 @@ READ = {
         {"memory": MEMORY._replace(key_sum=MEMORY.key_sum[..., :3])},
         ["key_sum", "[2, 2, 4]", "[2, 2, 3]"],
     ),
+    "a memory of integers": (
+        {"memory": MEMORY._replace(fast_weights=MEMORY.fast_weights.astype(int))},
+        ["fast_weights of memory", "floating point", "int32"],
+    ),
+    "a memory of lists": ({"memory": type(MEMORY)([[1.0]], [1.0])}, ["fast_weights must be an array, got list"]),
     "a tuple as memory": ({"memory": tuple(MEMORY)}, ["must be a Memory", "tuple", "Memory(fast_weights, key_sum)"]),
     "a list as query": ({"query": QUERY.tolist()}, ["query must be an array, got list"]),
     "a negative eps": ({"normalize": "read", "eps": -1.0}, ["eps", "at least 0", "-1.0"]),

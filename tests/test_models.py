@@ -398,3 +398,14 @@ def test_transformer_xl_refuses_segment_ids():
     model = DecoderLM(XL, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"segment_ids are not for positions=.relative., whose memory is not cut"):
         model(tokens_of((1, 5)), segment_ids=jnp.zeros((1, 5), jnp.int32))
+
+
+@pytest.mark.parametrize("options", [{"remat": True}, {"scan": True}], ids=str)
+def test_random_streams_of_an_outer_trace_are_left_alone_where_nothing_is_drawn(options):
+    """A model without dropout takes rngs from outside of jax.jit, whatever its blocks go through."""
+    sizes = {"vocab_size": 23, "num_layers": 2, "d_model": 12, "d_ff": 20, "num_heads": 3, "head_size": 4}
+    model = DecoderLM(ModelConfig(**sizes, dropout=0.0, **options), rngs=nnx.Rngs(0))
+    tokens, rngs = jnp.arange(14, dtype=jnp.int32).reshape(2, 7), nnx.Rngs(1)
+    graph, state = nnx.split(model)
+    got, _ = jax.jit(lambda state: nnx.merge(graph, state).losses(tokens, tokens, rngs=rngs))(state)
+    chex.assert_trees_all_close(got, model.losses(tokens, tokens)[0], rtol=1e-5, atol=1e-6)

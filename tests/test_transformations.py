@@ -199,6 +199,37 @@ def test_meshes_of_explicit_axes_keep_their_sharding(options, start):
         assert x.sharding.is_equivalent_to(placed[0].sharding, 4)
 
 
+MESH_ARGUMENTS = ("query", "key", "value", "beta", "log_decay", "segment_ids", "fast_weights", "key_sum")
+
+
+@pytest.mark.parametrize(
+    "names", [MESH_ARGUMENTS[i : i + 1] for i in (0, 2, 5)] + [("segment_ids", "key_sum")], ids=str
+)
+@pytest.mark.parametrize("replicated", [True, False])
+def test_arguments_may_be_replicated_beside_others_that_are_sharded(replicated, names):
+    """On a mesh of explicit axes these, or all but these, have no sharding of their own."""
+    mesh = jax.make_mesh((4, 2), ("batch", "heads"), axis_types=(AxisType.Explicit, AxisType.Explicit))
+    arrays = random_inputs(Case(decay="channel", length=6, start=True))
+    batch = {
+        name: np.concatenate([x, x])[:, :, :2] for name, x in arrays.items() if name not in ("fast_weights", "key_sum")
+    }
+    memory = {name: np.concatenate([arrays[name]] * 2)[:, :2] for name in ("fast_weights", "key_sum")}
+    arrays = {name: np.float32(x) for name, x in (batch | memory).items()}
+    arrays["segment_ids"] = np.broadcast_to(np.arange(6)[None] // 4, (4, 6)).astype(np.int32)
+
+    def run(arrays):
+        return attend(arrays, form="chunkwise", chunk_size=4)
+
+    def place(name, x):
+        heads = {"segment_ids": (), "fast_weights": ("heads",), "key_sum": ("heads",)}.get(name, (None, "heads"))
+        spec = P() if (name in names) == replicated else P("batch", *heads)
+        return jax.device_put(x, NamedSharding(mesh, spec))
+
+    with jax.set_mesh(mesh):
+        got = jax.jit(run)({name: place(name, x) for name, x in arrays.items()})
+    chex.assert_trees_all_close(got, jax.jit(run)(arrays), rtol=1e-5, atol=1e-6)
+
+
 def test_a_shard_of_the_batch_does_not_gather_the_others():
     """Sequences and heads are independent: sharded over them, the program has no communication."""
     mesh = jax.make_mesh((4, 2), ("batch", "heads"), axis_types=(AxisType.Auto, AxisType.Auto))

@@ -57,7 +57,7 @@ def chunkwise(
       The reads ``[B, T, H, V]`` in value's dtype and W_T ``[B, H, K, V]``.
 
     Raises:
-      ValueError: anything else, or when it is compiled for a GPU.
+      ValueError: anything else, or when it is compiled for another platform than TPU and CPU.
       NotImplementedError, TypeError: for the derivative of a gradient, for forward mode; the plain JAX form has both.
     """
     if rule not in ("sum", "delta") or (log_decay is not None and log_decay.ndim != 3):
@@ -395,7 +395,7 @@ def _unit_lower_inverse(precision, lower):
     inverse = jnp.where(row == column, 1.0, 0.0)
     while half < size:
         # Shifts, not //: to lower that for a TPU, Pallas asks which one is there, and an export has none.
-        block, other = (lax.shift_right_logical(x, half.bit_length() - 1) for x in (row, column))
+        block, other = (lax.shift_right_logical(x, lax.full_like(x, half.bit_length() - 1)) for x in (row, column))
         corners = jnp.where((block & 1 == 1) & (block - 1 == other), lower, 0)
         if half == 1:
             inverse -= corners
