@@ -122,7 +122,9 @@ def test_dpfp_is_the_loop_of_the_paper(data):
     nu = data.draw(st.sampled_from(sorted({1, size, 2 * size - 1})))
     number = st.floats(-10, 10, width=32, allow_subnormal=False)
     x = np.array(data.draw(st.lists(number, min_size=size, max_size=size)), np.float32)
-    chex.assert_trees_all_close(fm.dpfp(jnp.asarray(x), nu=nu), dpfp_loop(x, nu).astype(np.float32), rtol=1e-6)
+    chex.assert_trees_all_close(
+        fm.dpfp(jnp.asarray(x), nu=nu), dpfp_loop(x, nu).astype(np.float32), rtol=1e-6, atol=1e-37
+    )
 
 
 def test_dpfp_of_the_two_dimensional_example_has_one_active_feature_per_quadrant():
