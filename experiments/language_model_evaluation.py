@@ -40,9 +40,18 @@ def segments(
         placed = place({name: batch[name] for name in ("tokens", "targets")}, mesh, whole=True)
         loss, memory = _segment_loss(model, placed["tokens"], placed["targets"], memory)
         memory = memory if carry else None
-        losses.append(loss)
+        _add(losses, loss)
         count += int(np.sum(batch["targets"] >= 0))
     return _sum(losses) / count
+
+
+def _add(losses, loss):
+    """Adds the loss of a program that is under way, and waits for the one before it.
+
+    With more of them at once, the threads of a CPU that stands for several devices may all wait for another device.
+    """
+    losses[-1:] = [np.float64(before) for before in losses[-1:]]
+    losses.append(loss)
 
 
 def _sum(losses):
@@ -93,7 +102,7 @@ def sliding_window(
     losses = [loss]
     for batch in tqdm(rest, "sliding window", number, unit="batch", disable=not progress, dynamic_ncols=True):
         batch = place(batch, mesh)
-        losses.append(_last_loss(model, batch["tokens"], batch["targets"], batch["weights"]))
+        _add(losses, _last_loss(model, batch["tokens"], batch["targets"], batch["weights"]))
     return _sum(losses) / int(np.sum(np.asarray(tokens)[1:] >= 0))
 
 
