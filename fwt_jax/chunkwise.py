@@ -13,6 +13,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from fwt_jax import memory
 
+TINY = 32 * 32  # numbers of a memory: the triangular system of 64 tokens is more work than all else
 SMALL = 64 * 64  # numbers of a memory: on CPU it stays in the cache, and tokens go faster one by one than in chunks
 
 
@@ -125,19 +126,20 @@ def one_head(
     Args:
       fast_weights, query, key, value, beta, log_decay, reset, recall_scale: see ``chunkwise``, without B and H.
       rule: "sum", "delta" or "fwm".
-      chunk_size: C, never more than T. None takes as few chunks of at most 64 tokens (32 for "fwm") as cover T, all of
-        one size. On CPU each of more than 32 tokens is computed as two halves, one after the other.
+      chunk_size: C, never more than T. None takes as few chunks of at most 64 tokens (32 for "fwm" and for K·V ≤ 1024)
+        as cover T, all of one size. For K·V ≤ 4096 those of 64 are computed in two halves on CPU, one after the other:
+        a tenth less time, and twice the time to compile.
       precision: of the matrix products, as in ``jax.lax``.
 
     Returns:
       The reads ``[T, V]``, or None, and W_T ``[K, V]``.
     """
-    dtype, length, halves = fast_weights.dtype, key.shape[0], False
+    dtype, length, numbers = fast_weights.dtype, key.shape[0], fast_weights.shape[0] * fast_weights.shape[1]
+    halves = False
     if chunk_size is None:
-        most = 32 if rule == "fwm" else 64
-        halves = min(length, most) > 32
-        # Halves of a multiple of four: other sizes take up to twice as long on CPU.
-        multiple = 8 if halves else 4
+        most = 32 if rule == "fwm" or numbers <= TINY else 64
+        halves = most == 64 and numbers <= SMALL and length > 32
+        multiple = 8 if halves else 4  # other sizes, and other halves, take up to twice as long on CPU
         chunk_size = -(-length // -(-length // most) // multiple) * multiple
     chunk_size = chunk_size if halves else min(chunk_size, length)
     num_chunks = -(-length // chunk_size)

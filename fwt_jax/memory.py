@@ -269,10 +269,13 @@ def advance(fast_weights, clip, query, key, value, beta, log_decay, reset, recal
         scores = _decayed_products(query, key, log_alpha, causal, precision)
         if rule == "fwm":
             query, scores = kept_start[:, None] * query, kept * scores
-        # One product of blocks, not the sum of two: XLA's CPU compiler (jaxlib 0.10) fuses the sum over channels in the
-        # scores into a sum of two products, and does so wrongly.
-        left = jnp.concatenate([query * from_start, scores], axis=1)
-        reads = matmul(left, jnp.concatenate([fast_weights, writes]))
+        if log_decay is not None and log_decay.ndim == 2:
+            # One product of blocks: XLA's CPU compiler (jaxlib 0.10) fuses the sum over channels, of which the scores
+            # are made, into the sum of two products, and does so wrongly.
+            left = jnp.concatenate([query * from_start, scores], axis=1)
+            reads = matmul(left, jnp.concatenate([fast_weights, writes]))
+        else:
+            reads = matmul(query * from_start, fast_weights) + matmul(scores, writes)
     if log_decay is not None or reset is not None:
         fast_weights = from_start[-1][:, None] * fast_weights
     to_end = reaches_end[:, None].astype(key.dtype)
