@@ -447,7 +447,9 @@ def _at_least_float32(x):
 
 def _checked_input(x, in_features, segment_ids=None):
     """x, ``[B, T, in_features]``, and segment_ids as arrays."""
-    x, segment_ids = jnp.asarray(x), None if segment_ids is None else jnp.asarray(segment_ids)
+    x = jnp.asarray(x)
+    if segment_ids is not None and not hasattr(segment_ids, "shape"):
+        segment_ids = np.asarray(segment_ids)
     if x.ndim != 3 or x.shape[-1] != in_features or x.shape[1] == 0 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
             f"x must be floating point and [B, T, {in_features}] with T ≥ 1, got {x.dtype}{list(x.shape)}; "
