@@ -193,6 +193,8 @@ def _draw_wrappers(rng, large):
         number = int(2 + rng.integers(2)) if AXES[name] else 1
         shared = ("query", "key", "value", "beta", "log_decay", *MEMORY)
         shared = tuple(x for x in shared if rng.random() < 0.1) if name.startswith("vmap") else ()
+        if any(outer == "scan" for outer, *_ in wrappers):  # whose memories differ from part to part
+            shared = tuple(x for x in shared if x not in MEMORY)
         wrappers.append((name, number, shared))
         if name in ("scan", "shard_map"):  # once is enough
             names.pop(name)

@@ -68,7 +68,9 @@ def _join(x, axis, came_from=0):
 
 def _conditional(attention):
     def nothing(*inputs):
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(attention, *inputs))
+        zero = jnp.zeros_like(inputs[0]["value"][0, 0, 0, 0])  # in shard_map varying over the mesh, as the outputs are
+        outputs = jax.eval_shape(attention, *inputs)
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) + zero.astype(x.dtype), outputs)
 
     def call(arrays, segment_ids):
         always = jnp.isfinite(jnp.sum(arrays["value"]))
