@@ -556,7 +556,7 @@ def test_call_mistakes(name):
         layer(x[:, :0])
     with pytest.raises(ValueError, match=r"x must be floating point .*, got int32\[2, 8, 6\]"):
         layer(x.astype(jnp.int32))
-    with pytest.raises(ValueError, match=r"segment_ids must be integers \[B, T\] = \[2, 8\], got int32\[2, 7\]"):
+    with pytest.raises(ValueError, match=r"segment_ids must be integers \[B, T\] = \[2, 8\], got int64\[2, 7\]"):
         layer(x, segment_ids=SEGMENT_IDS[:, 1:])
     with pytest.raises(ValueError, match=r"memory must hold .*, got .*; layer\.init_memory\(2"):
         layer(x, empty(layer, batch=3))

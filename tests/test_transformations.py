@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from wrappers import MEMORY, wrap
 
 import fwt_jax
+from fwt_jax import chunkwise
 
 FORMS = [
     {"rule": "delta", "form": "recurrent"},
@@ -55,6 +56,22 @@ def value_and_gradient(attention, arrays):
         return weighted(outputs, like(outputs)), outputs
 
     return jax.grad(loss, has_aux=True)(arrays)
+
+
+@pytest.mark.parametrize("wrapper", [jax.jit, jax.checkpoint])
+def test_a_derivative_program_may_leave_the_axis_of_a_vmap_elsewhere(wrapper):
+    """Transposing puts the axis in front, adding leaves it at the end, and JAX takes either for the other's."""
+    rng = np.random.default_rng(0)
+    x, weights = rng.normal(size=(2, 3, 4)), rng.normal(size=(4, 2, 3))
+    identity = wrapper(chunkwise.with_derivatives_of(lambda x: x + 0, lambda x: x.T.T))
+
+    def loss(x):
+        y = jax.vmap(identity, in_axes=-1)(x)
+        return jnp.sum(weights * y), y
+
+    gradient, y = jax.grad(loss, has_aux=True)(x)
+    np.testing.assert_array_equal(y, np.moveaxis(x, -1, 0))
+    np.testing.assert_array_equal(gradient, np.moveaxis(weights, 0, -1))
 
 
 @pytest.mark.parametrize("options", EVERY_FORM, ids=names)
