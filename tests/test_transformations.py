@@ -62,7 +62,7 @@ def value_and_gradient(attention, arrays):
 def test_a_derivative_program_may_leave_the_axis_of_a_vmap_elsewhere(wrapper):
     """Transposing puts the axis in front, adding leaves it at the end, and JAX takes either for the other's."""
     rng = np.random.default_rng(0)
-    x, weights = rng.normal(size=(2, 3, 4)), rng.normal(size=(4, 2, 3))
+    x, weights = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 3, 4), (4, 2, 3)))
     identity = wrapper(chunkwise.with_derivatives_of(lambda x: x + 0, lambda x: x.T.T))
 
     def loss(x):
