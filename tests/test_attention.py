@@ -412,7 +412,7 @@ def test_keys_that_cancel_leave_nothing_to_retrieve(form):
     chex.assert_trees_all_close(np.float64(got[0, 0]), want, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", some(2, ["float32", "bfloat16"]))
 def test_kernels_do_not_mind_that_float64_is_there(dtype):
     """Under jax_enable_x64 a Python integer is an int64 beside the int32 of a kernel."""
     arrays = random_inputs(Case(length=20, decay="head"))

@@ -283,6 +283,7 @@ def test_results_that_are_broken_name_their_file(content, words, tmp_path):
 # --- the comparison --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_the_comparison_trains_every_model_and_goes_on(tmp_path, monkeypatch):
     model = dataclasses.replace(comparison.BASE, num_layers=1, d_model=16, d_ff=16, num_heads=2, head_size=4)
     monkeypatch.setattr(comparison, "BASE", model)

@@ -391,6 +391,7 @@ def test_no_array_of_a_gradient_holds_a_memory_per_token(rule, form):
     assert max(sizes) <= LENGTH * SIZE * SIZE / 8
 
 
+@pytest.mark.exhaustive
 def test_a_gradient_through_131072_tokens_fits_in_two_gibibytes_and_grows_linearly():
     """Of four heads with K = V = 64: the inputs are 0.4 GiB."""
 

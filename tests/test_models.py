@@ -265,6 +265,7 @@ def test_remat_and_scan_change_nothing_and_no_token_sees_a_later_one(rule):
     chex.assert_trees_all_close(model(tokens)[0][:, :8], model(other)[0][:, :8], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_a_model_that_recomputes_its_blocks_can_be_closed_over():
     """Its variables belong to the outer trace in jax.jit, jax.checkpoint and a scan over segments. Losses, gradients,
     memories and the counts of the random streams are those of a model that keeps everything."""

@@ -107,7 +107,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(kind, at, whole, tmp_path):
     assert saved_steps(tmp_path) == saved_steps(whole[0])  # so that their mean is that of another run, too
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.exhaustive)])
 def test_a_signal_during_the_last_evaluation_stops_after_it(number, whole, tmp_path):
     evaluations = itertools.count(1)
 
@@ -327,6 +327,7 @@ with command_line.one_line():
 """
 
 
+@pytest.mark.exhaustive
 def test_a_disk_that_takes_no_more_is_told_in_one_line_and_nothing_is_lost(whole, tmp_path):
     shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "checkpoints" / "12")

@@ -22,8 +22,16 @@ FORMS = [
     {"rule": "sum", "form": "parallel", "normalize": "read"},
     {"rule": "fwm", "form": "chunkwise", "chunk_size": 3},
 ]
-EVERY_FORM = [{"rule": rule, "form": form} for rule in ("sum", "delta", "fwm") for form in ("recurrent", "chunkwise")]
-EVERY_FORM += [{"rule": rule, "form": "parallel"} for rule in ("sum", "delta")]
+EVERY_FORM = [  # every second one is left to -m exhaustive
+    {"rule": "delta", "form": "recurrent"},
+    {"rule": "sum", "form": "recurrent"},
+    {"rule": "sum", "form": "chunkwise"},
+    {"rule": "fwm", "form": "chunkwise"},
+    {"rule": "delta", "form": "chunkwise"},
+    {"rule": "sum", "form": "parallel"},
+    {"rule": "fwm", "form": "recurrent"},
+    {"rule": "delta", "form": "parallel"},
+]
 names = lambda options: "-".join(map(str, options.values()))  # noqa: E731
 some_forms = pytest.mark.parametrize("options", some(2, FORMS), ids=names)
 
@@ -74,7 +82,7 @@ def test_a_derivative_program_may_leave_the_axis_of_a_vmap_elsewhere(wrapper):
     np.testing.assert_array_equal(gradient, np.moveaxis(weights, 0, -1))
 
 
-@pytest.mark.parametrize("options", EVERY_FORM, ids=names)
+@pytest.mark.parametrize("options", some(2, EVERY_FORM), ids=names)
 def test_no_wrapper_changes_values_gradients_or_tangents(options, x64):
     arrays, directions = (float64_inputs(options, length=14, seed=seed) for seed in (0, 4))
     attention = lambda arrays, segment_ids: attend(arrays, segment_ids=segment_ids, **options)  # noqa: E731
