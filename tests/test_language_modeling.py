@@ -182,6 +182,7 @@ def test_a_run_from_a_text_to_results_plot_and_sample(small_demo, book, tmp_path
     assert (out / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.exhaustive
 def test_a_run_with_another_vocabulary_is_refused(small_demo, book, tmp_path):
     config = lm.Config(text=(book,), out=tmp_path / "run", sample=0)
     lm.main(config)
@@ -205,6 +206,7 @@ def test_runs_on_a_mesh_and_refuses_batches_that_do_not_fit(small_demo, book, tm
         lm.main(lm.Config(text=(book,), out=tmp_path / "six", batch_size=6))
 
 
+@pytest.mark.exhaustive
 def test_each_text_has_a_folder_and_a_vocabulary_of_its_own(small_demo, book, tmp_path, monkeypatch):
     monkeypatch.setattr(lm, "RUNS", tmp_path)
     with pytest.raises(ValueError, match="a batch of 10000000 rows needs"):

@@ -194,6 +194,7 @@ def test_a_run_stops_by_the_papers_rule(losses, steps, monkeypatch):
     assert len(got) == steps
 
 
+@pytest.mark.exhaustive
 def test_delta_learns_to_reassign_keys_where_sum_cannot():
     """Figure 3 in small: S = 6, keys assigned anew. From seed 1 rounding decides whether it stops on a plateau."""
     task = Task(6, True)

@@ -169,6 +169,7 @@ def test_a_finished_run_is_not_repeated(whole):
     assert losses_of(whole[0]) == before
 
 
+@pytest.mark.exhaustive
 def test_the_last_two_checkpoints_and_the_best_stay(tmp_path):
     measured = iter([3.0, 1.0, 2.0, 4.0])
     config = dataclasses.replace(CONFIG, steps=24)
@@ -178,6 +179,7 @@ def test_the_last_two_checkpoints_and_the_best_stay(tmp_path):
     assert training.load(tmp_path, make_model, best=False)[1] == 24
 
 
+@pytest.mark.exhaustive
 def test_a_loss_that_is_nan_is_as_one_that_was_not_measured(tmp_path):
     measured = iter([3.0, 1.0, 2.0, math.nan, 2.5, 2.2])
     config = dataclasses.replace(CONFIG, steps=24, eval_every=4, save_every=4)
@@ -202,6 +204,7 @@ def test_a_folder_that_other_processes_do_not_see(tmp_path, monkeypatch):
     run_folder.check_that_all_see(tmp_path / "run.json")
 
 
+@pytest.mark.exhaustive
 def test_load_gives_the_last_model_where_nothing_was_evaluated(tmp_path):
     model = run(tmp_path, dataclasses.replace(CONFIG, steps=5), evaluate=None)
     loaded, step = training.load(tmp_path, make_model)
@@ -253,7 +256,8 @@ def numbers_of(restored):
     return jax.tree.leaves(state), {name: x for name, x in host.items() if name != "seconds"}
 
 
-@pytest.mark.parametrize("turn", [0, *(pytest.param(turn, marks=pytest.mark.exhaustive) for turn in range(1, 8))])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("turn", range(8))
 def test_no_damage_to_any_file_of_a_checkpoint_goes_unnoticed(turn, whole, tmp_path, capsys):
     """Emptied, deleted, zeroed, or with one bit turned over in one of five places: each file in its turn."""
     states = {}
@@ -540,6 +544,7 @@ def test_another_run_in_the_folder_is_refused_with_every_difference(whole):
         run(out, dataclasses.replace(CONFIG, learning_rate=0.02), words={"training.learning_rate": "--rate"})
 
 
+@pytest.mark.exhaustive
 def test_what_changes_no_number_may_change_when_a_run_goes_on(whole, tmp_path):
     """The first half logs, evaluates and saves at other steps; then it goes on to more of them."""
     half = dataclasses.replace(CONFIG, steps=7, save_every=3, eval_every=5, keep=1)

@@ -304,6 +304,7 @@ def test_a_run_is_not_mixed_with_another(trained, tmp_path):
         translation.run(dataclasses.replace(config, validation=config.parallel))
 
 
+@pytest.mark.exhaustive
 def test_translating_keeps_the_order_and_cuts_what_is_too_long(trained, monkeypatch, tmp_path, capsys):
     config, _ = trained
     subwords = Subwords((config.out / "subwords.model").read_bytes())
