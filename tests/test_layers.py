@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 import reference
+from cases import some
 from flax import linen, nnx
 from jax import lax
 
@@ -55,6 +56,7 @@ CASES = {
     "softmax, bias": dict(kind=SoftmaxAttention, use_bias=True),
 }
 each_case = pytest.mark.parametrize("name", CASES)
+some_cases = pytest.mark.parametrize("name", some(2, list(CASES)))
 
 
 def make(name, seed=0, **more):
@@ -156,7 +158,7 @@ def assert_equals_numpy(layer, x, y, memory, segment_ids=np.zeros((BATCH, LENGTH
         assert memory.key.shape[1] == LENGTH and list(memory.length) == [LENGTH] * BATCH
 
 
-@each_case
+@some_cases
 def test_training(x64, name):
     layer, x = make(name, param_dtype=jnp.float64), inputs()
     y, memory = jax.jit(lambda x: layer(x))(x)
@@ -266,7 +268,7 @@ def test_float16_computation_has_the_features_of_float32(feature_map):
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-@each_case
+@some_cases
 def test_gradients_reach_every_parameter(name):
     graphdef, params, rest = nnx.split(make(name), nnx.Param, ...)
     loss = lambda params, x: jnp.sum(jnp.square(nnx.merge(graphdef, params, rest)(x)[0]))  # noqa: E731

@@ -96,7 +96,8 @@ def test_no_wrapper_changes_values_gradients_or_tangents(options, x64):
     chex.assert_trees_all_close(push(wrapped["jit"]), want[1], rtol=1e-10, atol=1e-11)
 
 
-@some_forms
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("options", FORMS, ids=names)
 def test_jit_and_vmap_change_nothing(options, x64):
     arrays = float64_inputs(options)
     gradient = jax.grad(lambda arrays: loss(arrays, options))
