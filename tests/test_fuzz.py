@@ -237,6 +237,10 @@ def _draw_arrays(call, rng):
     dtypes = dict.fromkeys(("beta", "log_decay"), call.gates_dtype) | dict.fromkeys(MEMORY, wide)
     cast = lambda name, x: np.asarray(x, jnp.dtype(dtypes.get(name, call.dtype)))  # noqa: E731
     directions = {name: rng.normal(size=arrays[name].shape) for name in call.moving}
+    if call.normalize == "retrieval" and "key" in directions:
+        # A key without a feature is written in full where only that feature was left; with any of it, it is hardly
+        # written at all. There is no derivative along that feature.
+        directions["key"] *= arrays["key"] != 0
     for group in (arrays, directions):
         group |= {name: tie(call.wrappers, name, cast(name, x)) for name, x in group.items()}
     cotangents = [rng.normal(size=shape) for shape in ((*tokens, value_size), (*memory, value_size), memory)]
@@ -350,7 +354,8 @@ def errors(call, arrays, segment_ids, directions, cotangents, results, more):
         moved = exact | {name: exact[name] + 1e-30j * direction for name, direction in directions.items()}
         for name, x in outputs(moved).items():
             tangent = np.imag(x) / 1e-30
-            scale = np.max(np.abs(tangent)) + 1e-3
+            # A tangent may be a small difference, as a gradient below: that of a decay where reads are divided.
+            scale = max(np.max(np.abs(tangent)), np.max(np.abs(want[name]))) + 1e-3
             error = np.max(np.abs(np.float64(more[name]) - tangent)) / scale
             yield f"tangent of {name}", error, derivative_rtol + rounding(more[name])
         return
