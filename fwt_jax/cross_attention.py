@@ -1,190 +1,136 @@
-"""Attention that is not causal: of encoders, where the source is x itself, and from a decoder to its source.
-
-    y = layer(x, source, mask)                 # at once
-    memory = layer.write(source, mask)         # or once for a source, and then for each new x
-    y = layer.read(x, memory)
-
-Letters: B batch, T tokens that read, S tokens of the source, H heads, D head size, K key features, V value size.
-"""
+"""Linear attention without an order of the tokens: all keys are written, then every query reads."""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import nnx
 from jax import lax
 
-from fwt_jax import attention, feature_maps
-from fwt_jax.layers import (
-    DEFAULT_INIT,
-    FeatureMap,
-    _at_least_float32,
-    _check_kind,
-    _check_shapes,
-    _count_features,
-    _features,
-    _projections,
-)
+from fwt_jax import arguments, normalization
+from fwt_jax.attention_arguments import check_is_memory, check_key_mask, check_memory, check_qkv, check_read
+from fwt_jax.heads import start_of
 from fwt_jax.memory import Memory
+from fwt_jax.precision import computation_dtype, products_precision
 
 
-class Source(NamedTuple):
-    """What softmax attention remembers of a source: keys ``[B, S, H, D]``, values ``[B, S, H, V]``, and which of them
-    are not padding, bool ``[B, S]``."""
+def fast_weight_cross_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    key_mask: jax.Array | None = None,
+    memory: Memory | None = None,
+    normalize: Literal[False, "read"] = False,
+    eps: float = 1e-6,
+    precision: lax.PrecisionLike = None,
+) -> tuple[jax.Array, Memory]:
+    """Non-causal linear attention, for encoders and cross-attention: all keys are written, then every query reads.
 
-    key: jax.Array
-    value: jax.Array
-    mask: jax.Array
+        W = W_0 + Σ_i k_i v_iᵀ,   z = z_0 + Σ_i k_i,   y_t = Wᵀq_t,  divided by zᵀq_t + eps if normalised
 
-
-class CrossAttention(nnx.Module):
-    """Multi-head attention from x to all tokens of a source, by softmax or by a fast weight memory with the sum rule.
-
-        softmax    o_t = Σ_i softmax_i(k_iᵀq_t / √D) v_i                          Vaswani et al. 2017; eq. 6-7
-        sum        W = Σ_i k_i v_iᵀ,   z = Σ_i k_i,   o_t = Wᵀq_t / (zᵀq_t + eps)      eq. 17-19
-
-    with k = N(φ(W_k s)), q = N(φ(W_q x)), v = W_v s and y_t = W_o [o_t of all heads]. A token that reads costs 2S(D+V)
-    FLOPs per head with softmax, and 2KV with the sum rule, whose memory is K·V numbers however long the source is.
+    Cost: 2·H·K·V FLOPs per token that is written and as many per token that reads, without a query-by-key matrix. For
+    short sources that matrix is less work, 2·H·S·(K + V) FLOPs per token that reads. Then y comes from it, and under
+    jit the memory costs nothing unless it is used.
 
     Args:
-      in_features, num_heads, head_size, feature_map, feature_normalization, eps, use_bias, precision, dtype,
-      param_dtype, kernel_init, rngs: as in ``FastWeightAttention``; the values are of head_size.
-      rule: "softmax" (without features) or "sum".
-      normalize: False, or "read", for "sum".
+      query: φ(q), ``[B, T, H, K]``, floating point.
+      key: φ(k), ``[B, S, H, K]``, floating point.
+      value: ``[B, S, H, V]``, floating point.
+      key_mask: bool ``[B, S]``, False for padding, which is not written.
+      memory: the start; empty if not given. To read the result again, call ``read``.
+      normalize: False, or "read" (eq. 18-19).
+      eps: added to the divisor.
+      precision: of the matrix products, see ``fast_weight_attention``.
+
+    Returns:
+      y ``[B, T, H, V]`` in value's dtype, and the memory of all keys: float32 (float64 for float64 inputs).
 
     Raises:
-      ValueError: another rule: the order of the source does not matter here, which the delta rule depends on; another
-        normalisation; sizes or a feature map as in ``FastWeightAttention``. When called: x or a source that is not
-        floating point and of three axes, a mask that is not bool ``[B, S]``, x and a source or memory of different B, a
-        memory that is not of this layer.
+      ValueError: shapes or dtypes that do not fit together, T = 0 or S = 0, an unknown normalisation.
 
-    Example:
-      >>> layer = CrossAttention(512, 8, 64, rule="sum", rngs=nnx.Rngs(0))
-      >>> y = layer(x, source, mask)
+    References:
+      Katharopoulos et al. 2020; Schlag, Irie & Schmidhuber 2021 (eq. 17-19).
     """
-
-    def __init__(
-        self,
-        in_features: int,
-        num_heads: int,
-        head_size: int,
-        *,
-        rule: Literal["softmax", "sum"] = "softmax",
-        feature_map: FeatureMap = feature_maps.elu_plus_one,
-        feature_normalization: FeatureMap | None = None,
-        normalize: Literal[False, "read"] = "read",
-        eps: float = 1e-6,
-        use_bias: bool = False,
-        precision: lax.PrecisionLike = None,
-        dtype: jax.typing.DTypeLike | None = None,
-        param_dtype: jax.typing.DTypeLike = jnp.float32,
-        kernel_init: nnx.Initializer = DEFAULT_INIT,
-        rngs: nnx.Rngs,
-    ):
-        if rule not in ("softmax", "sum"):
-            raise ValueError(f'rule must be "softmax" or "sum" where attention is not causal, got {rule!r}')
-        self.rule, self.normalize, self.eps, self.precision = rule, normalize, eps, precision
-        self.feature_map = feature_map
-        self.feature_normalization = feature_normalization or feature_maps.identity
-        if normalize not in (False, "read"):
-            raise ValueError(f'normalize must be False or "read" where nothing is retrieved by key, got {normalize!r}')
-        options = dict(use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, kernel_init=kernel_init, rngs=rngs)
-        self.query, self.key, self.value, self.out = _projections(
-            in_features, num_heads, head_size, head_size, **options
+    query, key, value, key_mask = arguments.arrays(query=query, key=key, value=value, key_mask=key_mask)
+    check_qkv(query, key, value)
+    check_read(normalize, eps)
+    check_memory(memory, key, value)
+    batch, length = key.shape[:2]
+    if value.shape[1] != length:
+        raise ValueError(
+            f"key and value must have one length S, got key {list(key.shape)} and value {list(value.shape)}"
         )
-        self.num_features = None
-        if rule == "sum":
-            self.num_features = _count_features(feature_map, self.feature_normalization, num_heads, head_size)
-
-    def __call__(
-        self, x: jax.Array, source: jax.Array, mask: jax.Array | None = None, *, rngs: nnx.Rngs | None = None
-    ) -> jax.Array:
-        """Reads a source that is written for this call.
-
-        Args:
-          x: ``[B, T, in_features]``; source ``[B, S, in_features]``.
-          mask: bool ``[B, S]``, False for padding; none if not given.
-          rngs: draws a random feature map for this call, see ``FastWeightAttention``.
-
-        Returns:
-          y, as x.
-        """
-        feature_map = self.feature_map
-        source, mask = self._checked("source", source, mask)
-        x, _ = self._checked("x", x, batch=len(source))
-        if rngs is not None and hasattr(feature_map, "draw"):
-            feature_map = feature_map.draw(rngs)  # once: keys and queries must share it
-        if self.rule == "softmax":
-            return self._read(x, self._write(source, mask, feature_map), feature_map)
-        query, key = (self._features(y, feature_map) for y in (self.query(x), self.key(source)))
-        options = {"key_mask": mask, "normalize": self.normalize, "eps": self.eps, "precision": self.precision}
-        out, _ = attention.fast_weight_cross_attention(query, key, self.value(source), **options)
-        return self.out(out.astype(x.dtype))
-
-    def write(self, source: jax.Array, mask: jax.Array | None = None) -> Memory | Source:
-        """The memory of a source: fast weights ``[B, H, K, V]`` and key sums, or keys and values for softmax."""
-        source, mask = self._checked("source", source, mask)
-        return self._write(source, mask, self.feature_map)
-
-    def read(self, x: jax.Array, memory: Memory | Source) -> jax.Array:
-        """y, as x ``[B, T, in_features]``, from what ``write`` returned."""
-        way_out = f'layer.write(source), of a layer of rule "{self.rule}", makes one'
-        _check_kind(memory, Source if self.rule == "softmax" else Memory, way_out)
-        heads, size = self.query.out_features
-        batch, slots = (*np.shape(memory[0]), 0, 0)[:2]
-        key, slots = (batch, slots, heads, size), (batch, slots)
-        weights = (batch, heads, self.num_features, size)
-        shapes = (key, key, slots) if self.rule == "softmax" else (weights, weights[:-1])
-        _check_shapes(memory, shapes, way_out)
-        x, _ = self._checked("x", x, batch=batch)
-        return self._read(x, memory, self.feature_map)
-
-    def _checked(self, name, x, mask=None, batch=None):
-        """x and its mask as arrays."""
-        x, mask = jnp.asarray(x), None if mask is None else jnp.asarray(mask)
-        size = self.query.in_features[0]
-        if x.ndim != 3 or x.shape[-1] != size or 0 in x.shape or not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(
-                f"{name} must be floating point and [B, tokens, {size}] with at least one token, "
-                f"got {x.dtype}{list(x.shape)}; for one token or one sequence add an axis of length 1"
-            )
-        if batch not in (None, len(x)):
-            raise ValueError(f"x must have the {batch} rows of its source, got {len(x)}; repeat the source or x")
-        if mask is not None and (mask.shape != x.shape[:2] or mask.dtype != jnp.bool_):
-            raise ValueError(
-                f"mask must be bool {list(x.shape[:2])}, True where the source is no padding, "
-                f"got {mask.dtype}{list(mask.shape)}; a mask that is added to scores is mask == 0 here"
-            )
-        return x, mask
-
-    def _write(self, source, mask, feature_map):
-        key, value = self.key(source), self.value(source)
-        if self.rule == "softmax":
-            return Source(key, value, jnp.ones(source.shape[:2], bool) if mask is None else mask)
-        key = self._features(key, feature_map)
-        options = {"key_mask": mask, "precision": self.precision}
-        return attention.fast_weight_cross_attention(key[:, :1], key, value, **options)[1]  # nothing is read
-
-    def _read(self, x, memory, feature_map):
-        query = self.query(x)
-        if self.rule == "softmax":
-            return self.out(_softmax_read(query, memory, self.precision))
-        query = self._features(query, feature_map)
-        options = {"normalize": self.normalize, "eps": self.eps, "precision": self.precision}
-        return self.out(attention.read(query, memory, **options).astype(x.dtype))
-
-    def _features(self, x, feature_map):
-        return _features(x, feature_map, self.feature_normalization)
+    dtype = computation_dtype(query, key, value, memory)
+    starts_empty = memory is None
+    memory = start_of(memory, key, value, dtype)
+    written = key.astype(dtype)
+    if key_mask is not None:
+        check_key_mask(key_mask, batch, length)
+        written = jnp.where(key_mask[:, :, None, None], written, 0)
+        value = jnp.where(key_mask[:, :, None, None], value, 0)
+    precision = products_precision(precision, query, key, value)
+    query = normalization.scaled_query(query.astype(dtype), eps) if normalize else query
+    outer = jnp.einsum("bshk,bshv->bhkv", written, value.astype(dtype), precision=precision)
+    after = Memory(memory.fast_weights + outer, memory.key_sum + jnp.sum(written, axis=1))
+    reads, key_size, value_size = query.shape[1], key.shape[-1], value.shape[-1]
+    if starts_empty and reads * length * (key_size + value_size) < (reads + length) * key_size * value_size:
+        scores = jnp.einsum("bthk,bshk->bhts", query.astype(dtype), written, precision=precision)
+        out = jnp.einsum("bhts,bshv->bthv", scores, value.astype(dtype), precision=precision)
+        if normalize:
+            out = normalization.divided(out, jnp.swapaxes(jnp.sum(scores, axis=-1), 1, 2)[..., None], eps)
+    else:
+        out = _read(query, after, normalize, eps, precision)
+    return out.astype(value.dtype), after
 
 
-def _softmax_read(query, source, precision):
-    key, value, mask = source
-    precision = attention.products_precision(precision, query, key, value)
-    scores = jnp.einsum("bthd,bshd->bhts", _at_least_float32(query), _at_least_float32(key), precision=precision)
-    scores = jnp.where(mask[:, None, None], scores * query.shape[-1] ** -0.5, jnp.finfo(scores.dtype).min)
-    weights = jax.nn.softmax(scores, axis=-1)
-    out = jnp.einsum("bhts,bshv->bthv", weights, _at_least_float32(value), precision=precision)
-    return out.astype(value.dtype)
+def read(
+    query: jax.Array,
+    memory: Memory,
+    *,
+    normalize: Literal[False, "read"] = False,
+    eps: float = 1e-6,
+    precision: lax.PrecisionLike = None,
+) -> jax.Array:
+    """Reads a memory without writing: y_t = Wᵀq_t, divided by zᵀq_t + eps if normalised (eq. 19, 25, 28).
+
+    Args:
+      query: φ(q), ``[B, T, H, K]``, floating point.
+      memory: W ``[B, H, K, V]`` and z ``[B, H, K]``. z is only kept by calls that normalise.
+      normalize: False, or "read".
+      eps: added to the divisor.
+      precision: of the matrix products, see ``fast_weight_attention``.
+
+    Returns:
+      y ``[B, T, H, V]`` in query's dtype.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit together, an unknown normalisation.
+    """
+    (query,) = arguments.arrays(query=query)
+    return _read(query, memory, normalize, eps, products_precision(precision, query)).astype(query.dtype)
+
+
+def _read(query, memory, normalize, eps, precision):
+    check_read(normalize, eps)
+    check_is_memory(memory)
+    batch, heads, key_size, _ = memory.fast_weights.shape
+    if query.ndim != 4 or query.shape[0] != batch or query.shape[2:] != (heads, key_size):
+        raise ValueError(
+            f"query must be [{batch}, T, {heads}, {key_size}] for a memory of {list(memory.fast_weights.shape)}, "
+            f"got {list(query.shape)}"
+        )
+    arguments.floating(query=query)
+    if memory.key_sum.shape != memory.fast_weights.shape[:-1]:
+        raise ValueError(
+            f"key_sum must be {list(memory.fast_weights.shape[:-1])}, the first axes of fast_weights, "
+            f"got {list(memory.key_sum.shape)}"
+        )
+    dtype = memory.fast_weights.dtype
+    query = normalization.scaled_query(query.astype(dtype), eps) if normalize else query
+    out = jnp.einsum("bthk,bhkv->bthv", query.astype(dtype), memory.fast_weights, precision=precision)
+    if normalize:
+        mass = jnp.einsum("bthk,bhk->bth", query.astype(dtype), memory.key_sum, precision=lax.Precision.HIGHEST)
+        out = normalization.divided(out, mass[..., None], eps)
+    return out

@@ -1,19 +1,16 @@
 """Feature maps φ: ℝᴰ → ℝᶠ of linear attention, as pure functions ``[..., D] -> [..., F]``.
 
-A feature map stands in for the exponential kernel of softmax attention: exp(qᵀk) ≈ φ(k)ᵀφ(q). The
-fast weight memory never sees ``x``, only φ(x), so its capacity, the number of key-value pairs that it
-can hold without interference, is at most F (Schlag, Irie & Schmidhuber 2021, section 4.1).
+A feature map replaces the exponential kernel of softmax attention: exp(qᵀk) ≈ φ(k)ᵀφ(q). The memory sees φ(x)
+only. So it holds at most F key-value pairs without interference (Schlag, Irie & Schmidhuber 2021, section 4.1).
 
-Every map returns the dtype of its input. Exponentials, norms and sums over features are computed in
-float32 (float64 for float64 input), so that bfloat16 inputs lose nothing but their own rounding. float16
-has a range of its own: features below 6e-8 become 0, and above 65504 infinite. Map and normalise in
-float32 where x is float16, as the layers do.
+Every map returns the dtype of its input. Exponentials, norms and sums over features are computed in float32 (float64
+for float64 input), so bfloat16 inputs lose their own rounding only. In float16, features below 6e-8 become 0 and
+features above 65504 become infinite. If x is float16, map and normalise in float32, as the layers do.
 
-A token's features may be so small that only their ratio counts, which normalisation needs. The two maps
-of exponentials, ``elu_plus_one`` and ``favor_plus``, therefore keep the largest feature of a token at
-exp(−60) or more (exp(−500) for float64): all features of a smaller token take one common factor. Nothing
-else changes, and no feature by more than exp(−60). The products of ``relu_squared``, ``dpfp`` and
-``taylor`` have no such bound: they are 0 for |x| below 1e-19, and infinite above 1e19.
+Normalisation needs the ratios of a token's features, however small they are. So the two maps of exponentials,
+``elu_plus_one`` and ``favor_plus``, raise a token whose largest feature is below exp(−60) (exp(−500) for float64) to
+that, by one common factor. No feature changes by more than exp(−60), and no other token changes. The products of
+``relu_squared``, ``dpfp`` and ``taylor`` have no such bound: they are 0 for |x| below 1e-19, and infinite above 1e19.
 
 =================  =========  ==============================================================
 map                F          source
@@ -44,7 +41,7 @@ from jax import lax
 
 
 def _accumulation_dtype(x: jax.Array) -> jnp.dtype:
-    """float32, or float64 for float64 input; refuses integers, for which no map is defined."""
+    """float32, or float64 for float64 input; raises a ValueError for other than floating-point input."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
             f"a feature map takes floating-point input, got {x.dtype}{list(x.shape)}; "
@@ -54,7 +51,7 @@ def _accumulation_dtype(x: jax.Array) -> jnp.dtype:
 
 
 def _least_exponent(x: jax.Array) -> float:
-    """Of the largest feature of a token: so far above the smallest number that the ratios to it keep their digits."""
+    """The least logarithm of a token's largest feature. From there, smaller features still have all their digits."""
     return -60.0 if x.dtype == jnp.float32 else -500.0
 
 
@@ -126,8 +123,8 @@ def tanh(x: jax.Array) -> jax.Array:
 def elu_plus_one(x: jax.Array) -> jax.Array:
     """φ(x) = x + 1 for x > 0, exp(x) otherwise (Katharopoulos et al. 2020; Schlag et al. 2021, eq. 30).
 
-    The exponential is taken directly, not as (exp(x) − 1) + 1, which is zero in bfloat16 from x < −6. Where all of a
-    token's x are below −60, its features are exp(x − max(x) − 60), so that ``sum_normalize`` makes softmax(x) of them.
+    The exponential is not computed as (exp(x) − 1) + 1, which is zero in bfloat16 for x < −6. If all x of a token are
+    below −60, its features are exp(x − max(x) − 60), and ``sum_normalize`` turns them into softmax(x).
 
     Args:
       x: ``[..., D]``, floating point.
@@ -135,14 +132,14 @@ def elu_plus_one(x: jax.Array) -> jax.Array:
     Returns:
       ``[..., D]`` in x's dtype, all entries > 0 (until exp underflows).
     """
-    most = jnp.max(x, axis=-1 if x.ndim else None, keepdims=True, initial=-jnp.inf)
-    exponents = jnp.minimum(x, 0) - jnp.minimum(most - _least_exponent(x), 0)
+    largest = jnp.max(x, axis=-1 if x.ndim else None, keepdims=True, initial=-jnp.inf)
+    exponents = jnp.minimum(x, 0) - jnp.minimum(largest - _least_exponent(x), 0)
     return jnp.where(x > 0, x + 1, jnp.exp(exponents))
 
 
 @_in_float32
 def softmax(x: jax.Array) -> jax.Array:
-    """φ(x) = exp(x) / Σᵢ exp(xᵢ): features that are sum-normalised by themselves (Irie et al. 2021, 2022).
+    """φ(x) = exp(x) / Σᵢ exp(xᵢ): features with a sum of 1 (Irie et al. 2021, 2022).
 
     Args:
       x: ``[..., D]``, floating point.
@@ -161,11 +158,11 @@ def dpfp(x: jax.Array, nu: int = 1) -> jax.Array:
 
         φ(x)[(j−1)·2D + i] = u[i] · u[i − j mod 2D].
 
-    The features are non-negative and sparse, and a pair of vectors shares an active feature only where
-    the signs of the same two coordinates agree: more room for (near-)orthogonal keys than D.
+    The features are non-negative and sparse. Two vectors share an active feature only if the signs of the same two
+    coordinates agree, so more than D keys can be (nearly) orthogonal.
 
-    For even D, DPFP-1 of a vector without zero entries has at least one positive entry. For odd D the two
-    alternating sign patterns give all zeros, which ``sum_normalize(..., eps=0)`` turns into NaN.
+    For even D, DPFP-1 of a vector without zero entries has at least one positive entry. For odd D, the two
+    alternating sign patterns give all zeros, and ``sum_normalize(..., eps=0)`` makes NaN of them.
 
     Args:
       x: ``[..., D]``, floating point.
@@ -178,6 +175,8 @@ def dpfp(x: jax.Array, nu: int = 1) -> jax.Array:
       ValueError: ``nu`` is not an integer in 1 … 2D − 1.
 
     Example:
+      >>> import jax.numpy as jnp
+      >>> from fwt_jax.feature_maps import dpfp
       >>> dpfp(jnp.array([1.0, -2.0]), nu=1)       # u = [1, 0, 0, 2]
       Array([2., 0., 0., 0.], dtype=float32)
     """
@@ -185,8 +184,8 @@ def dpfp(x: jax.Array, nu: int = 1) -> jax.Array:
     if not isinstance(nu, Integral) or not 1 <= nu <= 2 * size - 1:
         raise ValueError(f"dpfp of vectors of size {size} takes nu from 1 to {2 * size - 1}, got nu={nu}")
     pair = jnp.concatenate([x, -x], axis=-1)
-    # Each roll is a slice of u with its end put before its start. The barrier has this copy made once: fused into the
-    # nu products, XLA's CPU compiler would branch on every element instead of using vectors, at three times the time.
+    # Each roll is a slice of u with its last nu entries put before its first. The barrier makes XLA compute this copy
+    # once. Otherwise the CPU compiler fuses it into the products and branches on each entry, at three times the time.
     extended = lax.optimization_barrier(jnp.concatenate([pair[..., 2 * size - nu :], pair], axis=-1))
     extended = jnp.maximum(extended, 0)
     rolls = [extended[..., nu - j : nu - j + 2 * size] for j in range(nu + 1)]
@@ -199,23 +198,23 @@ def orthogonal_projection(
 ) -> jax.Array:
     """Random matrix R for ``favor_plus``: Gaussian in law, with orthogonal rows (Choromanski et al. 2021, sec. 2.4).
 
-    Blocks of min(M, D) rows are orthogonal to each other; each row has the length of a Gaussian vector
-    (χ with D degrees of freedom), so every single row is N(0, I).
+    The rows within each block of min(M, D) are orthogonal. Their lengths are those of Gaussian vectors (χ with D
+    degrees of freedom), so each row by itself is N(0, I).
 
     Args:
       key: a JAX random key.
       num_features: M, the number of rows of R; ``favor_plus`` then gives 2·M features.
-      dim: D, the size of what is projected.
-      orthogonal: "rows" is the estimator of the paper and of the authors' retrieval program. "columns" is
-        what the authors' language-model toolkit draws: the columns of R are orthogonal, in blocks of M,
-        with the length of M-dimensional Gaussian vectors.
+      dim: D, the size of the vectors to project.
+      orthogonal: "rows" is the estimator of the paper and of the authors' retrieval program. "columns" is drawn by
+        the authors' language-model toolkit: the columns of R are orthogonal, in blocks of M, and have the lengths of
+        Gaussian vectors of size M.
       dtype: dtype of R.
 
     Returns:
       R, ``[num_features, dim]``.
 
     Raises:
-      ValueError: ``orthogonal`` is neither of the two, or a size is no integer above 0.
+      ValueError: ``orthogonal`` is neither of the two, or a size is not an integer above 0.
     """
     if orthogonal not in ("rows", "columns"):
         raise ValueError(f'orthogonal must be "rows" or "columns", got {orthogonal!r}')
@@ -225,10 +224,11 @@ def orthogonal_projection(
         return orthogonal_projection(key, dim, num_features, dtype=dtype).T
     num_blocks = -(-num_features // dim)
     gaussian = jax.random.normal(key, (num_blocks, dim, dim), dtype)
-    # Of the columns, which are those of the triangle: independent of the basis, as the lengths of the rows are not.
+    # The columns of the triangle have the same lengths as these, which are therefore independent of the basis. The
+    # lengths of the rows are not.
     lengths = jnp.linalg.norm(gaussian, axis=-2)
     basis, triangle = jnp.linalg.qr(gaussian)
-    # The sign makes the basis uniform (Haar); QR alone leaves it to the algorithm.
+    # The signs make the basis uniform (Haar), because those of QR depend on the algorithm.
     basis = basis * jnp.sign(jnp.diagonal(triangle, axis1=-2, axis2=-1))[:, None, :]
     rows = jnp.swapaxes(basis, -1, -2) * lengths[..., None]
     return rows.reshape(num_blocks * dim, dim)[:num_features]
@@ -241,20 +241,20 @@ def favor_plus(x: jax.Array, projection: jax.Array, *, eps: float = 0.0) -> jax.
         φ(x) = h(x)/√M · [exp(Rx); exp(−Rx)],   h(x) = exp(−‖x‖²/2) / √2,
 
     an unbiased positive estimate of the softmax kernel: E[φ(k)ᵀφ(q)] = exp(kᵀq).
-    The exponents are added before exp, so features overflow only where φ itself does, that is for
-    ‖Rᵢ‖²/2 > 88 in float32. ``sum_normalize(favor_plus(x, R))`` equals softmax([Rx; −Rx]) for all x: h cancels.
+    The exponents are added before exp, so features overflow only if φ itself does: for ‖Rᵢ‖²/2 > 88 in float32.
+    ``sum_normalize(favor_plus(x, R))`` equals softmax([Rx; −Rx]) for all x, because h cancels.
 
-    For long x, h(x) is smaller than any float32. Where h takes the largest feature of a token below exp(−60)/√(2M), it
-    is replaced by the factor that gives just this (see the head of this file). Without ``sum_normalize``, such tokens
-    are all equally small instead of zero; a sum of them is far below the eps of attention normalisation, which then
-    decides: the read is about 0. Take x / D^¼, or ``sum_normalize``, for x as long as that.
+    For long x, h(x) is smaller than any float32. If h would make the largest feature of a token smaller than
+    exp(−60)/√(2M), another factor makes it equal to that (see the head of this file). Without ``sum_normalize``, such
+    tokens are all equally small. Their sum is far below the eps of attention normalisation, so the read is about 0. Use
+    x / D^¼ or ``sum_normalize`` for x as long as that.
 
     Args:
       x: ``[..., D]``, floating point.
-      projection: R, ``[M, D]``, from ``orthogonal_projection``. Draw it anew for each training batch and
-        keep one for evaluation; keys and queries must share it.
-      eps: added to both exponentials, before the factor 1/√(2M). 0 is the paper; 1e-4 is the authors'
-        language-model toolkit: there the features of long x, whose exponentials are far below it, are all equal.
+      projection: R, ``[M, D]``, from ``orthogonal_projection``. Draw a new one for each training batch, and use one for
+        all of evaluation. Keys and queries must share it.
+      eps: added to both exponentials, before the factor 1/√(2M). The paper has 0. The authors' language-model toolkit
+        has 1e-4, which makes all features of a long x equal, because their exponentials are far smaller.
 
     Returns:
       ``[..., 2·M]`` in x's dtype, all entries > 0 (until exp underflows).
@@ -281,7 +281,7 @@ def taylor(x: jax.Array) -> jax.Array:
         φ(k)ᵀφ(q) = 1 + s + s²/2,   s = kᵀq / √D,
         φ(x) = [1; x / D^¼; (xᵢ²)ᵢ / √(2D); (xᵢxⱼ)_{i<j} / √D].
 
-    Each product of two coordinates is kept once, so F is about half of the 1 + D + D² of vec(x xᵀ).
+    Each product of two coordinates appears once, so F is about half of the 1 + D + D² of vec(x xᵀ).
 
     Args:
       x: ``[..., D]``, floating point.
@@ -344,16 +344,16 @@ def hedgehog(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> 
 def sum_normalize(x: jax.Array, eps: float | None = None) -> jax.Array:
     """φ′ = φ / (Σᵢ φᵢ + eps), for non-negative features (Schlag, Irie & Schmidhuber 2021, eq. 29).
 
-    With Σφ(k) = 1 a write and the removal that the delta rule makes before it have equal weight
-    (appendix A.2), and the memory stays bounded.
+    With Σφ(k) = 1, the delta rule removes the old value with the weight with which it writes the new one (appendix
+    A.2), and the memory stays bounded.
 
-    The sum is taken of multiples whose largest is 1, so that neither it nor its square, in the gradient, leaves the
-    range of float32, from features of 1e-38 (FAVOR+ has small ones) to 1e38.
+    φ′ does not change if the features are scaled. They are scaled to a maximum of 1 first, so that the sum, and its
+    square in the gradient, stay in the range of float32. This holds for features from 1e-38 to 1e38.
 
     Args:
       x: features, ``[..., F]``, floating point, non-negative.
-      eps: added to the sum. None, the default, adds nothing and leaves features that are all zero at zero. 0 is the
-        same and the letter of the paper: NaN where all features are zero, as those of DPFP are for x = 0.
+      eps: added to the sum. None adds nothing, and features that are all zero stay zero. 0 is the paper's equation: it
+        adds nothing either, but gives NaN if all features are zero, as those of DPFP for x = 0.
 
     Returns:
       ``[..., F]`` in x's dtype.
@@ -368,7 +368,7 @@ def sum_normalize(x: jax.Array, eps: float | None = None) -> jax.Array:
 def l2_normalize(x: jax.Array, eps: float = 1e-6) -> jax.Array:
     """φ′ = φ / √(Σᵢ φᵢ² + eps) (Yang et al. 2024): keeps I − βkkᵀ a contraction for β in [0, 2].
 
-    The squares are those of multiples of at most 1, as in ``sum_normalize``.
+    The features are scaled to at most 1 before they are squared, as in ``sum_normalize``.
 
     Args:
       x: features, ``[..., F]``, floating point.

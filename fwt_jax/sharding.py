@@ -1,16 +1,18 @@
-"""Where arrays lie on many devices: a mesh, and one table from the path of an array to its partition.
+"""How arrays are split over many devices: a mesh, and a table from the path of an array to its partition.
 
     mesh = make_mesh(fsdp=4)                                # the remaining devices are data parallel
-    state = jax.device_put(state, partition(mesh, state))   # parameters, optimizer state, memories: one table for all
+    state = jax.device_put(state, partition(mesh, state))   # parameters, optimizer state and memories
     with jax.set_mesh(mesh):
         ...                                                 # jit does the rest
 
-The batch is split over "data" and "fsdp". Parameters are split over "fsdp" (gathered where they are used: fully sharded
-data parallel) and over "tensor" (heads, and what is inside the feed-forward layer; Shoeybi et al. 2019).
+The batch is split over "data" and "fsdp". Parameters are split over "fsdp" and gathered before each use (fully sharded
+data parallel). They are also split over "tensor": the heads, and the hidden units of the feed-forward layer (Shoeybi et
+al. 2019).
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -19,11 +21,12 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-BATCH = ("data", "fsdp")  # the axes of the mesh that the batch is split over
+BATCH = ("data", "fsdp")  # the axes of the mesh that split the batch
 
-# The first row whose expression is found in the path of an array, as "params/blocks/0/attention/query/kernel", counts;
-# what no row fits is whole on every device. Moments of an optimizer have the paths of their parameters at their end.
-RULES: tuple[tuple[str, P], ...] = (
+# The first row counts whose expression matches the path of an array, as "params/blocks/0/attention/query/kernel". An
+# array that no row matches is whole on every device. Moments of an optimizer match like their parameters, because
+# their paths end alike.
+PARTITION_RULES: tuple[tuple[str, P], ...] = (
     (r"(^|/)embedding$", P("tensor", "fsdp")),  # [V, D]
     (r"/(query|key|value|position)/kernel$", P("fsdp", "tensor", None)),  # [D, H, K]
     (r"/beta/kernel$", P("fsdp", "tensor")),  # [D, H]
@@ -37,14 +40,19 @@ RULES: tuple[tuple[str, P], ...] = (
 
 
 def make_mesh(
-    data: int | None = None, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None
+    data: int | None = None,
+    fsdp: int = 1,
+    tensor: int = 1,
+    *,
+    # JAX binds the name Device without a type.
+    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
 ) -> Mesh:
     """A mesh with the axes "data", "fsdp" and "tensor".
 
     Args:
-      data: copies of the model, each with a part of the batch; all remaining devices if not given.
-      fsdp: parts of each copy's parameters, which also split the batch.
-      tensor: parts of the heads and of the feed-forward layers.
+      data: the number of copies of the model, each for a part of the batch; all remaining devices if not given.
+      fsdp: the number of parts of each copy's parameters, and of its part of the batch.
+      tensor: the number of parts of the heads and of the feed-forward layers.
       devices: all of ``jax.devices()`` if not given.
 
     Raises:
@@ -61,37 +69,35 @@ def make_mesh(
     return jax.make_mesh((data, fsdp, tensor), (*BATCH, "tensor"), (AxisType.Auto,) * 3, devices=devices)
 
 
-def partition(mesh: Mesh, tree: Any, rules: Sequence[tuple[str, P]] = RULES) -> Any:
+def partition(mesh: Mesh, tree: Any, rules: Sequence[tuple[str, P]] = PARTITION_RULES) -> Any:
     """The ``NamedSharding`` of every array of a tree (or ``ShapeDtypeStruct``), by its path.
 
-    An axis of the mesh that does not divide its dimension is left out: a vocabulary of 267,735 words stays whole, as
-    does what has no axes.
+    A dimension that its axis of the mesh does not divide stays whole, as a vocabulary of 267,735 words on two devices.
+    So does an array without axes.
 
     Raises:
       ValueError: a rule with more axes than its array.
     """
 
-    def of(path, x):
+    def sharding_of(path, x):
         path = jax.tree_util.keystr(path, simple=True, separator="/")
         spec = next((spec for expression, spec in rules if x.ndim and re.search(expression, path)), P())
         if len(spec) > x.ndim:
-            raise ValueError(f"{path} is split by {spec}, and has only {x.ndim} axes, {list(x.shape)}; mend the rules")
-        fits = (
-            axes if axes and size % _size(mesh, axes) == 0 else None for axes, size in zip(spec, x.shape, strict=False)
-        )
-        return NamedSharding(mesh, P(*fits))
+            raise ValueError(f"{path} is split by {spec}, and has only {x.ndim} axes, {list(x.shape)}; correct its row")
+        divides = [axes and size % _size(mesh, axes) == 0 for axes, size in zip(spec, x.shape, strict=False)]
+        return NamedSharding(mesh, P(*(axes if fits else None for axes, fits in zip(spec, divides, strict=True))))
 
-    return jax.tree_util.tree_map_with_path(of, tree)
+    return jax.tree_util.tree_map_with_path(sharding_of, tree)
 
 
 def batch_partition(mesh: Mesh, tree: Any) -> Any:
-    """The ``NamedSharding`` of the arrays of a batch: their first axis is split; numbers are everywhere.
+    """The ``NamedSharding`` of the arrays of a batch: their first axis is split, and numbers are on every device.
 
     Raises:
-      ValueError: a first axis that data · fsdp does not divide.
+      ValueError: data · fsdp does not divide a first axis.
     """
 
-    def of(x):
+    def sharding_of(x):
         if x.ndim and x.shape[0] % _size(mesh, BATCH):
             raise ValueError(
                 f"the batch has {x.shape[0]} rows, which the mesh of data={mesh.shape['data']} and "
@@ -99,17 +105,17 @@ def batch_partition(mesh: Mesh, tree: Any) -> Any:
             )
         return NamedSharding(mesh, P(BATCH) if x.ndim else P())
 
-    return jax.tree.map(of, tree)
+    return jax.tree.map(sharding_of, tree)
 
 
 def over_batch(function, rows, shared):
-    """``function(rows, shared)``, on each device for its own rows where ``jax.set_mesh`` has set a mesh.
+    """``function(rows, shared)``; if ``jax.set_mesh`` has set a mesh, each device computes its own rows.
 
-    For what the compiler would not split by itself, as a loop over the tokens of all rows. The gradient of ``shared``
-    is the sum over all devices.
+    The compiler does not split some programs by itself, such as a loop over the tokens of all rows. The gradient of
+    ``shared`` is the sum over all devices.
 
     Args:
-      function: of rows and shared to arrays whose first axis is that of rows, each row by itself.
+      function: (rows, shared) -> arrays ``[B, ...]``. Each row of the result depends on the same row of ``rows`` only.
       rows: arrays ``[B, ...]``.
       shared: arrays that every row needs.
     """
@@ -122,16 +128,14 @@ def over_batch(function, rows, shared):
     if not axes or len(jax.tree.leaves(rows)[0]) % _size(mesh, axes):
         return function(rows, shared)
 
-    def of_device(rows, shared):
-        # The gradient of shared is summed over the devices where it becomes each device's own. That is here and not
-        # where it is first used, which may be a branch that other devices do not take: they would wait for ever.
+    def on_device(rows, shared):
+        # The backward pass sums the gradient over the devices at this pcast. Without it, the sum would be at the first
+        # use of ``shared``. In a branch of ``lax.cond`` that only some devices take, the sum would never end.
         return function(rows, jax.lax.pcast(shared, axes, to="varying"))
 
-    return jax.shard_map(of_device, in_specs=(P(axes), P()), out_specs=P(axes), axis_names=set(axes))(rows, shared)
+    return jax.shard_map(on_device, in_specs=(P(axes), P()), out_specs=P(axes), axis_names=set(axes))(rows, shared)
 
 
 def _size(mesh, axes):
-    size = 1
-    for name in (axes,) if isinstance(axes, str) else axes:
-        size *= mesh.shape[name]
-    return size
+    """The number of parts into which an axis, or several, of the mesh split a dimension."""
+    return math.prod(mesh.shape[name] for name in ((axes,) if isinstance(axes, str) else axes))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import fwt_jax
+from fwt_jax.rules import RULES
 
 # For the goldens and the memory that a gradient needs, which are to be those of users: not as conftest.py compiles.
 AS_USERS = {"xla_backend_optimization_level": 3}
@@ -29,7 +30,7 @@ class Case:
     rule: str = "delta"
     normalize: str | bool = False
     decay: str | None = None  # None, "head" or "channel"
-    form: str = "recurrent"
+    form: str | None = "recurrent"
     chunk_size: int | None = None
     length: int = 100
     packed: bool = False
@@ -39,14 +40,17 @@ class Case:
 
     def __str__(self):
         """The pytest id, e.g. delta-retrieval-channel-chunkwise16-T100-packed-start."""
-        words = [self.rule, self.normalize, self.decay and f"{self.decay} decay", f"{self.form}{self.chunk_size or ''}"]
+        form = f"{self.form or 'default form'}{self.chunk_size or ''}"
+        words = [self.rule, self.normalize, self.decay and f"{self.decay} decay", form]
         words += [f"T{self.length}", self.packed and "packed", self.start and "start", self.implementation]
         words += [self.sizes != Case.sizes and "x".join(map(str, self.sizes))]
         return "-".join(str(word).replace(" ", "_") for word in words if word)
 
     @property
     def defined(self):
-        return self.rule != "fwm" or self.form == "recurrent" or (self.form == "chunkwise" and self.decay != "channel")
+        rule = RULES[self.rule]
+        by_channel = self.decay != "channel" or rule.decay_per_channel
+        return self.form in (None, "recurrent") or (by_channel and (self.form == "chunkwise" or rule.parallel))
 
     @property
     def options(self):
@@ -55,7 +59,7 @@ class Case:
         return {"rule": self.rule, "normalize": self.normalize, "form": self.form, **chunk_size, **implementation}
 
 
-RULES = [("sum", False), ("sum", "read"), ("delta", False), ("delta", "read"), ("delta", "retrieval"), ("fwm", False)]
+NORMALIZED_RULES = [(name, normalize) for name, rule in RULES.items() for normalize in rule.normalize]
 FORMS = [("recurrent", None), ("parallel", None), ("chunkwise", 5), ("chunkwise", 16), ("chunkwise", None)]
 DECAYS = [None, "head", "channel"]
 LENGTHS = [100, 37, 64, 1]
@@ -63,7 +67,7 @@ LENGTHS = [100, 37, 64, 1]
 
 def every_case():
     """Iterates over the full product."""
-    kinds = itertools.product(RULES, DECAYS, FORMS, LENGTHS, (True, False), (True, False))
+    kinds = itertools.product(NORMALIZED_RULES, DECAYS, FORMS, LENGTHS, (True, False), (True, False))
     for (rule, normalize), decay, (form, chunk_size), length, packed, start in kinds:
         case = Case(rule, normalize, decay, form, chunk_size, length, packed, start)
         if case.defined and (length > 1 or not packed):
@@ -85,18 +89,18 @@ def pairs(case):
 
 @functools.cache
 def covering_cases():
-    """Some thirty cases in which every two choices meet that meet in the full product: see ``pairs``.
+    """Some forty cases in which every two choices meet that meet in the full product: see ``pairs``.
 
     Greedy: the next case is one of those in which most pairs meet that have not met yet.
     """
     cases = list(every_case())
     order = np.random.default_rng(0).permutation(len(cases))  # else the last choices are those that come first above
-    left = {cases[i]: pairs(cases[i]) for i in order}
+    missing = {cases[i]: pairs(cases[i]) for i in order}
     covering = []
-    while left:
-        covering.append(max(left, key=lambda case: len(left[case])))
-        met = left.pop(covering[-1])
-        left = {case: rest for case, has in left.items() if (rest := has - met)}
+    while missing:
+        covering.append(max(missing, key=lambda case: len(missing[case])))
+        met = missing.pop(covering[-1])
+        missing = {case: rest for case, has in missing.items() if (rest := has - met)}
     return covering
 
 
@@ -113,16 +117,20 @@ def random_inputs(case, seed=0):
     rng = np.random.default_rng(seed)
     batch, heads, key_size, value_size = case.sizes
     tokens = (batch, case.length, heads)
-    if case.normalize:
-        features = lambda: rng.random((*tokens, key_size)) * 1.7 * key_size**-0.5  # noqa: E731
-    else:
-        features = lambda: rng.normal(size=(*tokens, key_size)) * key_size**-0.5  # noqa: E731
+
+    def features():
+        numbers = rng.random((*tokens, key_size)) * 1.7 if case.normalize else rng.normal(size=(*tokens, key_size))
+        return numbers * key_size**-0.5
+
     decays = {None: None, "head": tokens, "channel": (*tokens, key_size)}[case.decay]
     memory = (batch, heads, key_size)
+    value = rng.normal(size=(*tokens, value_size))
+    if RULES[case.rule].unit_values:  # else the memory diverges
+        value /= np.linalg.norm(value, axis=-1, keepdims=True)
     return {
         "query": features(),
         "key": features(),
-        "value": rng.normal(size=(*tokens, value_size)),
+        "value": value,
         "beta": rng.uniform(0.1, 0.9, tokens),
         "log_decay": None if decays is None else -rng.exponential(0.2, decays),
         "fast_weights": rng.normal(size=(*memory, value_size)) if case.start else None,

@@ -44,7 +44,9 @@ def attention(
 
         if rule == "sum":  # eq. 17
             W = W + strength * np.outer(v, k)
-        else:
+        elif rule == "oja":  # Irie & Schmidhuber 2023
+            W = W + strength * np.outer(v, k - W.T @ v)
+        elif rule in ("delta", "fwm"):
             recalled = W @ k  # eq. 20
             if normalize == "retrieval":
                 # Eq. 27 with the authors' eps: k/(d + eps) retrieves and is written, with the strength βd. For eps = 0
@@ -54,6 +56,8 @@ def attention(
                 if (np.real(d) != 0) if eps == 0 else np.any(np.real(z) != 0):
                     recalled, strength = recalled / (d + eps), strength * d / (d + eps)
             W = W + strength * np.outer(v - recalled, k)  # eq. 24
+        else:
+            raise ValueError(f"no equation of rule {rule!r}")
         if rule == "fwm":
             norm = np.sqrt(np.sum(W**2))
             W = W / norm if np.real(norm) > 1 else W

@@ -30,22 +30,22 @@ def ended(*arguments):
 def test_a_program_ends_with_one_line(body, code, words):
     # A shell's "&" has SIGINT ignored, and what is ignored is inherited.
     program = "import os, signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    program += f"from experiments import command_line\nwith command_line.one_line():\n {body}"
+    program += f"from experiments.run import command_line\nwith command_line.one_line():\n {body}"
     process = ended("-c", program)
     assert (process.returncode, process.stderr) == (code, words)
 
 
 def test_what_is_no_input_keeps_its_traceback():
-    process = ended("-c", "from experiments import command_line\nwith command_line.one_line():\n {}['key']")
+    process = ended("-c", "from experiments.run import command_line\nwith command_line.one_line():\n {}['key']")
     assert process.returncode == 1 and "KeyError: 'key'" in process.stderr
 
 
 PROGRAMS = {
-    "language_modeling": ("--preset nothing", "error: preset must be one of demo"),
-    "language_comparison": ("--train no.txt --validation v.txt --test t.txt", "error: v.txt is not there"),
-    "plot_retrieval": ("--results nowhere", "error: nowhere has none of quick.csv"),
-    "retrieval": ("--sizes 0", "error: num_keys, S, must be at least 1, got 0"),
-    "translation": ("--preset nothing", "error: preset must be one of"),
+    "language": ("--preset nothing", "error: --preset must be one of demo"),
+    "language.comparison": ("--train no.txt --validation v.txt --test t.txt", "error: v.txt is not there"),
+    "retrieval.plot": ("--results nowhere", "error: nowhere has none of quick.csv"),
+    "retrieval": ("--sizes 0", "error: --sizes must be at least 1, got 0"),
+    "translation": ("--preset nothing", "error: --preset must be one of"),
     "benchmarks.language_models": ("--parts nothing", "invalid choice"),
     "benchmarks.ops": ("--peers nowhere", "error: no folder nowhere"),
     "benchmarks.retrieval": ("--repeats 0", "must be at least 1, got 0"),
@@ -58,6 +58,7 @@ PROGRAMS = {
 def test_all_programs_are_known():
     paths = [path for path in (ROOT / "experiments").rglob("*.py") if "__main__" in path.read_text()]
     names = [".".join(path.relative_to(ROOT / "experiments").with_suffix("").parts) for path in paths]
+    names = [name.removesuffix(".__main__") for name in names]
     assert sorted(names) == sorted(PROGRAMS)
     assert all("with command_line.one_line():" in path.read_text() for path in paths)
 
@@ -76,7 +77,7 @@ def test_every_program_refuses_bad_input_without_a_traceback(name, tmp_path):
 
 @pytest.mark.exhaustive
 def test_sigterm_before_training_ends_with_a_word(tmp_path):
-    command = [sys.executable, "-m", "experiments.language_modeling", "--out", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "experiments.language", "--out", str(tmp_path / "run")]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert "parameters" in process.stdout.readline()  # before the first step, which takes seconds to compile
         process.send_signal(signal.SIGTERM)

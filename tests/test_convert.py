@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fwt_jax import convert
+from fwt_jax import RULES, convert
+from fwt_jax.convert import files
+from fwt_jax.convert.__main__ import main
 from fwt_jax.models import DecoderLM, ModelConfig
 
 GOLDEN = sorted((pathlib.Path(__file__).parent / "golden" / "lmtool").glob("*.npz"))
@@ -31,8 +33,8 @@ def equal(model, other):
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
 def test_the_command_converts_the_toolkits_weights_there_and_back(path, tmp_path, capsys):
     ours, back = tmp_path / "ours.safetensors", tmp_path / "back.npz"
-    convert.main([str(path), str(ours)])
-    convert.main([str(ours), str(back)])
+    main([str(path), str(ours)])
+    main([str(ours), str(back)])
     assert "parameters, of fwt_jax" in (printed := capsys.readouterr().out) and "parameters, of the toolkit" in printed
     golden, got = np.load(path), np.load(back)
     names = [name for name in got.files if name != "config" and not name.startswith("projection/")]
@@ -66,7 +68,7 @@ def test_arguments_may_come_from_a_file_of_their_own(tmp_path):
     source, config = tmp_path / "state.npz", tmp_path / "config.json"
     np.savez(source, **{f"module.{name}": x for name, x in arrays.items()})  # as DataParallel names them
     config.write_text(json.dumps(arguments))
-    convert.main([str(source), str(tmp_path / "ours.npz"), "--config", str(config)])
+    main([str(source), str(tmp_path / "ours.npz"), "--config", str(config)])
     equal(convert.load(tmp_path / "ours.npz"), convert.load(TYPE24))
     with pytest.raises(ValueError, match=r"state.npz has no arguments of the toolkit; give them as JSON with --config"):
         convert.load(source)
@@ -99,6 +101,13 @@ def test_models_that_the_toolkit_does_not_have(options, tmp_path):
     (name, value) = next(iter(options.items()))
     with pytest.raises(ValueError, match=f"the toolkit has no such model: .*{name}={value!r}"):
         convert.save(model, tmp_path / "x.npz", toolkit=True)
+
+
+def test_a_rule_without_a_name_cannot_be_saved(tmp_path):
+    model = DecoderLM(dataclasses.replace(TINY, rule=RULES["sum"]), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"the rule of a saved model must be a name; add the Rule to fwt_jax\.RULES"):
+        convert.save(model, tmp_path / "model.npz")
+    assert not list(tmp_path.iterdir())
 
 
 def test_names_and_shapes_that_do_not_fit_are_all_named(tmp_path):
@@ -183,7 +192,7 @@ def test_wide_numbers_that_float32_has_are_taken_and_narrow_ones_too(tmp_path):
         ('{"dropout": "x"}', "dropout must be float, got 'x'"),
         ('{"output_scale": [1]}', r"output_scale must be float . None, got \[1\]"),
         ('{"scan": 1}', "scan must be bool, got 1"),
-        ('{"rule": {}}', "rule must be Literal.*, got {}"),
+        ('{"rule": {}}', r"rule must be str .*, got {}"),
         ('{"feature_map": []}', r"feature_map must be str, got \[\]"),
         ('{"cutoffs": 5}', r"cutoffs must be tuple\[int, ...\], got 5"),
         ('{"cutoffs": [1.5]}', r"cutoffs must be tuple\[int, ...\], got \[1.5\]"),
@@ -199,7 +208,7 @@ def test_a_config_that_is_broken_names_its_file_and_what_is_wrong(text, words, t
         convert.load(path)
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(SystemExit, match="2"):
-        convert.main([str(path), str(tmp_path / "other.npz"), "--config", str(tmp_path / "config.json")])
+        main([str(path), str(tmp_path / "other.npz"), "--config", str(tmp_path / "config.json")])
     printed = capsys.readouterr().err
     assert ("config.json" in printed or "no ModelConfig" in printed) and not (tmp_path / "other.npz").exists()
 
@@ -222,7 +231,7 @@ def test_a_file_is_not_overwritten_with_itself(tmp_path, capsys):
     (tmp_path / "link.npz").symlink_to(path)
     for other in (path, tmp_path / "link.npz", tmp_path / "." / "m.npz"):
         with pytest.raises(SystemExit, match="2"):
-            convert.main([str(path), str(other)])
+            main([str(path), str(other)])
         assert "would be overwritten with itself; name another destination" in capsys.readouterr().err
     assert path.read_bytes() == before
 
@@ -239,7 +248,7 @@ def test_no_damaged_byte_raises_anything_else(suffix, tmp_path):
         damaged[at] ^= 1 << rng.integers(8)
         path.write_bytes(damaged)
         with contextlib.suppress(ValueError), warnings.catch_warnings(action="ignore"):
-            convert._read(path)
+            files.read_file(path)
 
 
 def test_an_array_by_itself_is_no_model(tmp_path):
@@ -254,20 +263,36 @@ def test_files_that_are_none(tmp_path, capsys):
     for path, words in (("nothing.npz", "is not there"), ("weights.bin", "must end in .pt, .npz or .safetensors")):
         with pytest.raises(ValueError, match=words):
             convert.load(tmp_path / path)
-    with pytest.raises(ValueError, match=r"model.pt must end in .npz or .safetensors"):
+    with pytest.raises(ValueError, match=r"model.pt must end in .npz or .safetensors; .pt and .pth can only be read"):
         convert.save(DecoderLM(TINY, rngs=nnx.Rngs(0)), tmp_path / "model.pt")
-    with pytest.raises(SystemExit):
-        convert.main([str(tmp_path / "nothing.npz"), str(tmp_path / "x.npz")])
-    assert "nothing.npz is not there" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path / "nothing.npz"), str(tmp_path / "x.npz")])
+    assert re.fullmatch("error: .*nothing.npz is not there\n", capsys.readouterr().err)
+
+
+def test_folders_in_the_place_of_files(tmp_path):
+    with pytest.raises(ValueError, match=r"is a folder; name a file in \.pt, \.npz or \.safetensors"):
+        convert.load(tmp_path)
+    (tmp_path / "run.json").touch()
+    with pytest.raises(ValueError, match=r"is the folder of a run; .*experiments\.language\.generate"):
+        convert.load(tmp_path)
+    with pytest.raises(ValueError, match=r"x\.npz cannot be written: the folder .*none is not there; make it first"):
+        convert.save(DecoderLM(TINY, rngs=nnx.Rngs(0)), tmp_path / "none" / "x.npz")
+
+
+def test_projections_without_favor_plus_are_refused():
+    arrays, arguments = toolkit_arrays()
+    with pytest.raises(ValueError, match=r"must have a projection for each layer with FAVOR\+, 0, got 1"):
+        convert.from_toolkit(arrays, arguments, [np.zeros((4, 4))])
 
 
 def test_a_file_of_pytorch_without_pytorch_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "model.pt").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(ValueError, match=r"takes PyTorch to read: pip install 'fwt-jax\[convert\]'"):
+    with pytest.raises(ValueError, match=r"takes PyTorch to read: pip install -e '\.\[convert\]'"):
         convert.load(tmp_path / "model.pt")
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(ValueError, match=r"takes safetensors: pip install 'fwt-jax\[convert\]'"):
+    with pytest.raises(ValueError, match=r"takes safetensors: pip install -e '\.\[convert\]'"):
         convert.save(DecoderLM(TINY, rngs=nnx.Rngs(0)), tmp_path / "model.safetensors")
 
 

@@ -1,4 +1,4 @@
-"""Generation: the numbers of the full forward pass, and what is drawn."""
+"""Generation: the numbers of the full forward pass, drawn tokens, filters, and mistakes."""
 
 import chex
 import jax
@@ -15,7 +15,7 @@ CONFIG = dict(vocab_size=30, num_layers=2, d_model=16, d_ff=32, num_heads=2, hea
 
 
 def sharp(**options):
-    """A model that is sure of itself, so that its likeliest tokens do not hang on rounding."""
+    """A model with sharp logits, so that its likeliest tokens do not depend on rounding."""
     model = DecoderLM(ModelConfig(**CONFIG | options), rngs=nnx.Rngs(0))
     model.embedding[...] = 50 * model.embedding[...]
     return model
@@ -43,7 +43,7 @@ def test_transformer_xl_goes_on_from_its_memory_and_refuses_lengths():
     for i in range(4):
         chex.assert_trees_all_equal(got[:, i], forward(model, tokens).astype(jnp.int32))
         tokens = jnp.concatenate([tokens, got[:, i, None]], axis=1)
-    with pytest.raises(ValueError, match=r"lengths are not for positions=.relative., .*; take equal prompts"):
+    with pytest.raises(ValueError, match=r"lengths are not for positions=.relative., .*; take prompts of one length"):
         decode.generate(model, PROMPTS, 4, lengths=jnp.array([9, 4, 1]), temperature=0)
 
 
@@ -67,15 +67,18 @@ def test_tokens_are_drawn_in_proportion_and_by_the_key():
 
 def test_filters_keep_the_likeliest():
     scores = jnp.log(jnp.array([0.1, 0.4, 0.2, 0.3]))
-    kept = lambda **options: (decode.filtered(scores, **{"top_k": None, "top_p": None} | options) > -jnp.inf).tolist()  # noqa: E731
-    assert kept() == [True] * 4
-    assert kept(top_k=1) == [False, True, False, False]
-    assert kept(top_k=3) == [False, True, True, True]
-    assert kept(top_p=0.4) == [False, True, False, False]
-    assert kept(top_p=0.41) == [False, True, False, True]
-    assert kept(top_p=1.0) == [True] * 4
-    assert kept(top_k=2, top_p=0.6) == [False, True, False, True]
-    assert kept(top_k=2, top_p=0.5) == [False, True, False, False]
+
+    def passed(top_k=None, top_p=None):
+        return (decode.filtered(scores, top_k, top_p) > -jnp.inf).tolist()
+
+    assert passed() == [True] * 4
+    assert passed(top_k=1) == [False, True, False, False]
+    assert passed(top_k=3) == [False, True, True, True]
+    assert passed(top_p=0.4) == [False, True, False, False]
+    assert passed(top_p=0.41) == [False, True, False, True]
+    assert passed(top_p=1.0) == [True] * 4
+    assert passed(top_k=2, top_p=0.6) == [False, True, False, True]
+    assert passed(top_k=2, top_p=0.5) == [False, True, False, False]
 
 
 def test_generating_inside_of_transformations_gives_the_same_tokens_and_leaves_the_model():
@@ -83,7 +86,10 @@ def test_generating_inside_of_transformations_gives_the_same_tokens_and_leaves_t
     before, _ = model(PROMPTS)
     likeliest = decode.generate(model, PROMPTS, 4, temperature=0)
     drawn = decode.generate(model, PROMPTS, 4, key=key, temperature=3.0, top_k=7, top_p=0.9)
-    take = lambda prompts: decode.generate(model, prompts, 4, temperature=0)  # noqa: E731
+
+    def take(prompts):
+        return decode.generate(model, prompts, 4, temperature=0)
+
     chex.assert_trees_all_equal(jax.jit(take)(PROMPTS), likeliest)
     chex.assert_trees_all_equal(jax.jit(lambda: take(PROMPTS))(), likeliest)
     chex.assert_trees_all_equal(jax.vmap(take)(PROMPTS[:, None])[:, 0], likeliest)
@@ -103,7 +109,7 @@ def test_generating_inside_of_transformations_gives_the_same_tokens_and_leaves_t
 def test_equal_models_and_other_numbers_compile_nothing():
     options = {"key": jax.random.key(0), "top_k": np.int64(5), "lengths": [9, 4, 1]}
     first = decode.generate(sharp(), PROMPTS, 2, temperature=0.5, top_p=0.7, **options)
-    count = decode._generate._cache_size()
+    count = decode.sampling._generate._cache_size()
     for temperature in (jnp.float32(0.5), np.float64(0.5)):
         options |= {"top_k": jnp.int32(5), "lengths": jnp.array([9, 4, 1])}
         got = decode.generate(sharp(), PROMPTS.tolist(), np.int32(2), temperature=temperature, top_p=0.7, **options)
@@ -112,7 +118,7 @@ def test_equal_models_and_other_numbers_compile_nothing():
     for temperature, top_k, top_p in ((0, 30, 1), (2, 1, jnp.float32(0.1)), (0.1, 2, np.float32(0.9))):
         options |= {"top_k": top_k, "top_p": top_p}
         decode.generate(other, PROMPTS, 2, temperature=temperature, **options)
-    assert decode._generate._cache_size() == count
+    assert decode.sampling._generate._cache_size() == count
 
 
 def test_a_temperature_that_float32_cannot_divide_by_takes_the_likeliest():
@@ -124,7 +130,7 @@ def test_a_temperature_that_float32_cannot_divide_by_takes_the_likeliest():
             chex.assert_trees_all_equal(got, want)
 
 
-def test_what_is_wrong_and_traced_gives_no_token():
+def test_traced_numbers_out_of_their_ranges_give_no_token():
     model, key = sharp(), jax.random.key(0)
     want = decode.generate(model, PROMPTS, 4, temperature=0)
     take = jax.jit(lambda prompts, lengths: decode.generate(model, prompts, 4, lengths=lengths, temperature=0))
@@ -174,7 +180,7 @@ def test_a_model_that_gives_nan_generates_nothing():
         ({"prompts": PROMPTS - 30}, "prompts must be from 0 to 29, got -"),
     ],
 )
-def test_what_cannot_be_generated(options, words):
+def test_calls_that_are_refused(options, words):
     model = DecoderLM(ModelConfig(**CONFIG), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=words):
         decode.generate(model, **{"prompts": PROMPTS, "max_new_tokens": 2, "temperature": 0} | options)

@@ -11,11 +11,16 @@ from flax import nnx
 
 from fwt_jax import feature_maps
 from fwt_jax.attention import fast_weight_attention
-from fwt_jax.cross_attention import CrossAttention
 from fwt_jax.decode import beam_search, generate
-from fwt_jax.encoder_decoder import Attention, EncoderDecoder, TranslationConfig
-from fwt_jax.layers import FastWeightAttention, FavorPlus, RandomProjection, SoftmaxAttention, TrainedFeatureMap
-from fwt_jax.models import DecoderLM, ModelConfig
+from fwt_jax.layers import (
+    CrossAttention,
+    FastWeightAttention,
+    FavorPlus,
+    RandomProjection,
+    SoftmaxAttention,
+    TrainedFeatureMap,
+)
+from fwt_jax.models import Attention, DecoderLM, EncoderDecoder, ModelConfig, TranslationConfig
 
 TOKENS = jax.ShapeDtypeStruct((2, 5), jnp.int32)
 
@@ -60,7 +65,10 @@ def test_language_models(name, mode):
         losses, memory = model.losses(tokens, tokens, start)
         again, after = model.losses(tokens, tokens, memory)
         out, new = model(tokens)
-        loss = lambda model: jnp.sum(model.losses(tokens, tokens, rngs=nnx.Rngs(key))[0])  # noqa: E731
+
+        def loss(model):
+            return jnp.sum(model.losses(tokens, tokens, rngs=nnx.Rngs(key))[0])
+
         drawn = []
         if options["positions"] != "descending":
             greedy = generate(model, tokens, 3, temperature=0)
@@ -98,7 +106,10 @@ def test_translation_models(name, mode):
         model = EncoderDecoder(TranslationConfig(23, 1, 1, 16, 32, 2, **TRANSLATION[name]), rngs=nnx.Rngs(key))
         start = model.encode(tokens, 6)
         hidden, after = model.decode(tokens, start)
-        loss = lambda model: jnp.sum(model.losses(tokens, tokens, label_smoothing=0.1, rngs=nnx.Rngs(key)))  # noqa: E731
+
+        def loss(model):
+            return jnp.sum(model.losses(tokens, tokens, label_smoothing=0.1, rngs=nnx.Rngs(key)))
+
         found = [beam_search(model, tokens, max_length=4, beam_size=2, early_stop=early) for early in (True, False)]
         floats = model(tokens, tokens), model.losses(tokens, tokens), hidden, nnx.value_and_grad(loss)(model)
         return (floats, nnx.state(model, nnx.Param), [x.scores for x in found]), (start, after), found[0].tokens
@@ -130,7 +141,10 @@ def test_layers(name, dtype, mode):
     def evaluate(x, ids, key):
         layer = LAYERS[name](dtype, nnx.Rngs(key))
         start = layer.init_memory(2, 12) if name == "softmax" else layer.init_memory(2)
-        loss = lambda x: jnp.sum(layer(x, segment_ids=ids, rngs=nnx.Rngs(key))[0].astype(jnp.float32))  # noqa: E731
+
+        def loss(x):
+            return jnp.sum(layer(x, segment_ids=ids, rngs=nnx.Rngs(key))[0].astype(jnp.float32))
+
         y, after = layer(x, start, segment_ids=ids)
         cross = CrossAttention(6, 2, 4, rule="softmax" if name == "softmax" else "sum", dtype=dtype, rngs=nnx.Rngs(key))
         read = cross.read(x, cross.write(x, ids > 0)), cross(x, x)

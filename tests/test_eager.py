@@ -10,16 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax import lax
 
 import fwt_jax
 from fwt_jax import feature_maps, memory
-from fwt_jax.encoder_decoder import EncoderDecoder, TranslationConfig
-from fwt_jax.models import DecoderLM, ModelConfig
+from fwt_jax.models import DecoderLM, EncoderDecoder, ModelConfig, TranslationConfig
+from fwt_jax.recurrent import checkpointed_scan
 
 
 @contextlib.contextmanager
 def compilations():
-    """The names of what is compiled within."""
+    """A list of the log messages of all compilations within the context."""
     names, logger = [], logging.getLogger("jax._src.dispatch")
 
     class Handler(logging.Handler):
@@ -43,7 +44,7 @@ def live_objects():
 
 
 def check_that_it_compiles_once(call, state, times=100):
-    """``call`` takes and returns a state; from the third call on nothing is compiled and nothing stays behind."""
+    """``call`` takes and returns a state. From the third call on, it compiles no program and leaves no object alive."""
     for _ in range(2):
         state = call(state)
     before = live_objects()
@@ -107,12 +108,12 @@ def test_weights_of_a_read_compile_once():
     check_that_it_compiles_once(call, query[0, 0, 0])
 
 
-@pytest.mark.parametrize("form", [memory.recurrent, memory.recurrent_in_blocks])
-def test_the_forms_of_one_head_compile_once(form):
+@pytest.mark.parametrize("scan", [lax.scan, checkpointed_scan])
+def test_the_form_of_one_head_compiles_once(scan):
     query, key, value, beta = (x[0, :, 0] for x in one_token(length=7))
 
     def call(fast_weights):
-        return form(fast_weights, query, key, value, beta, rule="delta")[1]
+        return memory.recurrent(fast_weights, query, key, value, beta, step=memory.delta_step, scan=scan)[1]
 
     check_that_it_compiles_once(call, jnp.zeros((8, 5)), times=5)
 

@@ -35,8 +35,13 @@ MAPS = {
 
 def equations(x):
     """Every map of one vector of size 4 in NumPy, from the equation of its paper."""
-    relu = lambda u: np.where(u > 0, u, 0)  # noqa: E731
-    softmax = lambda u: np.exp(u) / np.exp(u).sum()  # noqa: E731
+
+    def relu(u):
+        return np.where(u > 0, u, 0)
+
+    def softmax(u):
+        return np.exp(u) / np.exp(u).sum()
+
     affine = KERNEL.T @ x + BIAS
     h = np.exp(-np.sum(x**2) / 2) / np.sqrt(2)
     return {

@@ -8,14 +8,15 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = sorted((ROOT / "fwt_jax").rglob("*.py"))
 ORDER = [
-    ("triangular",),
+    ("arguments", "triangular", "decays", "precision"),
     ("feature_maps", "memory", "sharding"),
-    ("chunkwise", "kernels", "sequence_parallel"),
-    ("attention",),
-    ("layers", "output_layer"),
-    ("relative", "cross_attention"),
+    ("heads", "clipped"),
+    ("normalization", "recurrent"),
+    ("rules",),
+    ("chunkwise", "kernels", "attention_weights", "attention_arguments"),
+    ("attention", "cross_attention"),
+    ("layers",),
     ("models",),
-    ("encoder_decoder",),
     ("decode", "convert"),
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
@@ -43,7 +44,7 @@ def test_a_file_imports_only_from_files_before_it(path):
         assert package not in ("experiments", "tests"), f"{path.name} imports {module}"
         if package == "fwt_jax":
             assert names, f"{path.name} imports the package as a whole"
-            same_folder = names[0] == "kernels" and "kernels" in path.parts
+            same_folder = names[0] == path.parent.name  # kernels and layers
             assert same_folder or RANK[names[0]] < file_rank(path), f"{path.name} imports {module}"
 
 
@@ -53,5 +54,7 @@ def test_the_package_itself_is_nothing_but_the_public_names():
     assert isinstance(docstring, ast.Expr)
     assert all(isinstance(node, ast.Import | ast.ImportFrom | ast.Assign) for node in body)
     names = [alias.asname or alias.name for node in body if isinstance(node, ast.ImportFrom) for alias in node.names]
-    (public,) = (ast.literal_eval(node.value) for node in body if isinstance(node, ast.Assign))
+    assigned = {node.targets[0].id: ast.literal_eval(node.value) for node in body if isinstance(node, ast.Assign)}
+    public = assigned.pop("__all__")
+    assert list(assigned) == ["__version__"]
     assert sorted(public) == sorted(names)

@@ -13,13 +13,12 @@ import pytest
 import tyro
 from flax import nnx
 
-from experiments import language_comparison as comparison
-from experiments import language_model_evaluation as evaluation
-from experiments import language_modeling as lm
-from experiments import text
-from experiments.language_model_presets import PRESETS, Preset
+from experiments.language import comparison, evaluation, generate, text
+from experiments.language import experiment as lm
+from experiments.language.presets import PRESETS, Preset
 from fwt_jax import convert, sharding
 from fwt_jax.models import DecoderLM, ModelConfig
+from tests.test_readme import SNIPPETS
 
 TINY = ModelConfig(vocab_size=30, cutoffs=(10,), num_layers=2, d_model=16, d_ff=32, num_heads=2, head_size=8)
 
@@ -127,7 +126,7 @@ def attn_type(name):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"rule": "softmax"}, 'softmax has one with positions="relative" alone'),
+        ({"rule": "softmax"}, 'softmax has one with positions="relative" only'),
         ({"feature_map": "favor_plus"}, "carry cannot be with favor_plus"),
     ],
 )
@@ -137,7 +136,7 @@ def test_memories_that_cannot_be_carried(options, words):
 
 
 def test_an_unknown_preset_names_all():
-    with pytest.raises(ValueError, match=r"preset must be one of demo, small-softmax, .*, got 'small'"):
+    with pytest.raises(ValueError, match=r"--preset must be one of demo, small-softmax, .*, got 'small'"):
         lm.main(lm.Config(preset="small"))
 
 
@@ -160,12 +159,14 @@ def book(tmp_path):
     return path
 
 
-def test_a_run_from_a_text_to_results_plot_and_sample(small_demo, book, tmp_path, capsys, monkeypatch):
+def test_a_run_from_a_text_to_results_plot_sample_and_prompts(small_demo, book, tmp_path, capsys, monkeypatch):
     config = lm.Config(text=(book,), vocabulary="sentencepiece", vocabulary_size=300, out=tmp_path / "run", sample=20)
     lm.main(config)
     out, printed = tmp_path / "run", capsys.readouterr().out
     results = json.loads((out / "results.json").read_text())
-    assert "parameters, 1 layers, rule delta" in printed and "(sentencepiece)" in printed
+    assert printed.startswith("delta-1x16 on book: ") and "rule delta, 1 layers, d_model 16, 2 heads of 8" in printed
+    assert "learning rate 0.004, warmup 2" in printed and "(sentencepiece)" in printed and "demo" not in printed
+    assert (results["preset"], results["data"]) == ("delta-1x16", "book")
     assert "word_perplexity" in results["test"] and results["step"] in (3, 6)
     parts = text.split(book.read_text())
     data = lm.read_data(config, lm.settings(config), out)
@@ -180,6 +181,15 @@ def test_a_run_from_a_text_to_results_plot_and_sample(small_demo, book, tmp_path
     monkeypatch.setattr(text.Vocabulary, "sentencepiece", None)  # nor are pieces made anew
     lm.main(config)  # nothing is trained again
     assert (out / "metrics.jsonl").read_text() == before
+    capsys.readouterr()
+    generate.main(generate.Config(out, "the 7 cats", tokens=9, top_p=0.9))
+    assert capsys.readouterr().out.startswith("the 7 cats")
+    (tmp_path / "runs" / "language").mkdir(parents=True)
+    out.rename(tmp_path / "runs" / "language" / "demo")
+    monkeypatch.chdir(tmp_path)
+    (snippet,) = (snippet for snippet in SNIPPETS if "runs/language/demo" in snippet)
+    exec(snippet, {})
+    assert capsys.readouterr().out.strip()
 
 
 @pytest.mark.exhaustive
@@ -187,13 +197,27 @@ def test_a_run_with_another_vocabulary_is_refused(small_demo, book, tmp_path):
     config = lm.Config(text=(book,), out=tmp_path / "run", sample=0)
     lm.main(config)
     book.write_text("zebra?\n" * 100 + book.read_text())
-    with pytest.raises(ValueError, match=r"holds another run: .*number of words in the vocabulary was 22 and is 26"):
+    with pytest.raises(ValueError, match=r"holds a run of another text; name another folder with --out"):
         lm.main(config)
 
 
+def test_a_run_is_called_by_its_preset_and_by_the_users_own_text(small_demo, book, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert lm.prepare(lm.Config(text=(book,))).out == tmp_path / "runs" / "language" / "book"
+    assert lm.prepare(lm.Config("small-delta", text=(book,))).out.name == "small-delta-book"
+
+
+def saved_run(config):
+    """The folder of a run, with its settings only."""
+    run = lm.prepare(config)
+    run.out.mkdir()
+    settings = {"training": dataclasses.asdict(run.preset.training), **run.identity()}
+    (run.out / "run.json").write_text(json.dumps(settings))
+
+
 def test_another_preset_in_the_folder_is_refused_in_the_words_of_the_command_line(small_demo, book, tmp_path):
-    config = lm.Config(text=(book,), out=tmp_path, sample=0)
-    lm.main(config)
+    config = lm.Config(text=(book,), out=tmp_path / "run")
+    saved_run(config)
     words = r"--batch-size was 8 and is 16; d_ff of --preset was 32 and is 64; --steps \(on .* depends\) was 6 and is 9"
     demo = PRESETS["demo"]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match=words):
@@ -201,24 +225,76 @@ def test_another_preset_in_the_folder_is_refused_in_the_words_of_the_command_lin
         lm.main(dataclasses.replace(config, batch_size=16, steps=9))
 
 
-def test_runs_on_a_mesh_and_refuses_batches_that_do_not_fit(small_demo, book, tmp_path):
-    with pytest.raises(ValueError, match="the batch has 6 rows, which the mesh of data=8"):
-        lm.main(lm.Config(text=(book,), out=tmp_path / "six", batch_size=6))
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"steps": 9},
+            r"has --steps 6, .* A run of 9 steps has other learning rates .*: name another folder with --out",
+        ),
+        ({"vocabulary": "word"}, "holds a run with --vocabulary character"),
+        ({"vocabulary_size": 7}, "holds a run with --vocabulary-size 8000"),
+        ({"text": "other"}, "holds a run of another text; name another folder with --out, or delete this one"),
+    ],
+)
+def test_a_folder_of_another_run_says_what_differs(options, words, small_demo, book, tmp_path):
+    config = lm.Config(text=(book,), out=tmp_path / "run")
+    saved_run(config)
+    lm.prepare(config)
+    if "text" in options:
+        other = tmp_path / "other.txt"
+        other.write_text("zebra?\n" * 100)
+        options = {"text": (other,)}
+    with pytest.raises(ValueError, match=words):
+        lm.prepare(dataclasses.replace(config, **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"batch_size": 6}, "--batch-size: the batch has 6 rows, which the mesh of data=8"),
+        ({"batch_size": 10**6}, "--batch-size: a batch of 1000000 rows needs"),
+        ({"fsdp": 3}, "--fsdp and --tensor: .* must be the number of devices"),
+        ({"accumulate": 3}, r"--accumulate must divide the 8 rows of a batch \(--batch-size\), got 3"),
+        ({"steps": 0}, "--steps must be at least 1, got 0"),
+        ({"learning_rate": math.inf}, "--learning-rate: .* must be a finite number"),
+        ({"vocabulary_size": -1}, "--vocabulary-size must be at least 0, got -1"),
+        ({"sample": -1}, "--sample must be at least 0, got -1"),
+        ({"heads": 3}, "--d-model must be even and a multiple of --heads, got 16 and 3"),
+        ({"dropout": 1.0}, "--dropout must be at least 0 and below 1, got 1.0"),
+        ({"wikitext": "x"}, "--wikitext needs a --preset of the paper's tables, and no --text"),
+    ],
+)
+def test_a_refused_start_names_the_option_and_leaves_no_folder(options, words, small_demo, book, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        lm.main(lm.Config(text=(book,), out=tmp_path / "run", **options))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_text_that_the_steps_read_too_often_is_warned_of(small_demo, book, tmp_path, capsys):
+    lm._describe(lm.prepare(lm.Config(text=(book,), out=tmp_path / "run", steps=10_000)))
+    assert "note: these steps read the 9," in capsys.readouterr().err
+
+
+def test_a_folder_that_holds_no_run_cannot_generate(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no run: .*run.json is not there; train one with"):
+        generate.main(generate.Config(tmp_path, "The"))
+    (tmp_path / "run.json").write_text('{"model": {}, "subwords": {}}')
+    with pytest.raises(ValueError, match=r"is not a run of python -m experiments.language; it has no vocabulary.json"):
+        generate.load(tmp_path)
+    with pytest.raises(ValueError, match="the prompt '' has no tokens"):
+        generate.encode(text.Vocabulary.words("a b"), "")
 
 
 @pytest.mark.exhaustive
 def test_each_text_has_a_folder_and_a_vocabulary_of_its_own(small_demo, book, tmp_path, monkeypatch):
     monkeypatch.setattr(lm, "RUNS", tmp_path)
-    with pytest.raises(ValueError, match="a batch of 10000000 rows needs"):
-        lm.run(lm.Config(preset="demo", out=tmp_path / "x", batch_size=10_000_000))
     lm.run(lm.Config(preset="demo", text=(book,), out=tmp_path / "x", sample=0))
     vocabulary = json.loads((tmp_path / "x" / "run.json").read_text())["vocabulary"]
     assert text.Vocabulary.load(tmp_path / "x" / "vocabulary.json").digest() == vocabulary["sha256"]
     config = lm.Config(preset="demo", text=(book,), vocabulary="word", vocabulary_size=0)
     words = lm.read_data(config, lm.settings(config), tmp_path).vocabulary
     assert len(words) > 5 and text.UNKNOWN in words.pieces
-    with pytest.raises(ValueError, match="vocabulary_size must be a number of words or pieces, or 0"):
-        lm.read_data(dataclasses.replace(config, vocabulary_size=-1), lm.settings(config), tmp_path)
     lm.run(lm.Config(preset="demo", text=(book,), sample=0))
     assert (tmp_path / f"demo-{book.stem}" / "results.json").exists()
 
@@ -241,26 +317,27 @@ def test_data_that_are_missing_are_named(tmp_path):
         lm.main(lm.Config(text=(tmp_path / "no.txt",), out=tmp_path / "run"))
 
 
-def test_a_sample_of_fewer_tokens_than_none_is_refused_before_training(tmp_path):
-    with pytest.raises(ValueError, match="sample must be a number of tokens to generate, or 0, got -1"):
-        lm.main(lm.Config(sample=-1, out=tmp_path))
-
-
 def test_the_command_line_changes_the_preset():
     arguments = ["--preset", "medium-delta", "--steps", "7", "--batch-size", "16", "--dtype", "bfloat16", "--seed", "5"]
     preset = lm.settings(tyro.cli(lm.Config, args=arguments))
     assert (preset.training.steps, preset.training.seed, preset.batch_size, preset.length) == (7, 5, 16, 384)
     assert preset.model == dataclasses.replace(PRESETS["medium-delta"].model, dtype="bfloat16")
     assert lm.model_config(preset, 30_000).cutoffs == (20_000,)
+    arguments = ["--layers", "2", "--d-model", "64", "--heads", "4", "--dropout", "0.2", "--learning-rate", "1e-3"]
+    preset = lm.settings(tyro.cli(lm.Config, args=[*arguments, "--warmup", "9"]))
+    model = dataclasses.replace(PRESETS["demo"].model, num_layers=2, d_model=64, head_size=16, d_ff=256, dropout=0.2)
+    assert preset.model == model and (preset.training.learning_rate, preset.training.warmup) == (1e-3, 9)
 
 
 def test_the_table_has_the_papers_numbers_beside_ours():
     numbers = {"nats": 3.5, "perplexity": 33.25, "word_perplexity": 33.25, "tokens": 9}
     row = {"preset": "small-delta", "vocabulary": "word", "evaluation": "sliding_window", "step": 4}
     row |= {"validation": numbers, "test": numbers}
-    _, line, other = lm.table([row | {"data": "wikitext-103"}, row | {"data": "text"}]).splitlines()
-    assert line.split() == ["small-delta", "2", "sliding_window", "33.25", "33.25", "34.1", "35.5", "4"]
-    assert other.split() == ["small-delta", "2", "sliding_window", "33.25", "33.25", "4"]
+    heads, line, other = lm.table([row | {"data": "wikitext-103"}, row | {"data": "book"}]).splitlines()
+    ours = ["word", "sliding_window", "33.25", "33.25", "4"]
+    assert line.split() == ["small-delta", "wikitext-103", *ours, "2", "34.1", "35.5"]
+    assert other.split() == ["small-delta", "book", *ours]
+    assert "paper" in heads and "paper" not in lm.table([row | {"data": "book"}])
 
 
 def test_the_table_is_of_a_folder(tmp_path, capsys):
@@ -270,6 +347,8 @@ def test_the_table_is_of_a_folder(tmp_path, capsys):
     (tmp_path / "run" / "results.json").write_text(json.dumps(row | {"validation": numbers, "test": numbers}))
     lm.main(lm.Config(table=True, out=tmp_path))
     assert "3.50" in capsys.readouterr().out
+    lm.main(lm.Config(table=True, out=tmp_path / "none"))
+    assert "none/ has no results of language models; train first, or name --out" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,18 @@ from jax import lax
 
 from fwt_jax import attention
 from fwt_jax.attention import fast_weight_attention
-from fwt_jax.cross_attention import CrossAttention
 from fwt_jax.feature_maps import dpfp, elu_plus_one, hedgehog, l2_normalize, sum_normalize, t2r, tanh
-from fwt_jax.layers import FastWeightAttention, FavorPlus, SoftmaxAttention, TrainedFeatureMap
+from fwt_jax.layers import (
+    CrossAttention,
+    FastWeightAttention,
+    FavorPlus,
+    RelativeAttention,
+    SoftmaxAttention,
+    TrainedFeatureMap,
+)
+from fwt_jax.memory import sum_step
 from fwt_jax.models import DecoderLM, ModelConfig
-from fwt_jax.relative import RelativeAttention
+from fwt_jax.rules import RULES, Rule
 
 BATCH, LENGTH, D_MODEL, HEADS, HEAD_SIZE, VALUE_SIZE = 2, 8, 6, 3, 4, 5  # all different
 SEGMENT_IDS = np.array([[0, 0, 1, 1, 1, 2, 2, 2], [5, 5, 5, 5, 5, 5, 3, 3]])  # none begins with the second half
@@ -38,8 +45,8 @@ def trained(function):
     return lambda rngs: TrainedFeatureMap(function, HEADS, HEAD_SIZE, 4, rngs=rngs)
 
 
-# What the paper's language models need, and the other rules, normalisers, feature maps and forms: the class, its
-# options, and what makes its feature map where that is a module.
+# The paper's language models, and the other rules, normalisers, feature maps and forms. A case has a class and its
+# options; "make_map" makes a feature map that is a module.
 CASES = {
     "sum, elu, read": dict(rule="sum", feature_normalization=None, normalize="read", eps=1e-5, output_scale=0.5),
     "sum, favor, read": dict(rule="sum", make_map=favor, feature_normalization=None, normalize="read"),
@@ -81,7 +88,10 @@ def empty(layer, batch=BATCH, max_length=LENGTH):
 
 
 def stream(layer, x):
-    step = lambda memory, x: layer(x[:, None], memory)[::-1]  # noqa: E731
+    def step(memory, x):
+        y, memory = layer(x[:, None], memory)
+        return memory, y
+
     memory, y = jax.jit(lambda x: lax.scan(step, empty(layer), jnp.swapaxes(x, 0, 1)))(x)
     return jnp.swapaxes(y[:, :, 0], 0, 1), memory
 
@@ -140,7 +150,7 @@ def numpy_layer(layer, x, segment_ids):
         reads, *memory = reference.batched(numpy_softmax, arrays, segment_ids)
     else:
         query, key, beta = numpy_features(layer, query), numpy_features(layer, key), np.ones(key.shape[:3])
-        if layer.rule != "sum":
+        if layer.beta is not None:
             beta = 1 / (1 + np.exp(-project(layer.beta, x, "btm,mh->bth")))
         arrays = {"query": query, "key": key, "value": value, "beta": beta}
         options = {"rule": layer.rule, "normalize": layer.normalize, "eps": layer.eps}
@@ -187,7 +197,10 @@ def test_packed_prefix_and_suffix(x64, name):
 @pytest.mark.parametrize("name", ["delta, elu, read", "softmax"])
 def test_packed_sequences_do_not_see_each_other(name):
     layer = make(name)
-    last = lambda x: jnp.sum(layer(x, segment_ids=SEGMENT_IDS)[0][:, -1])  # noqa: E731
+
+    def last(x):
+        return jnp.sum(layer(x, segment_ids=SEGMENT_IDS)[0][:, -1])
+
     seen = np.any(jax.jit(jax.grad(last))(inputs()), axis=-1)
     np.testing.assert_array_equal(seen, SEGMENT_IDS == SEGMENT_IDS[:, -1:])
 
@@ -196,7 +209,11 @@ def test_packed_sequences_do_not_see_each_other(name):
 @pytest.mark.parametrize("length", [1, LENGTH])
 def test_the_options_reach_the_operation_unchanged(monkeypatch, form, length):
     seen = {}
-    spy = lambda *args, **options: seen.update(options) or fast_weight_attention(*args, **options)  # noqa: E731
+
+    def spy(*args, **options):
+        seen.update(options)
+        return fast_weight_attention(*args, **options)
+
     monkeypatch.setattr(attention, "fast_weight_attention", spy)
     options = dict(rule="delta", normalize="read", eps=0.25, form=form, implementation="xla", precision="highest")
     options["chunk_size"] = 3 if form == "chunkwise" else None
@@ -249,14 +266,17 @@ def test_bfloat16_computation(name):
 
 @pytest.mark.parametrize("feature_map", ["elu_plus_one", "favor_plus"])
 def test_float16_computation_has_the_features_of_float32(feature_map):
-    """Those of most tokens are below 6e-8 before they are normalised, and zero in float16."""
+    """Most of them are below 6e-8 before they are normalised, and would be zero in float16."""
 
     def evaluate(dtype):
         rngs = nnx.Rngs(0)
         favor_plus = FavorPlus(16, 5, rngs=rngs)
         options = {"feature_map": favor_plus if feature_map == "favor_plus" else lambda x: elu_plus_one(x - 100)}
         layer = FastWeightAttention(D_MODEL, HEADS, 16, **options, dtype=dtype, rngs=rngs)
-        loss = lambda x: jnp.sum(jnp.square(layer(x)[0].astype(jnp.float32)))  # noqa: E731
+
+        def loss(x):
+            return jnp.sum(jnp.square(layer(x)[0].astype(jnp.float32)))
+
         return jax.jit(jax.value_and_grad(loss))((4 * inputs()).astype(dtype))
 
     (want, want_gradient), (got, gradient) = evaluate(jnp.float32), evaluate(jnp.float16)
@@ -271,7 +291,10 @@ def test_float16_computation_has_the_features_of_float32(feature_map):
 @some_cases
 def test_gradients_reach_every_parameter(name):
     graphdef, params, rest = nnx.split(make(name), nnx.Param, ...)
-    loss = lambda params, x: jnp.sum(jnp.square(nnx.merge(graphdef, params, rest)(x)[0]))  # noqa: E731
+
+    def loss(params, x):
+        return jnp.sum(jnp.square(nnx.merge(graphdef, params, rest)(x)[0]))
+
     grads = jax.jit(jax.grad(loss))(params, inputs())
     chex.assert_trees_all_equal_shapes(grads, params)
     for path, grad in nnx.to_flat_state(grads):
@@ -287,7 +310,9 @@ def test_a_step_of_training_lowers_the_loss(name, graph):
 
     @functools.partial(nnx.jit, graph=graph)
     def step(layer, optimizer, rngs):
-        loss = lambda layer, rngs: jnp.mean(jnp.square(layer(x, rngs=rngs)[0] - target))  # noqa: E731
+        def loss(layer, rngs):
+            return jnp.mean(jnp.square(layer(x, rngs=rngs)[0] - target))
+
         value, grads = nnx.value_and_grad(loss, graph=graph)(layer, rngs)
         optimizer.update(layer, grads)
         return value
@@ -306,23 +331,23 @@ def test_one_sequence_under_vmap(name):
     chex.assert_trees_all_close(y[:, 0], jax.jit(lambda x: layer(x)[0])(x), atol=1e-5)
 
 
-# --- feature maps with something to keep -----------------------------------------------------------------------------
+# --- feature maps with variables -------------------------------------------------------------------------------------
 
 
 def test_favor_plus_is_redrawn_with_rngs_and_fixed_without():
     layer, x, rngs = make("delta, favor"), inputs(), nnx.Rngs(1)
-    kept = np.array(layer.feature_map.projection[...])
+    own = np.array(layer.feature_map.projection[...])
     call = nnx.jit(lambda layer, rngs=None: layer(x, rngs=rngs)[0])
     fixed, first, second = call(layer), call(layer, rngs), call(layer, rngs)
     assert np.max(np.abs(first - fixed)) > 1e-4 and np.max(np.abs(second - first)) > 1e-4
     np.testing.assert_array_equal(call(layer, nnx.Rngs(1)), first)
-    np.testing.assert_array_equal(layer.feature_map.projection[...], kept)
+    np.testing.assert_array_equal(layer.feature_map.projection[...], own)
     np.testing.assert_array_equal(call(layer), fixed)
-    assert np.max(np.abs(make("delta, favor", seed=1).feature_map.projection[...] - kept)) > 1e-2
+    assert np.max(np.abs(make("delta, favor", seed=1).feature_map.projection[...] - own)) > 1e-2
 
 
 def test_keys_and_queries_share_the_projection_that_is_drawn():
-    """One draw a call, and the memory and the reads are those of a layer that keeps what was drawn."""
+    """A call draws once. Its memory and reads are those of a layer whose own projection is the drawn one."""
     layer, x = make("sum, favor, read"), inputs()
     drawn = layer.feature_map.draw(nnx.Rngs(projection=3)).keywords["projection"]
     y, memory = jax.jit(lambda key: layer(x, rngs=nnx.Rngs(projection=key)))(jax.random.key(3))
@@ -381,7 +406,7 @@ def test_a_cache_in_a_jitted_function_may_be_a_constant():
     "name", ["delta, elu, read", "delta, dpfp-2, retrieval", "fwm, tanh", "sum, dpfp-2", "softmax"]
 )
 def test_rows_are_padded_in_front(name):
-    """A row of 5 in 8 tokens, after 3 of padding with another segment id: its reads and memory are those of 5 alone."""
+    """A row of 5 tokens after 3 of padding with another segment id has the reads and the memory of the 5 alone."""
     layer, x = make(name), inputs()
     padded = jnp.concatenate([100 * x[:1, :3], x[:1, :5]], axis=1)
     ids = jnp.array([[-1, -1, -1, 0, 0, 0, 0, 0]])
@@ -390,7 +415,7 @@ def test_rows_are_padded_in_front(name):
     np.testing.assert_allclose(y[:, 3:], want, atol=1e-5)
     if isinstance(layer, FastWeightAttention):
         chex.assert_trees_all_close(memory, wanted_memory, atol=1e-5)
-        for behind in (jnp.zeros_like(x[:1, :3]), x[:1, :3]):  # as the docstring says: it is written
+        for behind in (jnp.zeros_like(x[:1, :3]), x[:1, :3]):  # Padding behind is written, as the docstring says.
             _, memory = call(jnp.concatenate([x[:1, :5], behind], axis=1), ids[:, ::-1])
             assert jnp.max(jnp.abs(memory.fast_weights - wanted_memory.fast_weights)) > 0.01
 
@@ -408,19 +433,19 @@ def test_rows_of_a_cache_may_have_different_lengths():
 
 @pytest.mark.parametrize("back", [0, 1, 2, 3, 4, 5, 8])
 def test_tokens_are_taken_back_from_a_cache_with_their_segments(back):
-    """Of 3 + 5 tokens, the next one sees what it would have seen after 8 − back of them, in each row."""
+    """After 3 + 5 tokens and a step back, the next token reads as after 8 − back tokens, in each row."""
     layer, x = make("softmax"), inputs(length=9)
     ids = jnp.array([[0, 0, 0, 0, 0, 0, 1, 1], [0, 0, 1, 1, 2, 2, 2, 3]])
     call = jax.jit(lambda x, memory, ids=None: layer(x, memory, segment_ids=ids))
     _, memory = call(x[:, :3], empty(layer, max_length=9), ids[:, :3])
     _, memory = call(x[:, 3:8], memory, ids[:, 3:])
-    kept = 8 - back
+    rest = 8 - back
     # The id of a call's first token says nothing, so the reference is one call; the token goes on in its segment.
-    ids = jnp.concatenate([ids[:, :kept], ids[:, max(kept - 1, 0), None]], axis=1)
-    want, _ = jax.jit(lambda x, ids: layer(x, segment_ids=ids))(jnp.concatenate([x[:, :kept], x[:, 8:]], axis=1), ids)
+    ids = jnp.concatenate([ids[:, :rest], ids[:, max(rest - 1, 0), None]], axis=1)
+    want, _ = jax.jit(lambda x, ids: layer(x, segment_ids=ids))(jnp.concatenate([x[:, :rest], x[:, 8:]], axis=1), ids)
     got, after = call(x[:, 8:], memory._replace(length=memory.length - back))
     np.testing.assert_allclose(got[:, 0], want[:, -1], atol=1e-5)
-    assert list(after.length) == [kept + 1] * 2
+    assert list(after.length) == [rest + 1] * 2
 
 
 @pytest.mark.parametrize("name", ["delta, elu, read", "softmax"])
@@ -468,7 +493,9 @@ def test_a_layer_in_a_linen_model(make_layer):
         steps.append(y_t)
     chex.assert_trees_all_close((jnp.concatenate(steps, axis=1), carried), (y, memory), atol=1e-5)
 
-    loss = lambda variables: jnp.sum(jnp.square(model.apply(variables, x)[0]))  # noqa: E731
+    def loss(variables):
+        return jnp.sum(jnp.square(model.apply(variables, x)[0]))
+
     grads = jax.jit(jax.grad(loss))(variables)
     assert all(np.all(np.isfinite(grad)) and np.any(grad) for grad in jax.tree.leaves(grads["params"]))
     chex.assert_trees_all_equal_shapes(grads, variables)
@@ -491,11 +518,11 @@ def test_a_softmax_layer_in_a_linen_model():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(rule="hebb"), "rule must be one of 'sum', 'delta', 'fwm', got 'hebb'"),
-        (dict(form="fast"), "form must be one of 'chunkwise', 'recurrent', 'parallel', got 'fast'"),
+        (dict(rule="hebb"), "rule must be one of 'sum', 'delta', 'oja', 'fwm', or a Rule of your own, .* got 'hebb'"),
+        (dict(form="fast"), "form must be one of None, 'chunkwise', 'recurrent', 'parallel', got 'fast'"),
         (dict(normalize=True), "normalize must be one of False, 'read', 'retrieval', got True"),
         (dict(implementation="cuda"), "implementation must be one of None, 'xla', 'pallas', got 'cuda'"),
-        (dict(rule="sum", normalize="retrieval"), 'normalize="retrieval" is for rule "delta"'),
+        (dict(rule="sum", normalize="retrieval"), 'rule "sum" has no attention normalisation'),
         (dict(rule="fwm", form="parallel"), 'rule "fwm" has no parallel form'),
         (
             dict(form="recurrent", chunk_size=8),
@@ -507,7 +534,7 @@ def test_a_softmax_layer_in_a_linen_model():
         (dict(feature_map=functools.partial(dpfp, nu=8)), "dpfp of vectors of size 4 takes nu from 1 to 7, got nu=8"),
         (
             dict(head_size=3, feature_map=dpfp, feature_normalization=sum_normalize_exactly),
-            "of head_size 3, are not finite: those of ReLU, and of DPFP of an odd size, can be all zeros; take others",
+            "of head_size 3, are not finite: ReLU, and DPFP of an odd size, can give zeros alone; take another map",
         ),
         (dict(feature_map=dpfp, feature_normalization=sum_normalize_exactly), r"features of \[0, .* an eps above 0"),
         (dict(feature_map=tanh, feature_normalization=functools.partial(l2_normalize, eps=0)), "or norm that is 0"),
@@ -516,13 +543,69 @@ def test_a_softmax_layer_in_a_linen_model():
         (dict(num_heads="2"), r"sizes must be integers, got \{'num_heads': '2'\}"),
         (dict(in_features=None), r"sizes must be integers, got \{'in_features': None\}"),
         (dict(num_heads=-1), "sizes must be at least 1, got .*'num_heads': -1"),
+        (dict(eps=-1.0), "eps must be a number of at least 0, as 1e-6, got -1.0"),
+        (dict(rngs=0), r"rngs must be an nnx.Rngs, got int; nnx.Rngs\(0\) makes one"),
+        (dict(rngs=jax.random.key(0)), r"rngs must be an nnx.Rngs, got \w*Array"),
     ],
 )
 def test_configuration_mistakes(options, message):
     with pytest.raises(ValueError, match=message):
         FastWeightAttention(
-            **{"in_features": D_MODEL, "num_heads": HEADS, "head_size": HEAD_SIZE, **options}, rngs=nnx.Rngs(0)
+            **{"in_features": D_MODEL, "num_heads": HEADS, "head_size": HEAD_SIZE, "rngs": nnx.Rngs(0), **options}
         )
+
+
+ORDERS = {
+    "fast weights": FastWeightAttention,
+    "softmax": SoftmaxAttention,
+    "cross": CrossAttention,
+    "relative": functools.partial(RelativeAttention, memory_length=3),
+}
+
+
+@pytest.mark.parametrize("kind", ORDERS.values(), ids=ORDERS)
+def test_the_order_of_arguments_of_flax_is_refused(kind):
+    with pytest.raises(ValueError, match=r"num_heads 64 is larger than in_features 8: the order .* \(in_features, num"):
+        kind(8, 64, 8, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("rule", [RULES["sum"], Rule(sum_step, corrects=False)], ids=["of the table", "of ones own"])
+def test_cross_attention_takes_a_rule_that_does_not_depend_on_the_order(rule):
+    x = inputs()
+    want = CrossAttention(D_MODEL, HEADS, HEAD_SIZE, rule="sum", rngs=nnx.Rngs(0))(x, x)
+    layer = CrossAttention(D_MODEL, HEADS, HEAD_SIZE, rule=rule, rngs=nnx.Rngs(0))
+    chex.assert_trees_all_close(layer(x, x), want, atol=1e-6)
+    chex.assert_trees_all_close(layer.read(x, layer.write(x)), want, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["delta", "fwm", Rule(sum_step)], ids=["delta", "fwm", "of ones own"])
+def test_cross_attention_refuses_a_rule_that_depends_on_the_order(rule):
+    with pytest.raises(ValueError, match=r'rule must be "softmax" or "sum" .* which depends on the order'):
+        CrossAttention(D_MODEL, HEADS, HEAD_SIZE, rule=rule, rngs=nnx.Rngs(0))
+
+
+class Reads(FastWeightAttention):
+    """The recipe of the docstring: a layer that returns y alone."""
+
+    def __call__(self, x):
+        return super().__call__(x)[0]
+
+
+def test_a_layer_that_returns_y_alone_goes_into_sequential_and_tabulate():
+    layer, x = Reads(D_MODEL, HEADS, HEAD_SIZE, rngs=nnx.Rngs(0)), inputs().astype(jnp.float32)
+    linear = nnx.Linear(D_MODEL, 4, rngs=nnx.Rngs(1))
+    y, _ = FastWeightAttention(D_MODEL, HEADS, HEAD_SIZE, rngs=nnx.Rngs(0))(x)
+    model = nnx.Sequential(layer, linear)
+    chex.assert_trees_all_close(model(x), linear(y), atol=1e-6)
+    chex.assert_trees_all_close(layer(x) + x, y + x, atol=1e-6)
+    table = nnx.tabulate(model, x, console_kwargs={"width": 200})
+    assert "Reads" in table and "query" in table
+
+
+def test_every_layer_makes_its_memory_from_the_same_arguments():
+    for layer in (make("delta, elu"), make("softmax"), relative()):
+        memory = layer.init_memory(BATCH, LENGTH)
+        assert {leaf.shape[0] for leaf in jax.tree.leaves(memory)} == {BATCH}
 
 
 def test_features_that_are_not_finite_are_refused_where_jax_looks_for_nan():
@@ -536,14 +619,17 @@ def test_features_that_are_not_finite_are_refused_where_jax_looks_for_nan():
     [("dpfp", False), ("dpfp", "read"), ("dpfp", "retrieval"), ("relu", False), ("identity", "retrieval")],
 )
 def test_a_model_may_have_features_that_are_all_zero(feature_map, normalize):
-    """Of one word, whose embedding is zero, and of all queries; the gradients of everything are finite."""
+    """One word has an embedding of zero, and all queries are zero. All gradients are finite."""
     config = ModelConfig(11, 1, 8, 12, 2, 4, feature_map=feature_map, normalize=normalize, positions=None)
     if feature_map == "identity":
         config = dataclasses.replace(config, feature_normalization="l2")
     model, tokens = DecoderLM(config, rngs=nnx.Rngs(0)), jnp.array([[5, 1, 5, 5, 2]])
     model.embedding[5] = jnp.zeros(8)
     model.blocks[0].attention.query.kernel[...] *= 0
-    loss = lambda model: jnp.sum(model.losses(tokens, tokens)[0])  # noqa: E731
+
+    def loss(model):
+        return jnp.sum(model.losses(tokens, tokens)[0])
+
     chex.assert_tree_all_finite(nnx.jit(nnx.value_and_grad(loss))(model))
 
 
@@ -642,7 +728,7 @@ def test_a_memory_of_another_layer_is_refused(name):
 
 
 @pytest.mark.parametrize("name", ["positions", "content_bias", "position_bias"])
-def test_what_relative_attention_adds_must_fit(name):
+def test_positions_and_biases_of_relative_attention_must_fit(name):
     with pytest.raises(ValueError, match=rf"{name} must be .* for 8 tokens, got \[5, 1\]"):
         read_relative(relative(), inputs(), None, **{name: jnp.zeros((5, 1))})
 
@@ -670,3 +756,5 @@ def test_cross_attention_refuses_another_normalisation(rule):
 def test_a_random_map_needs_a_stream_to_draw_from():
     with pytest.raises(AttributeError, match="No RngStream named 'projection'"):
         make("delta, favor")(inputs(), rngs=nnx.Rngs(dropout=0))
+    with pytest.raises(ValueError, match=r"rngs must be an nnx.Rngs, got int; nnx.Rngs\(0\) makes one"):
+        make("delta, favor")(inputs(), rngs=0)

@@ -12,13 +12,17 @@ import reference
 from cases import AS_USERS, Case, attend, compiled_attend, outputs_and_gradients, random_inputs, some
 
 import fwt_jax
-from fwt_jax import memory, triangular
+from fwt_jax import normalization, triangular
+from fwt_jax.rules import RULES
 
 
 def one_head(**kwargs):
     """Arrays by name of the first sequence and head of ``random_inputs``; no memory, unless it has a start."""
     arrays = random_inputs(Case(**kwargs))
-    take = lambda name, x: x[0, 0] if name in ("fast_weights", "key_sum") else x[0, :, 0]  # noqa: E731
+
+    def take(name, x):
+        return x[0, 0] if name in ("fast_weights", "key_sum") else x[0, :, 0]
+
     return {name: take(name, x) for name, x in arrays.items() if x is not None}
 
 
@@ -26,13 +30,12 @@ def one_head(**kwargs):
 
 
 @pytest.mark.parametrize("decay", [None, "head", "channel"])
-@pytest.mark.parametrize("rule", ["sum", "delta", "fwm"])
+@pytest.mark.parametrize("rule", RULES)
 def test_a_step_is_the_equation(rule, decay, x64):
     arrays = one_head(rule=rule, decay=decay, length=1, start=True)
-    step = {"sum": memory.sum_step, "delta": memory.delta_step, "fwm": memory.fwm_step}[rule]
     key, value, beta = (jnp.asarray(arrays[name][0]) for name in ("key", "value", "beta"))
     alpha = None if decay is None else jnp.exp(jnp.asarray(arrays["log_decay"][0]))
-    got = step(jnp.asarray(arrays["fast_weights"]), key, value, beta, alpha)
+    got = RULES[rule].step(jnp.asarray(arrays["fast_weights"]), key, value, beta, alpha)
     chex.assert_trees_all_close(got, reference.attention(**arrays, rule=rule)[1], rtol=1e-13, atol=1e-14)
 
 
@@ -58,7 +61,7 @@ def test_key_sums_before_and_after_each_token(decay, x64):
     arrays = one_head(normalize="read", decay=decay, length=12, start=True)
     reset = np.arange(12) == 5
     log_decay = jnp.asarray(arrays["log_decay"]) if decay else None
-    before, after = memory.key_sums(
+    before, after = normalization.key_sums(
         jnp.asarray(arrays["key_sum"]), jnp.asarray(arrays["key"]), log_decay, jnp.asarray(reset)
     )
     z = arrays["key_sum"]
@@ -107,7 +110,10 @@ def test_the_triangular_inverse_is_as_good_as_a_solve(length, beta, kind):
 
 def test_what_lies_on_or_above_the_diagonal_of_a_system_has_no_gradient(x64):
     lower, right, weights = (np.random.default_rng(0).normal(size=(40, size)) * 0.2 for size in (40, 3, 3))
-    loss = lambda lower, right: jnp.sum(weights * triangular.unit_lower_solve(lower, right))  # noqa: E731
+
+    def loss(lower, right):
+        return jnp.sum(weights * triangular.unit_lower_solve(lower, right))
+
     got = jax.grad(loss, (0, 1))(jnp.asarray(lower), jnp.asarray(right))
     inverse = np.linalg.inv(np.eye(40) + np.tril(lower, -1))
     want_right = inverse.T @ weights
@@ -201,7 +207,7 @@ def test_strong_decays_neither_overflow_nor_leak(rule, form):
 
 
 @pytest.mark.parametrize("strong", [-1e2, -1e4, -1e9])
-@pytest.mark.parametrize("rule", ["sum", "delta", "fwm"])
+@pytest.mark.parametrize("rule", RULES)
 def test_mild_decays_after_a_strong_one_keep_their_digits(rule, strong):
     arrays = float32_inputs(rule=rule, length=20)
     arrays["log_decay"] = jnp.full(arrays["beta"].shape, -0.3).at[:, 3].set(strong)
@@ -301,8 +307,8 @@ def test_long_keys_do_not_overflow_between_the_clips_of_fwm(size):
     (_, got), gots = loss_and_gradients("fwm", "chunkwise")(arrays)
     chex.assert_tree_all_finite((want, wants))
     chex.assert_trees_all_close(got, want, rtol=0, atol=1e-5 * float(jnp.abs(want).max()))
-    for name in gots:
-        chex.assert_trees_all_close(gots[name], wants[name], rtol=0, atol=1e-4 * float(jnp.abs(wants[name]).max()))
+    for name in gots:  # beside float64, the gradients of both forms are wrong by up to 2e-4 for the longest keys
+        chex.assert_trees_all_close(gots[name], wants[name], rtol=0, atol=4e-4 * float(jnp.abs(wants[name]).max()))
 
 
 @pytest.mark.parametrize(("rule", "form"), EXTREMES)
@@ -351,7 +357,7 @@ def gradient_at_length(rule, form):
 
 
 @pytest.mark.parametrize("form", ["recurrent", "chunkwise"])
-@pytest.mark.parametrize("rule", ["sum", "delta", "fwm"])
+@pytest.mark.parametrize("rule", RULES)
 def test_a_gradient_keeps_the_inputs_and_the_memory_at_the_start_of_each_chunk(rule, form):
     """√T memories, or T/32 (for fwm as much again for e and for all [C, C] matrices of clips), and a mask."""
     kept = 32 + 32 + 32 if (rule, form) == ("fwm", "chunkwise") else 32
@@ -382,7 +388,7 @@ def test_products_of_float32_are_exact_on_all_hardware_and_those_of_bfloat16_are
 
 
 @pytest.mark.parametrize("form", ["recurrent", "chunkwise"])
-@pytest.mark.parametrize("rule", ["sum", "delta", "fwm"])
+@pytest.mark.parametrize("rule", RULES)
 def test_no_array_of_a_gradient_holds_a_memory_per_token(rule, form):
     jaxpr = str(gradient_at_length(rule, form).trace(long_inputs()).jaxpr)
     shapes = set(re.findall(r"\bf32\[([\d,]+)\]", jaxpr))
@@ -421,7 +427,7 @@ def test_two_gradients_in_one_program_finish():
     chex.assert_tree_all_finite(second)
 
 
-@pytest.mark.parametrize("rule", ["sum", "delta", "fwm"])
+@pytest.mark.parametrize("rule", RULES)
 def test_the_recurrent_gradient_needs_far_less_than_a_memory_per_token(rule):
     """About 2√T = 64 of them, and some copies of the inputs, each of which is worth 32 memories."""
     temporary = (

@@ -3,11 +3,12 @@
 import collections
 import math
 import os
+import re
 
 import pytest
 
-from experiments import plot_retrieval
-from experiments.plot_retrieval import CAPACITY, FIGURES, RESULTS, UPDATE_RULES, draw, read, table
+from experiments.retrieval import plot as plot_retrieval
+from experiments.retrieval.plot import CAPACITY, FIGURES, RESULTS, TASKS, UPDATE_RULES, draw, read, table, verdict
 
 AUTHORS = {(row["model"], row["rule"], row["S"], row["replace"]): row for row in read(RESULTS / "authors.csv")}
 
@@ -42,7 +43,7 @@ def rows_of(experiment):
 
 def fields(text):
     """The lines of a table without its header, each as a list of its cells."""
-    return [line.split() for line in text.splitlines()[3:]]
+    return [re.split("  +", line) for line in text.splitlines()[3:]]
 
 
 # --- the authors' numbers --------------------------------------------------------------------------------------------
@@ -107,34 +108,69 @@ def test_curves_of_the_authors_end_where_their_runs_do():
 
 def test_table_sets_our_numbers_beside_the_authors():
     (line,) = fields(table([row("linear", "sum", 60, False, [0.3, 0.02, 0.025])]))
-    expected = "1 linear sum 60 0.02 0.025 300 0.02451 0.02465 4200 12.3"
-    assert line == expected.split()
+    expected = "every key once, Linear (ELU+1), 60, 0.02, 0.025, 300 (cut), 0.02451, 0.02465, 4200, 12.3"
+    assert line == expected.split(", ")
 
 
 def test_table_prints_nan_as_nan_and_a_missing_run_as_a_dash():
     lines = fields(table([row("dpfp1", "sum", 30, False, [math.nan]), row("favor64", "delta", 200, True, [math.nan])]))
-    assert lines[0] == "1 dpfp1 sum 30 nan nan 100 - - - 12.3".split()
-    assert lines[1] == "2 favor64 delta 200 nan nan 100 nan nan 1100 12.3".split()
+    assert lines[0][1:] == ["DPFP-1", "30", "nan", "nan", "100 (cut)", *"- - - 12.3".split()]
+    assert lines[1][1:] == ["FAVOR+, 64, delta rule", "200", "nan", "nan", "100 (cut)", *"nan nan 1100 12.3".split()]
 
 
 def test_table_shows_mean_and_range_of_several_seeds():
     losses = ([0.4, 0.1], [0.4, 0.2], [0.4, 0.6, 0.3, 0.3])
     lines = fields(table([row("dpfp1", "sum", 40, False, losses, seed) for seed, losses in enumerate(losses)]))
-    assert " ".join(lines[0][4:10]) == "0.2 (0.1–0.3) 0.2 (0.1–0.3) 267 (200–400)"
+    assert " ".join(lines[0][3:6]) == "0.2 (0.1–0.3) 0.2 (0.1–0.3) 267 (200–400) (cut)"
     lines = fields(
         table([row("dpfp1", "sum", 40, False, [0.4, last], seed) for seed, last in enumerate((math.nan, 0.2))])
     )
-    assert " ".join(lines[0][4:9]) == "0.3 (0.2–0.4) nan (0.2–nan) 200"
+    assert " ".join(lines[0][3:6]) == "0.3 (0.2–0.4) nan (0.2–nan) 200 (cut)"
 
 
 def test_table_is_aligned_and_ordered_by_setting_legend_and_size():
     rows = rows_of("update_rules") + rows_of("capacity")
     lines = table(rows[::-1]).splitlines()
-    found = [tuple(line.split()[:4]) for line in lines[3:]]
-    assert found == [(str(int(row["replace"]) + 1), row["model"], row["rule"], row["S"]) for row in
-                     sorted(rows, key=lambda row: row["replace"])]  # fmt: skip
+    labels = [look[0] for look in CAPACITY.values()], [look[0] for look in UPDATE_RULES.values()]
+    want = [[TASKS["1"], label, str(size)] for label in labels[0] for size in (20, 600)]
+    want += [[TASKS["2"], label, str(size)] for label in labels[1] for size in (20, 200)]
+    assert [line[:3] for line in fields("\n".join(lines))] == want
     assert len({len(line) for line in lines[1:]}) == 1
     assert len(table([]).splitlines()) == 3
+
+
+def finished(model, rule, num_keys, replace, last, seed=1):
+    """A row of a run that the stopping rule ended: eleven evaluations without a better one."""
+    return row(model, rule, num_keys, replace, [last] if last <= 1e-3 else [last] * 12, seed)
+
+
+def test_the_verdict_names_what_each_memory_holds():
+    rows = [finished("dpfp1", "sum", *point) for point in ((20, False, 1e-4), (60, False, 1e-3), (120, False, 0.1))]
+    rows += [finished("linear", "sum", size, False, 0.3) for size in (20, 60)]
+    rows += [finished("dpfp2", "sum", 60, False, last, seed) for seed, last in enumerate((1e-3, 1e-3, 0.5))]
+    rows += [finished("softmax", "softmax", 20, False, 1e-4), finished("favor64", "sum", 20, False, math.nan)]
+    rows += [row("dpfp3", "sum", 20, False, [0.5, 0.4])]  # max_steps ended it
+    headline, line, *rest = verdict(rows).splitlines()
+    assert headline == "Pairs held (last loss below 0.01; an empty memory has 0.5)"
+    capacities = "DPFP-1 about 90; DPFP-2 at least 60; Linear (ELU+1) fewer than 20; FAVOR+, 64 fewer than 20."
+    assert " ".join(" ".join([line, *rest]).split()) == (
+        f"every key once: {capacities} Not counted, because --max-steps ended them: DPFP-3."
+    )
+
+
+def test_the_verdict_names_the_rule_that_reassigns_keys():
+    rows = [finished("dpfp1", "delta", 20, True, 1e-3), finished("dpfp1", "sum", 20, True, 0.1)]
+    assert " ".join(verdict(rows).split()).endswith("fewer than 20. Only the delta rule reassigns keys.")
+    assert "Only" not in verdict(rows[:1]) and "Only" not in verdict(rows[1:])
+    assert "Only" not in verdict([*rows, finished("tanh", "fwm", 20, True, 1e-3)])
+    assert verdict([]) == ""
+    words = "keys are reassigned: none. Not counted, because --max-steps ended them: DPFP-1, delta rule."
+    assert " ".join(verdict([row("dpfp1", "delta", 20, True, [0.5])]).split()).endswith(words)
+
+
+def test_the_verdict_of_the_results_that_ship():
+    words = " ".join(verdict(read(RESULTS / "quick.csv")).split())
+    assert "DPFP-1 about 120; Linear (ELU+1) about 50;" in words and "Only the delta rule" in words
 
 
 # --- the figures -----------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from cases import attend, compiled_attend, some
 from hypothesis import strategies as st
 
 import fwt_jax
+from fwt_jax.rules import RULES
 
 MEMORY = ("fast_weights", "key_sum")
 LENGTH, KEY_SIZE, VALUE_SIZE = 12, 6, 4
@@ -102,7 +103,7 @@ def test_packed_documents_are_separate_documents(options, arrays):
         assert_same(packed, (jnp.concatenate([part[0] for part in parts], axis=1), *parts[-1][1:]))
 
 
-@pytest.mark.parametrize("rule", ["sum", "delta", "fwm"])
+@pytest.mark.parametrize("rule", RULES)
 @hypothesis.given(sequences())
 def test_the_form_and_the_size_of_its_chunks_do_not_matter(rule, arrays):
     with jax.enable_x64(True):

@@ -19,10 +19,11 @@ import numpy as np
 import pytest
 from cases import some
 
-from experiments import retrieval, retrieval_model
-from experiments.retrieval import Config, Run, load, save, sweep
-from experiments.retrieval_model import Model, Task, batch_loss, params_from_torch
-from fwt_jax import memory
+from experiments.retrieval import experiment as retrieval
+from experiments.retrieval import model as retrieval_model
+from experiments.retrieval.experiment import Config, Run, load, save, sweep
+from experiments.retrieval.model import Model, Task, batch_loss, params_from_torch
+from fwt_jax import clipped
 
 GOLDEN = sorted((pathlib.Path(__file__).parent / "golden" / "retrieval").glob("*.npz"))
 RULES = {"ours": "delta", "cat": "softmax"}
@@ -124,7 +125,10 @@ def test_one_query_is_read_as_many_are(model):
     projection = retrieval_model.draw_projection(jax.random.key(0), model)
     queries = np.arange(9)
     key, beta, query = retrieval_model.project(params, keys, values, queries)
-    predict = lambda query: retrieval_model.predict(model, 9, key, beta, values, query, projection)  # noqa: E731
+
+    def predict(query):
+        return retrieval_model.predict(model, 9, key, beta, values, query, projection)
+
     one_by_one = jnp.concatenate([predict(query[i : i + 1]) for i in range(9)])
     np.testing.assert_allclose(predict(query), one_by_one, rtol=0, atol=2e-5 * jnp.abs(one_by_one).max())
 
@@ -139,8 +143,8 @@ def test_the_fast_weight_memory_starts_without_a_clip():
     )
     fast_weights = beta[0] * jnp.outer(key[0], jax.nn.one_hot(0, 3))
     for t in range(1, 5):
-        fast_weights = memory.fwm_step(fast_weights, key[t], jax.nn.one_hot(values[t], 3), beta[t])
-    got = retrieval_model._write("fwm", 3, jnp.asarray(key), jnp.asarray(beta), values)
+        fast_weights = clipped.step(fast_weights, key[t], jax.nn.one_hot(values[t], 3), beta[t])
+    got = retrieval_model._write(Model("tanh", "fwm"), 3, jnp.asarray(key), jnp.asarray(beta), values)
     np.testing.assert_allclose(got, fast_weights, rtol=1e-5, atol=1e-6)
 
 
@@ -240,7 +244,7 @@ def test_an_interrupted_run_goes_on_where_it_was_kept(tmp_path, monkeypatch):
 def test_an_unfinished_run_that_cannot_be_read_names_its_file(damage, tmp_path):
     run, checkpoint = (Model("linear", "sum"), Task(4, False)), tmp_path / "run.unfinished"
     state = retrieval_model.make_trainer(*run)[0](1)
-    retrieval_model._keep(checkpoint, state, [0.5], 1.0)
+    retrieval_model._save(checkpoint, state, [0.5], 1.0)
     assert retrieval_model._restore(checkpoint, state)[1:] == ([0.5], 1.0)
     checkpoint.write_bytes(damage(checkpoint.read_bytes()))
     with pytest.raises(ValueError, match=r"run.unfinished is not an unfinished run .* delete it"):
@@ -270,10 +274,17 @@ def test_nothing_goes_on_behind_a_sweep_that_was_ended(end, tmp_path):
         process = subprocess.Popen(command, cwd=root, stderr=file, start_new_session=True)
         signal.signal(signal.SIGINT, before)
     try:
-        wait_until(lambda: b"step" in log.read_bytes(), 120)
-        process.send_signal(end)
+        wait_until(lambda: b"step 100" in log.read_bytes(), 120)
+        if end == signal.SIGINT:
+            os.killpg(process.pid, end)  # a terminal sends it to all processes
+        else:
+            process.send_signal(end)
         process.wait(120)
         wait_until(lambda: not is_alive(process.pid), 60)
+        if end != signal.SIGKILL:
+            line = log.read_text().replace("\r", "\n").splitlines()[-1]
+            assert process.returncode == 1 and "Traceback" not in log.read_text()
+            assert line.startswith("stopped; 0 of 8 runs are finished and saved. The same command goes on")
     finally:
         if is_alive(process.pid):
             os.killpg(process.pid, signal.SIGKILL)
@@ -391,9 +402,10 @@ def test_the_experiments_have_the_papers_runs():
         (lambda: Model("dpfp", "sum"), "at least 1"),
         (lambda: Model("linear", "sum", 2), "0 for the others"),
         (lambda: Task(0, False), "at least 1, got 0"),
-        (lambda: Config(seeds=0), "seeds must be at least 1"),
-        (lambda: Config(workers=0), "workers must be at least 1"),
-        (lambda: Config(max_steps=99), "max_steps must be at least 100"),
+        (lambda: retrieval.main(Config(seeds=0)), "^--seeds must be at least 1, got 0$"),
+        (lambda: retrieval.main(Config(sizes=(20, 0))), "^--sizes must be at least 1, got 0$"),
+        (lambda: retrieval.main(Config(workers=0)), "^--workers must be at least 1, got 0$"),
+        (lambda: retrieval.main(Config(max_steps=99)), "^--max-steps must be at least 100, got 99$"),
         (lambda: retrieval_model.train(Model("linear", "sum"), Task(4, False), max_steps=50), "at least 100"),
     ],
 )

@@ -11,9 +11,10 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from experiments import text, training
-from fwt_jax import output_layer, sharding
-from fwt_jax.models import DecoderLM, ModelConfig
+from experiments.language import text
+from experiments.run import devices, training
+from fwt_jax import sharding
+from fwt_jax.models import DecoderLM, ModelConfig, output_layer
 
 TINY = ModelConfig(vocab_size=96, cutoffs=(32,), num_layers=2, d_model=32, d_ff=64, num_heads=4, head_size=8, dropout=0)
 CONFIG = training.TrainConfig(steps=5, learning_rate=1e-2, schedule="constant", warmup=1)
@@ -45,7 +46,7 @@ def three_steps(config, mesh):
     losses = []
     with jax.set_mesh(mesh) if mesh is not None else jax.default_device(jax.devices()[0]):
         for number in range(3):
-            state, metrics = step(state, training.place(batch_of(number), mesh))
+            state, metrics = step(state, devices.place(batch_of(number), mesh))
             losses.append(metrics["loss"])
     return losses, state
 
@@ -111,8 +112,11 @@ def test_the_output_layer_is_computed_once_for_each_row():
         config = dataclasses.replace(TINY, num_layers=1, vocab_size=2000, cutoffs=())
         params = nnx.as_pure(nnx.state(DecoderLM(config, rngs=nnx.Rngs(0)), nnx.Param))
         graph = training.graph_of(maker(config))
-        mean = lambda params, batch: jnp.mean(nnx.merge(graph, params).losses(**batch)[0])  # noqa: E731
-        batch = training.place(batch_of(0), mesh)
+
+        def mean(params, batch):
+            return jnp.mean(nnx.merge(graph, params).losses(**batch)[0])
+
+        batch = devices.place(batch_of(0), mesh)
         with jax.set_mesh(mesh) if mesh is not None else jax.default_device(jax.devices()[0]):
             return jax.jit(jax.grad(mean)).lower(params, batch).compile().cost_analysis()["flops"]
 
@@ -154,7 +158,7 @@ def test_meshes_that_cannot_be(axes, words):
 
 def test_a_batch_that_the_mesh_cannot_split():
     with pytest.raises(ValueError, match=r"the batch has 6 rows, which the mesh of data=4 and fsdp=2 cannot .* of 8"):
-        training.place(batch_of(0, rows=6), sharding.make_mesh(fsdp=2))
+        devices.place(batch_of(0, rows=6), sharding.make_mesh(fsdp=2))
 
 
 def test_a_rule_with_more_axes_than_its_array():

@@ -1,13 +1,14 @@
-"""Vocabularies, the authors' batches, windows, texts, and WikiText-103 through TFDS."""
+"""Vocabularies, the authors' batches, windows, texts, and WikiText-103."""
 
 import json
-import socket
 
 import numpy as np
 import pytest
 
-from experiments import language_comparison, parallel_text, text, wikitext
-from experiments.text import Segments, Vocabulary
+from experiments.language import comparison as language_comparison
+from experiments.language import text, wikitext
+from experiments.language.text import Segments, Vocabulary
+from experiments.translation import pairs as parallel_text
 
 LINES = " the cat\n\n the dog and the <unk> cat \nend"  # the last line has no line break
 
@@ -36,11 +37,19 @@ def test_characters():
     assert vocabulary.pieces == ("<unk>", "\n", "a", "b")
     assert vocabulary.encode("ab\nc").tolist() == [2, 3, 1, 0]
     assert vocabulary.decode([2, 3, 1, 0]) == "ab\n\ufffd"
+    assert vocabulary.missing("a cab") == [" ", "c"] and Vocabulary.words("a b").missing("b c d") == ["c", "d"]
 
 
 def test_sentencepiece_learns_from_long_lines_too():
     line = " ".join(["memory", "weights", "of", "linear", "transformers"] * 400)
     assert len(text.Vocabulary.sentencepiece(f"{line}\nx\n", 300).encode(line)) < len(line) / 3
+
+
+def test_sentencepiece_cuts_lines_that_are_too_long_at_spaces(monkeypatch):
+    monkeypatch.setattr(text, "LONGEST_LINE", 10)
+    assert [*text._short_lines("a fat cat sat on themountains ")] == ["a fat cat", "sat on", "themountai", "ns "]
+    words = "the children sat on a mat " * 60
+    assert Vocabulary.sentencepiece(words, 290).pieces == Vocabulary.sentencepiece(words.replace(" ", "\n"), 290).pieces
 
 
 def test_sentencepiece_encodes_every_text():
@@ -49,7 +58,9 @@ def test_sentencepiece_encodes_every_text():
     assert len(vocabulary) == 500
     for sample in (corpus[:999], "naïve ∑ 語\n\n  two  spaces\n"):
         assert vocabulary.decode(vocabulary.encode(sample)).rstrip("\n") == sample.rstrip("\n")
-    with pytest.raises(ValueError, match="no 9000 pieces can be made of this text; take a smaller size"):
+    with pytest.raises(
+        ValueError, match=r"no 9000 pieces \(--vocabulary-size\) can be made of this text; take another number"
+    ):
         Vocabulary.sentencepiece("just these words", 9000)
 
 
@@ -160,7 +171,11 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "latin").write_bytes("naïve".encode("latin-1"))
     (tmp_path / "folder").mkdir()
+    (tmp_path / "mixed").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "mixed" / f"{name}.txt").write_bytes(b"\xff")
     for path, words in (
+        ("mixed", "a.txt is not UTF-8: .*; .*b.txt is not UTF-8"),
         ("nothing.txt", "nothing.txt is not there"),
         ("empty.txt", "the text is empty"),
         ("latin", "latin is not UTF-8: .*; convert it first"),
@@ -176,8 +191,19 @@ def test_a_text_is_split_at_lines():
     assert "".join(parts.values()) == whole
     assert [len(part) / len(whole) for part in parts.values()] == pytest.approx([0.9, 0.05, 0.05], abs=0.01)
     assert all(part.endswith("\n") for part in parts.values())
-    with pytest.raises(ValueError, match="nothing is left for validation and test in a text of 1 lines"):
-        text.split("all in one line\n")
+    with pytest.raises(ValueError, match="a text of 3 characters is too short for training, validation and test"):
+        text.split("ab\n")
+
+
+@pytest.mark.parametrize("separator", [" ", "x"])
+@pytest.mark.parametrize("lines", ["", "short\n" * 500])
+def test_a_text_with_a_line_that_is_too_long_is_split_in_it(separator, lines):
+    """After a space, or between any two characters of a word."""
+    whole = f"{lines}{separator.join(['word'] * 20_000)}\n"
+    parts = text.split(whole)
+    assert "".join(parts.values()) == whole
+    assert [len(part) / len(whole) for part in parts.values()] == pytest.approx([0.9, 0.05, 0.05], abs=0.001)
+    assert separator == "x" or (parts["train"].endswith("word ") and parts["validation"].endswith("word "))
 
 
 def test_the_text_that_ships_is_plain_and_large_enough():
@@ -189,42 +215,26 @@ def test_the_text_that_ships_is_plain_and_large_enough():
 
 # --- WikiText-103 ----------------------------------------------------------------------------------------------------
 
-ARTICLES = [" \n = First = \n \n = = Head = = \n A <unk> b — c .\n", " = Second ( x ) = \n \n Words = more , words .\n"]
-
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    def refuse(*_, **__):
-        raise AssertionError("the network was tried")
-
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    (tmp_path / "files").mkdir()
+def folder(tmp_path):
     for i, name in enumerate(wikitext.FILES.values()):
-        (tmp_path / "files" / name).write_text("".join(ARTICLES) * (i + 1), encoding="utf-8", newline="")
+        (tmp_path / name).write_text(" \n = First = \n \n A <unk> b — c .\n" * (i + 1), encoding="utf-8", newline="")
     return tmp_path
 
 
-def test_wikitext_comes_back_as_its_files_have_it(folder):
-    for _ in range(2):  # the second time from the copy
-        parts = wikitext.load(folder / "files", folder / "data")
-        for split, name in wikitext.FILES.items():
-            assert parts[split] == (folder / "files" / name).read_text(encoding="utf-8"), split
-    for other in ("other\n", "OTHER\n"):  # of one size
-        (folder / "files" / "wiki.test.tokens").write_text(other)
-        assert wikitext.load(folder / "files", folder / "data")["test"] == other
-    (folder / "files" / "wiki.test.tokens").write_bytes(b"\xef\xbb\xbfThe\r\ncat\rsat\n")
-    assert wikitext.load(folder / "files", folder / "data")["test"] == "The\ncat\rsat\n"
+def test_wikitext_comes_back_as_its_files_have_it_and_nothing_is_written(folder):
+    before = sorted(folder.iterdir())
+    (folder / "wiki.test.tokens").write_bytes(b"\xef\xbb\xbfThe\r\ncat\rsat\n")
+    texts = wikitext.load(folder)
+    assert texts["train"] == (folder / "wiki.train.tokens").read_text(encoding="utf-8")
+    assert texts["validation"] == 2 * texts["train"] and texts["test"] == "The\ncat\rsat\n"
+    assert sorted(folder.iterdir()) == before
 
 
-def test_articles_are_cut_before_their_titles():
-    cut = wikitext.articles("".join(ARTICLES))
-    assert "".join(cut) == "".join(ARTICLES)
-    assert [part.split("=")[1].strip() for part in cut if "=" in part] == ["First", "Second ( x )"]
-
-
-def test_wikitext_that_is_not_there_says_at_once_what_to_put_where(folder):
-    (folder / "files" / "wiki.valid.tokens").unlink()
+def test_wikitext_that_is_not_there_says_what_to_put_where(folder):
+    (folder / "wiki.valid.tokens").unlink()
     with pytest.raises(ValueError, match=r"WikiText-103 is not in .*: put wiki.valid.tokens of wikitext-103-v1 .*"):
-        wikitext.load(folder / "files", folder / "data")
-    with pytest.raises(ValueError, match=r"downloads/manual: put wiki.train.tokens, wiki.valid.tokens, wiki.test"):
-        wikitext.load(None, folder / "data")
+        wikitext.load(folder)
+    with pytest.raises(ValueError, match=r"name the folder of wiki.train.tokens, .* with --wikitext"):
+        wikitext.load(None)

@@ -13,11 +13,14 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import fwt_jax
-from experiments import language_modeling, parallel_text, training, translation, translation_presets
-from experiments.language_model_presets import find
+from experiments.language import experiment as language_modeling
+from experiments.language.presets import find
+from experiments.run import training
+from experiments.translation import experiment as translation
+from experiments.translation import pairs as parallel_text
+from experiments.translation import presets as translation_presets
 from fwt_jax import sharding
-from fwt_jax.encoder_decoder import EncoderDecoder
-from fwt_jax.models import DecoderLM
+from fwt_jax.models import DecoderLM, EncoderDecoder
 
 pytest.importorskip("libtpu", reason="pip install -e '.[tpu]'")
 pytestmark = pytest.mark.tpu_aot
@@ -148,7 +151,10 @@ def test_the_train_step_of_the_medium_model_fits(topology, axes, gigabytes):
     preset = find("medium-delta")
     tokens = jax.ShapeDtypeStruct((preset.batch_size, preset.length), jnp.int32)
     batch = {"tokens": tokens, "targets": tokens, "start": jax.ShapeDtypeStruct((), bool)}
-    make = lambda: DecoderLM(preset.model, rngs=nnx.Rngs(0))  # noqa: E731
+
+    def make():
+        return DecoderLM(preset.model, rngs=nnx.Rngs(0))
+
     peak = memory_of_a_train_step(make, language_modeling.loss, preset.training, batch, topology, axes)
     assert peak < gigabytes * 2**30
 
@@ -160,7 +166,10 @@ def test_the_train_step_of_the_big_translation_model_fits(name):
     size, model = translation_presets.find(name)
     tokens = jax.ShapeDtypeStruct((parallel_text.rows_of(48, size.tokens, 16 * 16), 48), jnp.int32)
     loss = functools.partial(translation.loss, size.label_smoothing)
-    make = lambda: EncoderDecoder(model, rngs=nnx.Rngs(0))  # noqa: E731
+
+    def make():
+        return EncoderDecoder(model, rngs=nnx.Rngs(0))
+
     batch = {"source": tokens, "target": tokens}
     peak = memory_of_a_train_step(make, loss, size.training, batch, "v5e:4x4", {"fsdp": 4, "tensor": 2})
     assert peak < 16 * 2**30

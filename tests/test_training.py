@@ -19,8 +19,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import language_modeling as lm
-from experiments import run_folder, text, training, translation, translation_presets
+from experiments.language import experiment as lm
+from experiments.language import text
+from experiments.run import checkpoints, devices, log, training
+from experiments.run import folder as run_folder
+from experiments.translation import experiment as translation
+from experiments.translation import presets as translation_presets
 from fwt_jax.models import DecoderLM, ModelConfig
 
 TINY = ModelConfig(vocab_size=64, num_layers=1, d_model=16, d_ff=32, num_heads=2, head_size=8, positions=None)
@@ -56,7 +60,7 @@ def run(out, config=CONFIG, loss=loss, **options):
 
 def losses_of(out):
     skip = ("seconds", "tokens_per_second")
-    lines = run_folder.read_metrics(out / "metrics.jsonl")
+    lines = log.read_metrics(out / "metrics.jsonl")
     return [{name: x for name, x in line.items() if name not in skip} for line in lines]
 
 
@@ -79,7 +83,7 @@ import os, pathlib, signal, sys
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
 from tests import test_training
-from experiments import text
+from experiments.language import text
 kind, at, out = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3])
 batches = test_training.batches()
 following = batches.__class__.__next__
@@ -108,7 +112,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(kind, at, whole, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.exhaustive)])
-def test_a_signal_during_the_last_evaluation_stops_after_it(number, whole, tmp_path):
+def test_a_signal_during_the_last_evaluation_stops_after_it(number, whole, tmp_path, capfd):
     evaluations = itertools.count(1)
 
     def interrupted(model):
@@ -120,6 +124,7 @@ def test_a_signal_during_the_last_evaluation_stops_after_it(number, whole, tmp_p
     with pytest.raises(KeyboardInterrupt, match=r"^stopped after step 12, which is saved; the same command goes on"):
         run(tmp_path, evaluate=interrupted)
     assert signal.getsignal(number) == before
+    assert capfd.readouterr().err.count("stopping after this step; a second Ctrl-C stops sooner") == 1
     assert saved_steps(tmp_path)[-1] == 12 and losses_of(tmp_path) == losses_of(whole[0])
 
 
@@ -155,11 +160,11 @@ def test_a_signal_before_the_first_step(whole, tmp_path):
 
 def test_the_checkpoint_of_an_interruption_stays_until_the_next(tmp_path):
     saves = {5, 10, 15}.__contains__
-    with run_folder.checkpoints(tmp_path, 2, saves) as manager:
+    with checkpoints.manager(tmp_path, 2, saves) as manager:
         for step, stay in ((5, [5]), (8, [5, 8]), (10, [5, 10]), (12, [5, 10, 12]), (15, [5, 10, 15])):
             loss = 1.0 if step == 5 else math.inf  # the best one stays, and must not be that of an interruption here
-            run_folder.save(manager, training.State(jnp.asarray(step), *[{"x": jnp.ones(1)}] * 3, None), {}, loss)
-            run_folder.finish(manager)
+            checkpoints.save(manager, training.State(jnp.asarray(step), *[{"x": jnp.ones(1)}] * 3, None), {}, loss)
+            checkpoints.finish(manager)
             assert saved_steps(tmp_path) == stay
 
 
@@ -195,7 +200,7 @@ def test_a_bucket_is_no_folder():
 
 def test_a_folder_that_other_processes_do_not_see(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(run_folder.multihost_utils, "sync_global_devices", lambda name: None)
+    monkeypatch.setattr(devices, "wait_for_all", lambda name: None)
     monkeypatch.setattr(run_folder.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(run_folder.time, "monotonic", itertools.count(0, 30).__next__)
     with pytest.raises(ValueError, match=r"process 0 does not see .*run.json, which the first one wrote"):
@@ -237,8 +242,8 @@ def harm(checkpoint, damage):
 
 def restored(out):
     state = jax.eval_shape(functools.partial(training.initial_state, make_model, CONFIG, make_model().init_memory(8)))
-    with run_folder.checkpoints(out) as manager:
-        return run_folder.restore(manager, training._abstract(state, None))
+    with checkpoints.manager(out, CONFIG.keep, CONFIG.saves) as manager:
+        return checkpoints.restore(manager, training.State(**devices.abstract(state._asdict(), None)))
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -298,8 +303,8 @@ def test_checkpoints_of_older_versions_have_no_digests(whole, tmp_path, capsys):
             raise Exception("as tensorstore has it")
         return step
 
-    with run_folder.checkpoints(tmp_path, read_only=True) as manager:
-        assert run_folder.read_first(manager, [12, 8], read, 1) == {8: 8}
+    with checkpoints.reader(tmp_path) as manager:
+        assert checkpoints.read_first(manager, [12, 8], read, 1) == {8: 8}
     assert "checkpoint 12 (Exception: as tensorstore has it) of" in capsys.readouterr().out
 
 
@@ -322,7 +327,7 @@ FULL = """
 import pathlib, resource, sys
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
-from experiments import command_line
+from experiments.run import command_line
 from tests import test_training
 longest = int(sys.argv[2])
 resource.setrlimit(resource.RLIMIT_FSIZE, (longest, longest))  # no file may be longer, as if the disk were full
@@ -407,7 +412,7 @@ def test_a_run_whose_checkpoints_are_all_broken_is_not_begun_anew(whole, tmp_pat
 def test_a_metrics_line_that_was_cut_off_is_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
-    assert run_folder.read_metrics(path) == [{"step": 1, "loss": 2.0}]
+    assert log.read_metrics(path) == [{"step": 1, "loss": 2.0}]
 
 
 @pytest.mark.parametrize(
@@ -424,7 +429,7 @@ def test_a_metrics_line_that_was_cut_off_is_left_out(tmp_path):
 def test_metrics_that_are_broken_name_their_file_and_line(content, words, tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match=words):
-        run_folder.read_metrics(tmp_path / "metrics.jsonl")
+        log.read_metrics(tmp_path / "metrics.jsonl")
 
 
 @pytest.mark.parametrize("content", [b"", b"[1]", b"{", b'{"a": "\xff"}', b"null", b"12"])
@@ -460,7 +465,7 @@ def test_accumulated_parts_make_the_same_step():
         state = training.initial_state(make, config, make().init_memory(8))
         step, data = jax.jit(training.make_step(training.graph_of(make), loss, config)), batches()
         for _ in range(2):
-            state, metrics = step(state, training.place(next(data), None))
+            state, metrics = step(state, devices.place(next(data), None))
         states.append((state, metrics))
     chex.assert_trees_all_close(*states, rtol=1e-4, atol=1e-5)
 
@@ -468,16 +473,19 @@ def test_accumulated_parts_make_the_same_step():
 def test_carried_memory_is_that_of_the_text_read_so_far():
     """Three segments one after another leave the memory of their concatenation, with a learning rate of 0."""
     config = dataclasses.replace(CONFIG, learning_rate=0.0)
-    make = lambda: DecoderLM(dataclasses.replace(TINY, dropout=0.0), rngs=nnx.Rngs(0))  # noqa: E731
+
+    def make():
+        return DecoderLM(dataclasses.replace(TINY, dropout=0.0), rngs=nnx.Rngs(0))
+
     state = training.initial_state(make, config, make().init_memory(8))
     step, data = jax.jit(training.make_step(training.graph_of(make), loss, config)), batches()
     read = [next(data) for _ in range(3)]
     for batch in read:
-        state, _ = step(state, training.place(batch, None))
+        state, _ = step(state, devices.place(batch, None))
     _, want = make()(jnp.concatenate([batch["tokens"] for batch in read], axis=1))
     chex.assert_trees_all_close(state.memory, want, rtol=1e-4, atol=1e-5)
     next(data)
-    state, _ = step(state, training.place(next(data), None))  # the first of the next epoch
+    state, _ = step(state, devices.place(next(data), None))  # the first of the next epoch
     _, want = make()(jnp.asarray(read[0]["tokens"]))
     chex.assert_trees_all_close(state.memory, want, rtol=1e-4, atol=1e-5)
 
@@ -623,7 +631,7 @@ def count(self):
         time.sleep(0.5)  # as long as a step of a real model, for the word goes round in the background
     return following(self)
 t.text.Segments.__next__ = count
-assert t.run_folder.of_first_process(b"seven\\0\\0" if number == 0 else b"") == b"seven\\0\\0"
+assert t.devices.of_first_process(b"seven\\0\\0" if number == 0 else b"") == b"seven\\0\\0"
 t.run(out, t.LONGER, mesh=sharding.make_mesh(fsdp=4), evaluate=None)
 t.whole_experiment(out.parent, "lm two")
 t.whole_translation(out.parent, "translation two")
@@ -694,7 +702,7 @@ def test_two_processes_train_checkpoint_and_go_on_together(tmp_path):
     want = whole_translation(tmp_path, "translation one")
     got = json.loads((tmp_path / "translation two" / "results.json").read_text())
     assert {**got["test"], "sentences_per_second": 0} == {**want["test"], "sentences_per_second": 0}
-    one, two = (run_folder.read_metrics(tmp_path / f"translation {x}" / "metrics.jsonl")[-1] for x in ("one", "two"))
+    one, two = (log.read_metrics(tmp_path / f"translation {x}" / "metrics.jsonl")[-1] for x in ("one", "two"))
     np.testing.assert_allclose(two["validation_loss"], one["validation_loss"], rtol=1e-4)
     one, two = ((tmp_path / f"translation {x}" / "translations.test.txt").read_text() for x in ("one", "two"))
     assert one == two and len(set(one.splitlines())) > 5
@@ -703,9 +711,9 @@ def test_two_processes_train_checkpoint_and_go_on_together(tmp_path):
 def test_one_device_has_no_mesh_and_is_not_split(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     monkeypatch.setattr(jax, "devices", lambda: [None])
-    assert training.make_mesh(1, 1) is None
+    assert devices.make_mesh(1, 1) is None
     with pytest.raises(ValueError, match="must be the number of devices, 1, got 1 · 2 · 1"):
-        training.make_mesh(2, 1)
+        devices.make_mesh(2, 1)
 
 
 def test_a_perplexity_is_a_number():

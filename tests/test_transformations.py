@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from wrappers import MEMORY, wrap
 
 import fwt_jax
-from fwt_jax import chunkwise
+from fwt_jax import recurrent
 
 FORMS = [
     {"rule": "delta", "form": "recurrent"},
@@ -32,7 +32,12 @@ EVERY_FORM = [  # every second one is left to -m exhaustive
     {"rule": "fwm", "form": "recurrent"},
     {"rule": "delta", "form": "parallel"},
 ]
-names = lambda options: "-".join(map(str, options.values()))  # noqa: E731
+
+
+def names(options):
+    return "-".join(map(str, options.values()))
+
+
 some_forms = pytest.mark.parametrize("options", some(2, FORMS), ids=names)
 
 
@@ -71,7 +76,7 @@ def test_a_derivative_program_may_leave_the_axis_of_a_vmap_elsewhere(wrapper):
     """Transposing puts the axis in front, adding leaves it at the end, and JAX takes either for the other's."""
     rng = np.random.default_rng(0)
     x, weights = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 3, 4), (4, 2, 3)))
-    identity = wrapper(chunkwise.with_derivatives_of(lambda x: x + 0, lambda x: x.T.T))
+    identity = wrapper(recurrent.with_derivatives_of(lambda x: x + 0, lambda x: x.T.T))
 
     def loss(x):
         y = jax.vmap(identity, in_axes=-1)(x)
@@ -85,8 +90,13 @@ def test_a_derivative_program_may_leave_the_axis_of_a_vmap_elsewhere(wrapper):
 @pytest.mark.parametrize("options", some(2, EVERY_FORM), ids=names)
 def test_no_wrapper_changes_values_gradients_or_tangents(options, x64):
     arrays, directions = (float64_inputs(options, length=14, seed=seed) for seed in (0, 4))
-    attention = lambda arrays, segment_ids: attend(arrays, segment_ids=segment_ids, **options)  # noqa: E731
-    push = lambda f: jax.jvp(lambda arrays: f(arrays, None), (arrays,), (directions,))  # noqa: E731
+
+    def attention(arrays, segment_ids):
+        return attend(arrays, segment_ids=segment_ids, **options)
+
+    def push(f):
+        return jax.jvp(lambda arrays: f(arrays, None), (arrays,), (directions,))
+
     wrapped = {name: wrap(attention, name) for name in ("jit", "checkpoint", "scan", "cond", "shard_map")}
 
     want = jax.jit(functools.partial(value_and_gradient, attention))(arrays), jax.jit(lambda: push(attention))()
@@ -101,7 +111,10 @@ def test_no_wrapper_changes_values_gradients_or_tangents(options, x64):
 def test_jit_and_vmap_change_nothing(options, x64):
     arrays = float64_inputs(options)
     gradient = jax.grad(lambda arrays: loss(arrays, options))
-    run = lambda arrays: (attend(arrays, **options), gradient(arrays))  # noqa: E731
+
+    def run(arrays):
+        return (attend(arrays, **options), gradient(arrays))
+
     want = jax.jit(run)(arrays)
     if options["form"] == "recurrent":
         chex.assert_trees_all_close(attend(arrays, **options), want[0], rtol=1e-11, atol=1e-12)

@@ -1,8 +1,10 @@
 """The translation experiment: sentence pairs, subwords, batches, BLEU, resume, and what is refused."""
 
 import dataclasses
+import functools
 import gzip
 import hashlib
+import io
 import json
 import math
 import pathlib
@@ -16,11 +18,14 @@ import pytest
 import sacrebleu
 from flax import nnx
 
-from experiments import parallel_text, training, translation
-from experiments.parallel_text import EOS, PAD, Pairs, Sentences, Subwords
-from experiments.translation_presets import PAPER, SIZES, find
+from experiments.run import training
+from experiments.translation import experiment as translation
+from experiments.translation import pairs as parallel_text
+from experiments.translation import translate as translating
+from experiments.translation.pairs import EOS, PAD, Pairs, Sentences, Subwords
+from experiments.translation.presets import PAPER, SIZES, find
 from fwt_jax import decode, sharding
-from fwt_jax.encoder_decoder import EncoderDecoder, TranslationConfig
+from fwt_jax.models import EncoderDecoder, TranslationConfig
 
 ROOT = pathlib.Path(__file__).parent.parent
 WORDS = {"one": "eins", "two": "zwei", "three": "drei", "red": "rot", "blue": "blau", "house": "Haus", "tree": "Baum"}
@@ -60,7 +65,7 @@ def test_pairs_come_from_two_files_or_one_with_tabs_with_their_empty_lines(tmp_p
         ({"a": "1\n2\n", "b": "1\n"}, r"a has 2 and .*b 1$"),
         ({"a": "1\n", "b": "\n"}, r"b is empty"),
         ({"a": "1\n"}, r"line 1 of .*a must be a sentence, a tab and its translation: '1'"),
-        ({"a": "1\n", "b": "1\n", "c": "1\n"}, r"in two files, or in one with tabs, got 3"),
+        ({"a": "1\n", "b": "1\n", "c": "1\n"}, r"must be in two files, or in one with tabs, got 3 files"),
         ({"a": "1\n", "b": b"\xff\n"}, r"b is not UTF-8"),
         ({"a": "1\n", "b": None}, r"b is not there"),
         ({"a": "1\n", ".": None}, r" is a folder; name a file"),
@@ -87,12 +92,12 @@ def test_lines_end_where_other_programs_end_them(tmp_path):
 
 
 def test_subwords_are_the_same_in_every_process_even_of_some_sentences_and_no_translation_has_two_lines(monkeypatch):
-    monkeypatch.setattr(parallel_text, "SENTENCES", 300)  # of 14,000
+    monkeypatch.setattr(parallel_text, "MAX_SENTENCES", 300)  # of 14,000
     one = Subwords.train(parallel_text.demo_pairs()["train"], 400)
     program = """
 import hashlib
-from experiments import parallel_text as p
-p.SENTENCES = 300
+from experiments.translation import pairs as p
+p.MAX_SENTENCES = 300
 print(hashlib.sha256(p.Subwords.train(p.demo_pairs()["train"], 400).model).hexdigest())
 """
     other = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -118,7 +123,7 @@ def test_the_demo_holds_out_what_it_does_not_train_on():
     assert [len(parts[name].source) for name in ("train", "validation", "test")] == [7000, 200, 200]
     train = set(parts["train"].source)
     assert not train & {*parts["validation"].source, *parts["test"].source}
-    raw = gzip.decompress((pathlib.Path(parallel_text.__file__).parent / "data" / "demo.en-de.tsv.gz").read_bytes())
+    raw = gzip.decompress((ROOT / "experiments" / "data" / "demo.en-de.tsv.gz").read_bytes())
     assert len(raw.decode("utf-8").splitlines()) == 7400
 
 
@@ -155,8 +160,16 @@ def test_wmt14_is_read_as_tfds_prepared_it_without_network(tmp_path):
 def test_wmt14_that_is_not_there_says_so_at_once(tmp_path):
     with pytest.raises(ValueError, match=r"de-en/1.0.0 is not there: prepare WMT14 once, .* or name other files"):
         parallel_text.load_wmt14("en-de", tmp_path)
-    with pytest.raises(ValueError, match=r"WMT14 has the pairs cs-en and en-cs, .*, got 'en-it'"):
+    with pytest.raises(ValueError, match=r"--pair must be one of WMT14's, cs-en, en-cs, de-en, .*, got 'en-it'"):
         parallel_text.load_wmt14("en-it", tmp_path)
+
+
+def test_wmt14_without_tfds_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "wmt14_translate" / "de-en" / "1.0.0").mkdir(parents=True)
+    (tmp_path / "wmt14_translate" / "de-en" / "1.0.0" / "dataset_info.json").touch()
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(ValueError, match=r"WMT14 is read by tensorflow-datasets: pip install -e '\.\[wmt14\]'"):
+        parallel_text.load_wmt14("en-de", tmp_path)
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
@@ -207,8 +220,8 @@ def test_empty_and_long_pairs_are_left_out_and_counted():
     target = sentences([5, EOS], [5, EOS], [5, EOS], [5] * 9 + [EOS])
     rows, words = parallel_text.usable(source, target, 8)
     assert rows.tolist() == [0]
-    assert words == "4 pairs, of which 1 with an empty side and 2 of more than 8 tokens are left out"
-    with pytest.raises(ValueError, match="nothing is left of 4 pairs"):
+    assert words == "4 pairs, without 1 with an empty side and 2 of more than 8 tokens"
+    with pytest.raises(ValueError, match=r"all 4 pairs are left out: .* 3 of more than 1 tokens; take other text"):
         parallel_text.usable(source, target, 1)
 
 
@@ -267,6 +280,32 @@ def test_a_run_learns_writes_what_it_says_and_scores_as_sacrebleus_own_command(t
     assert "25.5" not in translation.table([row]) and "25.5" in translation.table([row | {"data": "wmt14 en-de"}])
 
 
+def test_a_trained_run_translates_standard_input_line_by_line(trained, monkeypatch, capsys):
+    config, _ = trained
+    source, lines = config.test[0], (config.out / "translations.test.txt").read_text(encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(source.read_bytes())))
+    translating.main(translating.Config(config.out, beam_size=2))
+    assert capsys.readouterr().out == lines  # the first is empty
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    with pytest.raises(ValueError, match=r"standard input is empty; give sentences, one a line, .*"):
+        translating.main(translating.Config(config.out))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (None, r"holds no run: .*run\.json is not there; train one"),
+        ({"model": {}, "vocabulary": {}}, r"holds no translation model: .*run\.json has no subwords"),
+        ({"model": {}, "subwords": {}}, r"the model of .*run\.json is not one of this version: 'encoder'"),
+    ],
+)
+def test_a_folder_that_cannot_translate(settings, words, tmp_path):
+    if settings is not None:
+        (tmp_path / "run.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=words):
+        translating.main(translating.Config(tmp_path))
+
+
 def test_the_same_command_again_trains_no_further_and_gives_the_same(trained):
     config, results = trained
     again = translation.run(config)
@@ -289,17 +328,17 @@ def test_the_loss_of_validation_leaves_out_what_is_empty(trained):
 def test_a_run_is_not_mixed_with_another(trained, tmp_path):
     config, _ = trained
     (tmp_path / "run.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"holds another run, without subwords\.model; name another"):
+    with pytest.raises(ValueError, match=r"subwords\.model is not there; put back a copy, or name"):
         translation.run(dataclasses.replace(config, out=tmp_path))
     (tmp_path / "subwords.model").write_bytes(b"pieces")
     with pytest.raises(ValueError, match=r"subwords\.model is damaged \(.*; put back a copy"):
         translation.run(dataclasses.replace(config, out=tmp_path))
-    with pytest.raises(ValueError, match=r"must be one, and .*run\.json is a file"):
+    with pytest.raises(ValueError, match=r"must be .*, and .*run\.json is a file"):
         translation.run(dataclasses.replace(config, out=tmp_path / "run.json"))
     with pytest.raises(ValueError, match=r"--vocabulary was 320 and is 330"):
         translation.run(dataclasses.replace(config, vocabulary=330))
     with pytest.raises(
-        ValueError, match=r"the pairs of validation \(SHA-256\) was '.*' and is"
+        ValueError, match=r"the text of validation \(SHA-256\) was '.*' and is"
     ):  # the best is the best of one text
         translation.run(dataclasses.replace(config, validation=config.parallel))
 
@@ -312,24 +351,26 @@ def test_translating_keeps_the_order_and_cuts_what_is_too_long(trained, monkeypa
     model = EncoderDecoder(options, rngs=nnx.Rngs(0))
     lines = ["one", "", "two red house tree", "blue", " ", "one"]
     options = {"beam_size": 2, "label": None}
-    together, cut, _ = translation.translate(model, subwords, lines, **options)
+    together, cut, _ = translating.translate(model, subwords, lines, **options)
     assert cut == 0 and together[1] == together[4] == "" and together[0] == together[5]
     for line, expected in zip(lines, together, strict=True):
-        assert translation.translate(model, subwords, [line], **options)[0] == [expected]
+        assert translating.translate(model, subwords, [line], **options)[0] == [expected]
     with monkeypatch.context() as patch:
-        assert translation._bytes_of_memory(model, 64, 2) > 4 * translation._bytes_of_memory(model, 8, 2)
+        assert translating._bytes_of_memory(model, 64, 2) > 4 * translating._bytes_of_memory(model, 8, 2)
         search, batches = decode.beam_search, []
         patch.setattr(decode, "beam_search", lambda *args, **kw: batches.append(len(args[1])) or search(*args, **kw))
-        patch.setattr(translation, "MEMORY", 2 * translation._bytes_of_memory(model, 8, 2))
-        assert translation.translate(model, subwords, lines, **options)[0] == together
+        patch.setattr(translating, "MEMORY_BYTES", 2 * translating._bytes_of_memory(model, 8, 2))
+        assert translating.translate(model, subwords, lines, **options)[0] == together
         assert set(batches) == {2}  # sentences at once
         mesh = sharding.make_mesh()
-        assert translation.translate(model, subwords, lines, multiple=8, mesh=mesh, **options)[0] == together
+        assert translating.translate(model, subwords, lines, multiple=8, mesh=mesh, **options)[0] == together
         assert batches[-1] == 16  # two on each device
     monkeypatch.setattr(parallel_text, "SIZES", (8,))
-    pairs = Pairs(["one " * 30, "two"], ["eins", "zwei"])
-    results = translation._score_part(config, model, subwords, pairs, "validation", 1, None, tmp_path)
-    assert results["cut"] == 1 and "1 of 2 sentences were cut to 8 tokens" in capsys.readouterr().out
+    text = dict.fromkeys(("validation", "test"), Pairs(["one " * 30, "two"], ["eins", "zwei"]))
+    task = translation.prepare(config)
+    task = dataclasses.replace(task, text=text, out=tmp_path)
+    results = translation._translate_and_score(config, task, model)
+    assert results["test"]["cut"] == 1 and "1 of 2 sentences were cut to 8 tokens" in capsys.readouterr().out
 
 
 @pytest.mark.exhaustive
@@ -345,11 +386,13 @@ def test_a_step_on_eight_devices_is_that_of_one(preset, accumulate, trained, tmp
     sizes = {"encoder_layers": 2, "decoder_layers": 2, "d_model": 16, "d_ff": 16, "num_heads": 4}
     options = dataclasses.replace(find(preset)[1], vocab_size=len(subwords), dropout=0.1, **sizes)
 
+    def make_model():
+        return EncoderDecoder(options, rngs=nnx.Rngs(0))
+
     def run(out, mesh):
         batches = parallel_text.batches(*data, np.arange(200), 256, 8 * accumulate, 0)
-        loss = lambda *args: translation.loss(0.1, *args)  # noqa: E731
-        make = lambda: EncoderDecoder(options, rngs=nnx.Rngs(0))  # noqa: E731
-        model = training.train(make, loss, batches, settings, tmp_path / out, mesh=mesh)
+        loss = functools.partial(translation.loss, 0.1)
+        model = training.train(make_model, loss, batches, settings, tmp_path / out, mesh=mesh)
         return nnx.to_pure_dict(nnx.as_pure(nnx.state(model, nnx.Param)))
 
     spread = run("spread", sharding.make_mesh(fsdp=2, tensor=2))
@@ -398,17 +441,22 @@ def test_presets_are_the_papers():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"preset": "huge-elu"}, "preset must be one of .* with SIZE one of big, base, tiny, demo, or demo; got"),
+        (
+            {"preset": "huge-elu"},
+            "--preset must be one of .*, or the preset demo; SIZE is one of big, base, tiny, demo; got",
+        ),
         ({"preset": "tiny-dpfp"}, "got 'tiny-dpfp'"),
-        ({"preset": "tiny-elu", "average": 0}, "average must be at least 1, got 0"),
-        ({"steps": 100, "average": 2}, "average must be at most 1, the checkpoints of 100 steps, got 2"),
-        ({"tokens": 0}, "tokens must be at least 1, got 0"),
-        ({"beam_size": 0}, "beam_size must be at least 1, got 0"),
-        ({"length_penalty": -0.5}, "length_penalty must be at least 0, got -0.5"),
-        ({"length_penalty": math.nan}, "length_penalty must be at least 0, got nan"),
-        ({"seed": -1}, "seed must be at least 0, got -1"),
-        ({"max_length": 1}, "max_length must be at least 2, got 1"),
-        ({"dropout": 1.0}, "dropout must be in"),
+        ({"preset": "tiny-elu", "average": 0}, "--average must be at least 1, got 0"),
+        ({"steps": 100, "average": 2}, "--average must be at most 1, the checkpoints of 100 steps, got 2"),
+        ({"tokens": 0}, "--tokens must be at least 1, got 0"),
+        ({"beam_size": 0}, "--beam-size must be at least 1, got 0"),
+        ({"length_penalty": -0.5}, "--length-penalty must be at least 0, got -0.5"),
+        ({"length_penalty": math.nan}, "--length-penalty must be at least 0, got nan"),
+        ({"seed": -1}, "--seed must be at least 0, got -1"),
+        ({"max_length": 1}, "--max-length must be at least 2, got 1"),
+        ({"steps": 0}, "--steps must be at least 1, got 0"),
+        ({"learning_rate": math.inf}, "--learning-rate must be at least 0, got inf"),
+        ({"dropout": 1.0}, "--dropout must be in"),
         ({"preset": "demo-dpfp-64"}, "dpfp of vectors of size 32 takes nu from 1 to 63, got nu=64"),
         ({"fsdp": 3}, "must be the number of devices, 8"),
         ({"pair": "de-en"}, "--pair and --data-dir are of WMT14"),

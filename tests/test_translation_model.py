@@ -16,9 +16,9 @@ from cases import some
 from flax import nnx
 from hypothesis import strategies as st
 
-from fwt_jax import decode, encoder_decoder, fast_weight_cross_attention, sharding
-from fwt_jax.cross_attention import CrossAttention
-from fwt_jax.encoder_decoder import Attention, EncoderDecoder, TranslationConfig
+from fwt_jax import decode, fast_weight_cross_attention, sharding
+from fwt_jax.layers import CrossAttention
+from fwt_jax.models import Attention, EncoderDecoder, TranslationConfig, blocks, encoder_decoder
 
 TINY = TranslationConfig(
     vocab_size=20, encoder_layers=1, decoder_layers=2, d_model=16, d_ff=32, num_heads=2, dropout=0.0
@@ -67,57 +67,70 @@ def log_probabilities(model, source, tokens):
 # --- the model -------------------------------------------------------------------------------------------------------
 
 
-def by_hand(model, source, tokens, dropout=1.0):
-    """log p of one sentence, its equations in NumPy (Vaswani et al. 2017, section 3); dropout: times that factor."""
-    config, p = model.config, lambda x: np.asarray(x[...], np.float64)
-    features = lambda x: np.where(x > 0, x + 1, np.exp(x))  # noqa: E731 -- ELU + 1
+def array(parameter):
+    return np.asarray(parameter[...], np.float64)
 
-    def attend(layer, options, x, source, seen):
-        q, k, v = (
-            np.einsum("td,dhk->htk", y, p(to.kernel)) + p(to.bias)[:, None]
-            for y, to in ((x, layer.query), (source, layer.key), (source, layer.value))
-        )
-        if options.rule == "delta":
-            beta = 1 / (1 + np.exp(-x @ p(layer.beta.kernel) - p(layer.beta.bias)))
-            q, k = (y / y.sum(axis=-1, keepdims=True) for y in (features(q), features(k)))
-            out = [reference.attention(q[h], k[h], v[h], beta[:, h], rule="delta")[0] for h in range(len(q))]
+
+def numpy_attention(layer, options, x, source, seen):
+    q, k, v = (
+        np.einsum("td,dhk->htk", y, array(projection.kernel)) + array(projection.bias)[:, None]
+        for y, projection in ((x, layer.query), (source, layer.key), (source, layer.value))
+    )
+    if options.memory_rule is None:
+        weights = seen * np.exp(q @ np.swapaxes(k, 1, 2) / np.sqrt(q.shape[-1]))
+        out = weights @ v / weights.sum(axis=-1, keepdims=True)
+    else:
+        q, k = (np.where(y > 0, y + 1, np.exp(y)) for y in (q, k))  # ELU + 1
+        if options.memory_rule.corrects:
+            beta = 1 / (1 + np.exp(-x @ array(layer.beta.kernel) - array(layer.beta.bias)))
+            q, k = (y / y.sum(axis=-1, keepdims=True) for y in (q, k))
+            out = [reference.attention(q[h], k[h], v[h], beta[:, h], rule=options.rule)[0] for h in range(len(q))]
         else:
-            softmax = options.rule == "softmax"
-            scores = q @ np.swapaxes(k, 1, 2) / np.sqrt(q.shape[-1])
-            weights = seen * (np.exp(scores) if softmax else features(q) @ np.swapaxes(features(k), 1, 2))
+            weights = seen * (q @ np.swapaxes(k, 1, 2))
             out = weights @ v / weights.sum(axis=-1, keepdims=True)
-        return np.einsum("htv,hvd->td", np.stack(out), p(layer.out.kernel)) + p(layer.out.bias)
+    return np.einsum("htv,hvd->td", np.stack(out), array(layer.out.kernel)) + array(layer.out.bias)
 
-    def normal(x, norm):
-        centred = x - x.mean(axis=-1, keepdims=True)
-        return centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + 1e-5) * p(norm.scale) + p(norm.bias)
+
+def numpy_layer_norm(x, norm):
+    centred = x - x.mean(axis=-1, keepdims=True)
+    variance = (centred**2).mean(axis=-1, keepdims=True)
+    return centred / np.sqrt(variance + 1e-5) * array(norm.scale) + array(norm.bias)
+
+
+def numpy_feed_forward(layer, x):
+    hidden = np.maximum(x @ array(layer.hidden.kernel) + array(layer.hidden.bias), 0)
+    return hidden @ array(layer.out.kernel) + array(layer.out.bias)
+
+
+def numpy_log_probabilities(model, source, tokens, dropout=1.0):
+    """log p of one sentence, by the equations (Vaswani et al. 2017, section 3). Dropout multiplies by a factor."""
+    config = model.config
 
     def add(x, norm, sublayer):
         if config.norm == "pre":
-            return x + dropout * sublayer(normal(x, norm))
-        return normal(x + dropout * sublayer(x), norm)
-
-    def feed_forward(layer, x):
-        hidden = np.maximum(x @ p(layer.hidden.kernel) + p(layer.hidden.bias), 0)
-        return hidden @ p(layer.out.kernel) + p(layer.out.bias)
+            return x + dropout * sublayer(numpy_layer_norm(x, norm))
+        return numpy_layer_norm(x + dropout * sublayer(x), norm)
 
     def embed(tokens):
         angles = np.arange(len(tokens))[:, None] / 10000 ** (np.arange(0, config.d_model, 2) / config.d_model)
-        x = p(model.embedding)[tokens] * np.sqrt(config.d_model)
+        x = array(model.embedding)[tokens] * np.sqrt(config.d_model)
         return dropout * (x + np.hstack([np.sin(angles), np.cos(angles)]))
 
-    seen, before = source != config.pad_id, np.tri(len(tokens))
+    def attend(layer, options, seen, source=None):
+        return lambda x: numpy_attention(layer, options, x, x if source is None else source, seen)
+
+    seen, causal = source != config.pad_id, np.tri(len(tokens))
     y, x = embed(source), embed(tokens)
     for block in model.encoder:
-        y = add(y, block.norms[0], lambda x, block=block: attend(block.attention, config.encoder, x, x, seen))
-        y = add(y, block.norms[1], functools.partial(feed_forward, block.feed_forward))
-    y = normal(y, model.encoder_norm) if config.norm == "pre" else y
+        y = add(y, block.norms[0], attend(block.attention, config.encoder, seen))
+        y = add(y, block.norms[1], functools.partial(numpy_feed_forward, block.feed_forward))
+    y = numpy_layer_norm(y, model.encoder_norm) if config.norm == "pre" else y
     for block in model.decoder:
-        x = add(x, block.norms[0], lambda x, block=block: attend(block.attention, config.decoder, x, x, before))
-        x = add(x, block.norms[1], lambda x, block=block: attend(block.cross_attention, config.cross, x, y, seen))
-        x = add(x, block.norms[2], functools.partial(feed_forward, block.feed_forward))
-    x = normal(x, model.decoder_norm) if config.norm == "pre" else x
-    logits = x @ p(model.embedding).T
+        x = add(x, block.norms[0], attend(block.attention, config.decoder, causal))
+        x = add(x, block.norms[1], attend(block.cross_attention, config.cross, seen, y))
+        x = add(x, block.norms[2], functools.partial(numpy_feed_forward, block.feed_forward))
+    x = numpy_layer_norm(x, model.decoder_norm) if config.norm == "pre" else x
+    logits = x @ array(model.embedding).T
     return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
 
 
@@ -132,17 +145,19 @@ def by_hand(model, source, tokens, dropout=1.0):
     ],
 )
 def test_the_model_is_that_of_its_equations(name, norm, factor, monkeypatch):
-    """Of parameters that are all drawn, and with a dropout that multiplies what it is applied to by a factor."""
-    model = EncoderDecoder(dataclasses.replace(TINY, **MODELS[name] | {"norm": norm}), rngs=nnx.Rngs(1))
+    """All parameters are drawn, and dropout multiplies by a factor."""
+    options = MODELS[name] | {"norm": norm, "dropout": 0.5}
+    model = EncoderDecoder(dataclasses.replace(TINY, **options), rngs=nnx.Rngs(1))
     draw = np.random.default_rng(2)
     for _, parameter in nnx.iter_graph(model):
         if isinstance(parameter, nnx.Param):
             parameter[...] += jnp.asarray(draw.normal(0, 0.1, parameter.shape), jnp.float32)
-    monkeypatch.setattr(encoder_decoder, "dropout", lambda x, rate, rngs: factor * x)
+    for module in (blocks, encoder_decoder):
+        monkeypatch.setattr(module, "dropout", lambda x, rate, rngs: factor * x if rate else x)
     source, tokens = sentences(2, 6, lengths=[6, 4]), sentences(2, 5, seed=1, lengths=[5, 5])
     got = nnx.jit(lambda model: model(source, tokens))(model)
     for row in range(2):
-        expected = by_hand(model, np.asarray(source[row]), np.asarray(tokens[row]), factor)
+        expected = numpy_log_probabilities(model, np.asarray(source[row]), np.asarray(tokens[row]), factor)
         np.testing.assert_allclose(got[row], expected, atol=2e-5)
 
 
@@ -180,7 +195,10 @@ PADDED = 5e-4
 @hypothesis.settings(max_examples=8, deadline=None)
 def test_padding_changes_nothing(name, lengths, seed):
     model, source, target = make(name), sentences(2, 6, seed, lengths[:2]), sentences(2, 6, seed + 1, lengths[2:])
-    more = lambda tokens, count: jnp.pad(tokens, ((0, 0), (0, count)))  # noqa: E731 -- pad_id is 0
+
+    def more(tokens, count):
+        return jnp.pad(tokens, ((0, 0), (0, count)), constant_values=TINY.pad_id)
+
     smoothed = score(model, source, target)
     padded = score(model, more(source, 5), more(target, 3))
     chex.assert_trees_all_close(padded[:, :6], smoothed, atol=PADDED)
@@ -268,13 +286,13 @@ def test_dropout_and_random_features_come_from_rngs():
     assert np.abs(one - other).max() > 1e-3
     without = dataclasses.replace(model.config, dropout=0.0)
     drawn = EncoderDecoder(without, rngs=nnx.Rngs(1)).losses(source, target, rngs=nnx.Rngs(0))
-    kept = EncoderDecoder(without, rngs=nnx.Rngs(1)).losses(source, target)
-    assert np.abs(drawn - kept).max() > 1e-4
+    own = EncoderDecoder(without, rngs=nnx.Rngs(1)).losses(source, target)
+    assert np.abs(drawn - own).max() > 1e-4
 
 
 @pytest.mark.parametrize("heads", [8, 16])
 def test_the_weights_of_random_features_have_sum_one_from_the_start(heads):
-    """Of inputs that are normalised: with the kernel exp(kᵀq), too many of them would be less than eps."""
+    """The inputs are normalised. With the kernel exp(kᵀq), too many weights would be less than eps."""
     config = TranslationConfig(vocab_size=20, d_model=512, num_heads=heads, cross=Attention("sum", "favor_plus", 32))
     layer = config.make_attention("cross", nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (1, 24, 512))
@@ -341,7 +359,7 @@ def plain(model, source, target):
 
 def searched(log_p, beam_size, length, penalty, early_stop):
     """The beam search that ``beam_search`` describes, in plain Python; log_p: of all next tokens after some."""
-    live, found = [((), 0.0)], []
+    live, ended = [((), 0.0)], []
     for step in range(1, length + 1):
         new = [
             ((*tokens, token), score + after[token])
@@ -351,18 +369,18 @@ def searched(log_p, beam_size, length, penalty, early_stop):
             if token != SMALL.pad_id and (step < length or token == SMALL.eos_id)
         ]
         new.sort(key=lambda row: -row[1])
-        found += [(t, s / len(t) ** penalty) for t, s in new[:beam_size] if t[-1] == SMALL.eos_id]
-        found = sorted(found, key=lambda row: -row[1])[:beam_size]
+        ended += [(t, s / len(t) ** penalty) for t, s in new[:beam_size] if t[-1] == SMALL.eos_id]
+        ended = sorted(ended, key=lambda row: -row[1])[:beam_size]
         live = [row for row in new if row[0][-1] != SMALL.eos_id][:beam_size]
-        if not live or (early_stop and len(found) == beam_size):
+        if not live or (early_stop and len(ended) == beam_size):
             break
-    return found
+    return ended
 
 
 @pytest.mark.parametrize("early_stop", [True, False])
 @pytest.mark.parametrize("beam_size", [2, 3])
 def test_a_beam_is_that_of_plain_python(beam_size, early_stop):
-    """Of a model whose logits are sharp, so that translations of many lengths end in the beam."""
+    """The logits of the model are sharp, so that translations of many lengths end in the beam."""
     model = EncoderDecoder(SMALL, rngs=nnx.Rngs(2))
     model.embedding[...] *= 3
     source, length = sentences(6, 4, seed=8) % SMALL.vocab_size, 7
@@ -388,12 +406,12 @@ def test_a_beam_is_that_of_plain_python(beam_size, early_stop):
 
 def test_a_model_that_recomputes_its_blocks_translates_as_one_that_does_not():
     source, target = sentences(3, 6, seed=4), sentences(3, 5, seed=1)
-    found = []
+    results = []
     for remat in (False, True):
         model = make("each another", remat=remat)
         losses = jax.jit(lambda source, model=model: model.losses(source, target))(source)
-        found.append((losses, decode.beam_search(model, source, beam_size=2, max_length=6)))
-    chex.assert_trees_all_close(*found, atol=1e-5)
+        results.append((losses, decode.beam_search(model, source, beam_size=2, max_length=6)))
+    chex.assert_trees_all_close(*results, atol=1e-5)
 
 
 def test_a_search_inside_of_transformations_is_the_same_and_leaves_the_model():
@@ -401,22 +419,25 @@ def test_a_search_inside_of_transformations_is_the_same_and_leaves_the_model():
     options = {"beam_size": 2, "max_length": 6}
     before = model.losses(source, source)
     want = decode.beam_search(model, source, length_penalty=0.6, **options)
-    count = decode._beam_search._cache_size()
-    search = lambda source, length_penalty: decode.beam_search(model, source, length_penalty=length_penalty, **options)  # noqa: E731
+    count = decode.beams._beam_search._cache_size()
+
+    def search(source, length_penalty):
+        return decode.beam_search(model, source, length_penalty=length_penalty, beam_size=2, max_length=6)
+
     chex.assert_trees_all_close(jax.jit(search)(source, 0.6), want, atol=1e-5)
     got = jax.vmap(search, in_axes=(0, None))(source[:, None], 0.6)
     chex.assert_trees_all_close(jax.tree.map(lambda x: x[:, 0], got), want, atol=1e-5)
     chex.assert_trees_all_equal(model.losses(source, source), before)
-    found = jax.jit(search)(source.at[1, 0].set(-1), 0.6)
-    assert jnp.all(found.tokens[1] == -1) and jnp.all(jnp.isnan(found.scores[1]))
-    chex.assert_trees_all_close(*(jax.tree.map(lambda x: x[::2], x) for x in (found, want)), atol=1e-5)
+    broken = jax.jit(search)(source.at[1, 0].set(-1), 0.6)
+    assert jnp.all(broken.tokens[1] == -1) and jnp.all(jnp.isnan(broken.scores[1]))
+    chex.assert_trees_all_close(*(jax.tree.map(lambda x: x[::2], x) for x in (broken, want)), atol=1e-5)
     assert jnp.all(jnp.isnan(jax.jit(search)(source, -0.5).scores))
     # Other numbers and other arrays compile nothing.
     options = {"beam_size": np.int64(2), "max_length": jnp.int32(6), "early_stop": np.bool_(True)}
     for penalty in (jnp.float32(0.6), np.float64(0.6)):
         chex.assert_trees_all_equal(decode.beam_search(model, source.tolist(), length_penalty=penalty, **options), want)
     decode.beam_search(model, np.asarray(source), length_penalty=1, **options)
-    assert decode._beam_search._cache_size() == count
+    assert decode.beams._beam_search._cache_size() == count
 
 
 def test_a_model_that_gives_nan_translates_nothing():
@@ -493,13 +514,13 @@ def test_eight_devices_decode_and_score_as_one(name, axes):
 
 
 def test_no_scores_leave_their_device():
-    """Those of all tokens are of the size of the vocabulary, and choosing among them is the work of each device."""
+    """The scores of all tokens have the size of the vocabulary. Each device chooses among its own."""
     model, source = make("delta decoder"), sentences(8, 6)
     mesh = sharding.make_mesh()
     source = jax.device_put(source, sharding.batch_partition(mesh, source))
     options = {"max_length": 6, "beam_size": 3, "early_stop": True}
     with jax.set_mesh(mesh):
-        text = decode._beam_search.lower(*nnx.split(model), source, jnp.float32(1), **options).compile().as_text()
+        text = decode.beams._beam_search.lower(*nnx.split(model), source, jnp.float32(1), **options).compile().as_text()
     gathered = re.findall(r"= \(?(\w+\[[\d,]*\])\S* all-gather", text)
     assert not [shape for shape in gathered if shape != "pred[8]"], gathered
 
@@ -521,7 +542,7 @@ def test_no_scores_leave_their_device():
         ({"pad_id": 20}, "three tokens of the vocabulary of 20, got"),
     ],
 )
-def test_a_configuration_that_is_none(options, words):
+def test_configurations_that_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         dataclasses.replace(TINY, **options)
 
@@ -529,15 +550,15 @@ def test_a_configuration_that_is_none(options, words):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"rule": "fwm"}, "rule must be one of"),
+        ({"rule": "dleta"}, "rule must be one of"),
         ({"feature_map": "sigmoid"}, "feature_map must be one of"),
         ({"feature_size": 0}, "feature_size must be at least 1, got 0"),
-        ({"eps": 0.0}, "eps must be above 0, for .*, got 0.0"),
+        ({"eps": 0.0}, "eps must be above 0, because .*, got 0.0"),
         ({"rule": "delta"}, 'diverges .* feature_normalization=None; take "sum"'),
         ({"feature_map": "dpfp", "feature_size": 2}, "softmax.*has no features to which feature_map, feature_size"),
     ],
 )
-def test_an_attention_that_is_none(options, words):
+def test_attentions_that_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         Attention(**options)
 
@@ -552,12 +573,12 @@ def test_an_attention_that_is_none(options, words):
         ({"length_penalty": jnp.nan}, "length_penalty must be at least 0, got nan"),
     ],
 )
-def test_a_beam_search_that_is_none(options, words):
+def test_numbers_of_a_beam_search_that_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         decode.beam_search(make("sum"), sentences(1, 3), **{"max_length": 5} | options)
 
 
-def test_tokens_that_are_none():
+def test_tokens_that_are_refused():
     model, source = make("sum"), sentences(2, 4)
     with pytest.raises(ValueError, match="source must be from 0 to 19, got 0 to 20"):
         decode.beam_search(model, jnp.asarray([[0, 20]]), max_length=3)
@@ -597,7 +618,7 @@ X, MASK = jnp.ones((2, 3, 8)), jnp.ones((2, 3), bool)
         ({"mask": MASK[:1]}, r"mask must be bool \[2, 3\].*got bool\[1, 3\]"),
     ],
 )
-def test_a_source_that_is_none(rule, change, words):
+def test_sources_that_are_refused(rule, change, words):
     layer, call = CrossAttention(8, 2, 4, rule=rule, rngs=nnx.Rngs(0)), {"x": X, "source": X, "mask": MASK} | change
     with pytest.raises(ValueError, match=words):
         layer(**call)
@@ -607,7 +628,7 @@ def test_a_source_that_is_none(rule, change, words):
 
 @pytest.mark.parametrize("name", ["relu", "relu_squared"])
 def test_features_that_are_all_zero_stay_zero(name):
-    """Those of keys that are all negative, and of all zeros, divide nothing by zero."""
+    """The features of negative keys, and of zeros, are all zero. No division by zero follows."""
     config = dataclasses.replace(TINY, decoder=Attention("delta", name, feature_normalization="sum", normalize=False))
     model = EncoderDecoder(config, rngs=nnx.Rngs(0))
     for block in model.decoder:
@@ -615,5 +636,8 @@ def test_features_that_are_all_zero_stay_zero(name):
         block.attention.key.bias[...] -= 1
         block.attention.query.kernel[...] *= 0
     tokens = jnp.array([[5, 6, 7, 3]])
-    loss = lambda model: jnp.sum(model.losses(tokens, tokens))  # noqa: E731
+
+    def loss(model):
+        return jnp.sum(model.losses(tokens, tokens))
+
     chex.assert_tree_all_finite(nnx.jit(nnx.value_and_grad(loss))(model))

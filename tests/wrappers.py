@@ -122,7 +122,9 @@ def _vectorized(attention, cut, parts, shared, rng):
     """Over a new axis, but for the arguments that are shared."""
     names = ("query", "key", "value", "beta", "log_decay", *MEMORY, "segment_ids", "y")
     where = {name: 0 if rng is None else rng.random() for name in names}
-    place = lambda name, ndim: int(where[name] * (ndim + 1))  # noqa: E731
+
+    def place(name, ndim):
+        return int(where[name] * (ndim + 1))
 
     def call(arrays, segment_ids):
         places = {name: place(name, x.ndim) for name, x in arrays.items()}

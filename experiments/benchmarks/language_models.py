@@ -2,13 +2,15 @@
 
     python -m experiments.benchmarks.language_models [--rounds 5]
 
-The paper's small configuration with 4 layers (d_model 128, 8 heads of 16, d_ff 2048), softmax beside sum and delta,
-taken in turns, so that a machine whose speed wanders is the same for all. Medians; results: experiments/README.md.
+The models are the paper's small configuration with 4 layers (d_model 128, 8 heads of 16, d_ff 2048), with softmax, sum
+and delta. They run in turns, so that a change in the machine's speed affects all of them alike. The program prints
+medians. experiments/language/README.md has the results.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from typing import Literal
 
@@ -18,34 +20,38 @@ import numpy as np
 import tyro
 from flax import nnx
 
-from experiments import command_line, training
-from experiments import language_model_evaluation as evaluation
-from experiments.language_model_presets import DELTA, NO_POSITIONS, SOFTMAX, SUM
-from experiments.language_modeling import loss
+from experiments.language import evaluation
+from experiments.language.experiment import loss
+from experiments.language.presets import DELTA, NO_POSITIONS, SOFTMAX, SUM
+from experiments.run import command_line, training
 from fwt_jax.models import DecoderLM, ModelConfig
 
-BASE = ModelConfig(vocab_size=10_000, num_layers=4, **NO_POSITIONS)
+BASE = dataclasses.replace(ModelConfig(vocab_size=10_000, num_layers=4), **NO_POSITIONS)
 MODELS = {"softmax": SOFTMAX, "sum": SUM, "delta": DELTA}
-READ = (1024, 32_768, 524_288)
+NUM_READ = (1024, 32_768, 524_288)  # tokens read before the timed call
 STEPS = 64  # tokens generated in one timed call
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What to time."""
+    """The benchmark."""
 
     rounds: int = 5
-    """How often each is timed."""
+    """How often each call is timed."""
     parts: tuple[Literal["train", "decode", "window"], ...] = ("train", "decode", "window")
-    """Which of the three."""
+    """The parts to time."""
 
     def __post_init__(self):
         if self.rounds < 1:
             raise ValueError(f"rounds must be at least 1, got {self.rounds}")
 
 
+def _model(name: str) -> DecoderLM:
+    return DecoderLM(dataclasses.replace(BASE, **MODELS[name]), rngs=nnx.Rngs(0))
+
+
 def timed(calls: dict, rounds: int) -> dict:
-    """Median seconds of each call, taken in turns, after one that compiles."""
+    """Median seconds of each call. The calls run in turns, after a first round that compiles."""
     for call in calls.values():
         jax.block_until_ready(call())
     seconds = {name: [] for name in calls}
@@ -62,16 +68,11 @@ def train(rounds: int):
     tokens = np.random.default_rng(0).integers(0, BASE.vocab_size, (8, 257), np.int32)
     batch = {"tokens": jnp.asarray(tokens[:, :-1]), "targets": jnp.asarray(tokens[:, 1:])}
     calls = {}
-    for name, options in MODELS.items():
-        config = dataclasses.replace(BASE, **options)
-
-        def make(config=config):
-            return DecoderLM(config, rngs=nnx.Rngs(0))
-
+    for name in MODELS:
+        make = functools.partial(_model, name)
         settings = training.TrainConfig()
         step = jax.jit(training.make_step(training.graph_of(make), loss, settings))
-        state = training.initial_state(make, settings)
-        calls[name] = lambda step=step, state=state: step(state, batch)
+        calls[name] = functools.partial(step, training.initial_state(make, settings), batch)
     print("training step, d_model 128, 4 layers, d_ff 2048, T = 256, B = 8")
     for name, seconds in timed(calls, rounds).items():
         print(f"  {name:8} {1000 * seconds:8.1f} ms {8 * 256 / seconds:10,.0f} tokens/s")
@@ -79,27 +80,31 @@ def train(rounds: int):
 
 def decode(rounds: int):
     """Milliseconds of a generated token after 1 k, 32 k and 512 k tokens were read."""
-    print(f"decoding, batch 1: ms per token (mean of {STEPS}) after that many were read")
+    print(f"decoding, batch 1: ms per token (mean of {STEPS}) after this many tokens were read")
     calls = {}
     for name in ("softmax", "delta"):
-        model = DecoderLM(dataclasses.replace(BASE, **MODELS[name]), rngs=nnx.Rngs(0))
-        for read in READ:
-            calls[name, read] = _generation(model, _memory(model, read))
-    for (name, read), seconds in timed(calls, rounds).items():
-        print(f"  {name:8} {read:8,} {1000 * seconds / STEPS:8.2f} ms")
+        model = _model(name)
+        for num_read in NUM_READ:
+            calls[name, num_read] = _generation(model, _memory(model, num_read))
+    for (name, num_read), seconds in timed(calls, rounds).items():
+        print(f"  {name:8} {num_read:8,} {1000 * seconds / STEPS:8.2f} ms")
 
 
-def _memory(model, read):
-    """What the model has after reading: fast weights of all tokens; for softmax a cache that is as full."""
+def _memory(model, num_read):
+    """The memory after reading random tokens. For softmax, it is a cache of that length with zeros in it."""
     if model.config.rule == "softmax":
-        memory = model.init_memory(1, read + STEPS)
-        return tuple(cache._replace(length=jnp.full(1, read, jnp.int32)) for cache in memory)
-    tokens = jax.random.randint(jax.random.key(0), (1, read), 0, model.config.vocab_size)
-    hidden = nnx.jit(lambda model, tokens, memory: model.hidden(tokens, memory)[1])
+        memory = model.init_memory(1, num_read + STEPS)
+        return tuple(cache._replace(length=jnp.full(1, num_read, jnp.int32)) for cache in memory)
+    tokens = jax.random.randint(jax.random.key(0), (1, num_read), 0, model.config.vocab_size)
     memory = model.init_memory(1)
-    for start in range(0, read, 4096):
-        memory = hidden(model, tokens[:, start : start + 4096], memory)
+    for start in range(0, num_read, 4096):
+        memory = _read(model, tokens[:, start : start + 4096], memory)
     return memory
+
+
+@nnx.jit
+def _read(model, tokens, memory):
+    return model.hidden(tokens, memory)[1]
 
 
 def _generation(model, memory):
@@ -115,25 +120,26 @@ def _generation(model, memory):
 
         return jax.lax.scan(step, (jnp.zeros(1, jnp.int32), memory), length=STEPS)[1]
 
-    return lambda: generate(state, memory)
+    return functools.partial(generate, state, memory)
 
 
 def window(rounds: int):
-    """Windows of 256 tokens per second: one at a time, as the authors, beside 4 and 64 at once."""
+    """Windows of 256 tokens per second, in batches of 1 (as the authors), 4 and 64."""
     print("sliding window, 256 tokens: windows per second")
     tokens = np.random.default_rng(0).integers(0, BASE.vocab_size, 256 + 128, np.int32)
     calls, count = {}, len(tokens) - 256
     for name in ("softmax", "delta"):
-        model = DecoderLM(dataclasses.replace(BASE, **MODELS[name]), rngs=nnx.Rngs(0))
+        model = _model(name)
         for size in (1, 4, 64):
-            calls[name, size] = lambda model=model, size=size: evaluation.sliding_window(model, tokens, 256, size)
+            calls[name, size] = functools.partial(evaluation.sliding_window, model, tokens, 256, size)
     for (name, size), seconds in timed(calls, rounds).items():
-        print(f"  {name:8} {size:3} at once {count / seconds:8.1f}")
+        print(f"  {name:8} batch {size:3} {count / seconds:8.1f}")
 
 
 def main(config: Config):
+    programs = {"train": train, "decode": decode, "window": window}
     for part in config.parts:
-        {"train": train, "decode": decode, "window": window}[part](config.rounds)
+        programs[part](config.rounds)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,21 @@
-"""Every form of the delta rule side by side: ours, a plain scan, and other JAX libraries.
+"""Every form of the delta rule: ours, a plain scan, and other JAX libraries.
 
     python -m experiments.benchmarks.ops                     the table (about four minutes on two cores)
-    python -m experiments.benchmarks.ops --peers peers       with the libraries that lie in the folder peers
+    python -m experiments.benchmarks.ops --peers peers       with the libraries in the folder peers
 
-The folder is made by (it is only read after the environment's own packages, so that the jax in it is not used)
+These commands make the folder. The program searches it after the environment, so the jax in it is not used.
 
     pip install --target peers ejkernel==0.0.80.3
     pip install --target peers --no-deps --ignore-requires-python maxtext==0.2.5 jax-linear-attention==0.1.0
 
-and on CPU they want XLA_FLAGS=--xla_cpu_enable_concurrency_optimized_scheduler=false, for the triangular solves in them
-can dead-lock jaxlib 0.10 (ours has none).
+On CPU the libraries need XLA_FLAGS=--xla_cpu_enable_concurrency_optimized_scheduler=false, because their triangular
+solves can dead-lock jaxlib 0.10. Ours has none.
 
-Inputs: float32, B = 2, H = 4, unit-norm queries and keys, normal values, β uniform in (0, 1); the gradient is that of
-⟨y, w⟩ for a normal w, in q, k, v and β. All forms of a shape are compiled first and then called in turn, there and
-back, so that what else the machine does meets all alike. Columns: milliseconds (minimum and median), seconds to compile
-the gradient, MiB of its temporary memory, and the largest error against float64, relative to the largest entry.
+Inputs: float32, B = 2, H = 4, unit-norm queries and keys, normal values, β uniform in (0, 1). The gradient of ⟨y, w⟩
+for a normal w is taken in q, k, v and β. All forms of a shape are compiled first. Then they run in turns, forwards and
+backwards through the list, so that other load on the machine affects all of them alike. Columns: milliseconds (minimum
+and median), seconds to compile the gradient, MiB of its temporary memory, and the largest error against float64,
+relative to the largest entry.
 """
 
 from __future__ import annotations
@@ -36,21 +37,21 @@ import tyro
 from jax import lax
 
 import fwt_jax
-from experiments import command_line
+from experiments.run import command_line
 
 BATCH, HEADS = 2, 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What to time."""
+    """The shapes to time."""
 
     peers: pathlib.Path | None = None
     """Folder with other libraries, made as the head of this file says."""
     shapes: tuple[tuple[int, int], ...] = ((512, 64), (2048, 64), (2048, 128), (8192, 64))
     """Pairs of T and K = V."""
     repeats: int = 7
-    """Calls timed of each form, after one that is not."""
+    """Timed calls of each form, after one that is not timed."""
 
     def __post_init__(self):
         if self.repeats < 1:
@@ -58,7 +59,7 @@ class Config:
 
 
 def naive_scan(query, key, value, beta):
-    """What one writes without a library: a scan over tokens, all heads at once."""
+    """The program that one writes without a library: a scan over tokens, with all heads in each step."""
 
     def step(fast_weights, token):
         query, key, value, beta = token
@@ -76,19 +77,20 @@ def ours(form):
 
 
 def load_peers(folder: pathlib.Path, dtype=jnp.float32) -> dict:
-    """name -> function (query, key, value, beta) -> reads, of the libraries in ``folder``. dtype: MaxText's."""
+    """The libraries in ``folder``: name -> function (query, key, value, beta) -> reads. MaxText computes in dtype."""
     if not folder.is_dir():
         raise ValueError(f"no folder {folder}; the head of {__file__} says how to make it")
     sys.path.append(str(folder))
-    scaled = lambda query: query * query.shape[-1] ** 0.5  # they divide it by √K  # noqa: E731
-    peers = {}
+
+    def scaled(query):
+        return query * query.shape[-1] ** 0.5  # they divide it by √K
 
     def ejkernel(query, key, value, beta):
         rule = importlib.import_module("ejkernel.kernels._xla.gated_delta_rule").gated_delta_rule
         return rule(scaled(query), key, value, beta, chunk_size=64, use_qk_l2norm=False)[0]
 
     def maxtext(query, key, value, beta):
-        # One function of a file that imports all of MaxText.
+        # The file imports all of MaxText, so only the one function is compiled.
         tree = ast.parse((folder / "maxtext/models/qwen3.py").read_text())
         tree.body = [x for x in tree.body if getattr(x, "name", "") == "jax_chunk_gated_delta_rule"]
         names = {"jax": jax, "jnp": jnp, "lax": lax, "Array": jax.Array}
@@ -99,10 +101,8 @@ def load_peers(folder: pathlib.Path, dtype=jnp.float32) -> dict:
     def jax_linear_attention(query, key, value, beta):
         return importlib.import_module("jla.ops.chunked").delta_rule(query, key, value, beta, scale=1.0)[0]
 
-    for name, function in (("ejkernel", ejkernel), ("maxtext", maxtext), ("jla", jax_linear_attention)):
-        if (folder / name).is_dir():
-            peers[name] = function
-    return peers
+    peers = {"ejkernel": ejkernel, "maxtext": maxtext, "jla": jax_linear_attention}
+    return {name: function for name, function in peers.items() if (folder / name).is_dir()}
 
 
 def compare(length: int, size: int, forms: dict, repeats: int):
@@ -112,27 +112,44 @@ def compare(length: int, size: int, forms: dict, repeats: int):
     query, key = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (query, key))
     inputs = [np.float32(x) for x in (query, key, value, random.random((BATCH, length, HEADS)))]
     weights = np.float32(weights)
-
-    def gradient(function):
-        def both(*inputs):
-            reads, pull = jax.vjp(function, *inputs)
-            return reads, pull(weights.astype(reads.dtype))
-
-        return both
-
     with jax.enable_x64(True):
-        exact = jax.jit(gradient(ours("recurrent")))(*(jnp.asarray(x, jnp.float64) for x in inputs))
+        exact = jax.jit(with_gradient(ours("recurrent"), weights))(*(jnp.asarray(x, jnp.float64) for x in inputs))
         exact = jax.tree.map(np.asarray, exact)
     programs, notes = {}, {}
     for name, function in forms.items():
         programs[name, "forward"] = jax.jit(function).lower(*inputs).compile()
         start = time.perf_counter()
-        programs[name, "both"] = program = jax.jit(gradient(function)).lower(*inputs).compile()
+        programs[name, "both"] = program = jax.jit(with_gradient(function, weights)).lower(*inputs).compile()
         seconds = time.perf_counter() - start
         errors = jax.tree.map(lambda x, y: np.max(np.abs(x - y)) / np.max(np.abs(y)), program(*inputs), exact)
-        notes[name] = (seconds, program.memory_analysis().temp_size_in_bytes / 2**20, errors[0], max(errors[1]))
+        notes[name] = (seconds, temporary_mib(program), errors[0], max(errors[1]))
+    times = milliseconds(programs, inputs, repeats)
+    for name in forms:
+        spans = [f"{f(times[name, part]):9.1f}" for part in ("forward", "both") for f in (min, statistics.median)]
+        seconds, memory, error, gradient_error = notes[name]
+        line = f"{length:6} {size:4} {name:20}{''.join(spans)} {seconds:8.1f} {memory:8.1f}"
+        print(f"{line} {error:9.1e} {gradient_error:9.1e}", flush=True)
+
+
+def with_gradient(function, weights):
+    """inputs -> the reads y, and the gradient of ⟨y, w⟩."""
+
+    def both(*inputs):
+        reads, pull = jax.vjp(function, *inputs)
+        return reads, pull(weights.astype(reads.dtype))
+
+    return both
+
+
+def temporary_mib(program) -> float:
+    """The temporary memory of a compiled program, which CPU, GPU and TPU report."""
+    return program.memory_analysis().temp_size_in_bytes / 2**20
+
+
+def milliseconds(programs: dict, inputs: list, repeats: int) -> dict:
+    """The times of each program, after a first call that is not timed."""
     times = {key: [] for key in programs}
-    for part in ("forward", "both"):  # the forward passes by themselves: a gradient leaves little in the cache
+    for part in ("forward", "both"):  # not in one loop, because after a gradient the cache holds other data
         keys = [key for key in programs if key[1] == part]
         for repeat in range(repeats + 1):
             for key in keys if repeat % 2 else reversed(keys):
@@ -140,11 +157,7 @@ def compare(length: int, size: int, forms: dict, repeats: int):
                 jax.block_until_ready(programs[key](*inputs))
                 if repeat:
                     times[key].append((time.perf_counter() - start) * 1e3)
-    for name in forms:
-        spans = [f"{f(times[name, part]):9.1f}" for part in ("forward", "both") for f in (min, statistics.median)]
-        seconds, memory, error, gradient_error = notes[name]
-        line = f"{length:6} {size:4} {name:20}{''.join(spans)} {seconds:8.1f} {memory:8.1f}"
-        print(f"{line} {error:9.1e} {gradient_error:9.1e}", flush=True)
+    return times
 
 
 def main(config: Config):

@@ -1,11 +1,11 @@
 """Milliseconds per training step of the retrieval experiment, data included, beside the authors' program.
 
     python -m experiments.benchmarks.retrieval              the table (about five minutes on two cores)
-    python -m experiments.benchmarks.retrieval --parts      where the time of a step goes at S = 600
+    python -m experiments.benchmarks.retrieval --parts      the time of each part of a step at S = 600
 
-The authors' column is their PyTorch program (Python loops over batch and time, batch 32, on two cores), run separately:
-compare ratios, not digits. Ours is the minimum and the median of ``--repeats`` jitted scans of ``--steps`` steps, on
-all cores that the process may use; ``taskset -c 0`` in front gives one core, which is what a worker of a sweep has.
+The authors' column is their PyTorch program (Python loops over batch and time, batch 32, on two cores). It ran
+separately, so compare ratios, not digits. Our columns are the minimum and the median of ``--repeats`` jitted scans of
+``--steps`` steps, on all cores of the process. ``taskset -c 0`` in front gives it one core, as a worker of a sweep has.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import jax.numpy as jnp
 import optax
 import tyro
 
-from experiments import command_line
-from experiments.retrieval_model import Model, Task, draw_projection, make_step, sample_pairs
+from experiments.retrieval.model import Model, Task, draw_projection, make_step, sample_pairs
+from experiments.run import command_line
 from fwt_jax import feature_maps
 
-# (model, setting 2?): the authors' milliseconds per step for each S, where they were measured
+# For each model, and whether the setting is 2: the authors' milliseconds per step for each S, or None if not measured.
 AUTHORS = {
     (Model("softmax", "softmax"), False): {20: 2.9, 200: 24.8, 600: 281},
     (Model("linear", "sum"), False): {20: 2.6, 200: 35, 600: 342},
@@ -41,13 +41,13 @@ AUTHORS = {
     (Model("favor", "delta", 64), True): {200: None},
     (Model("favor", "delta", 128), True): {200: None},
     (Model("dpfp", "fwm", 1), True): {200: None},
-    (Model("tanh", "fwm"), True): {20: None, 100: None, 200: None},  # batch 128, which theirs was not timed with
+    (Model("tanh", "fwm"), True): {20: None, 100: None, 200: None},  # batch 128
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What to time."""
+    """The benchmark."""
 
     parts: bool = False
     """Time the parts of a step instead of whole steps."""
@@ -86,57 +86,75 @@ def time_steps(config: Config):
             print(f"{line} {authors:8.1f} {authors / median:6.0f}" if authors else line, flush=True)
 
 
-def time_parts(config: Config, num_keys: int = 600, batch: int = 32):
-    """Each part of a step alone, scanned so that nothing is allocated anew: forward and backward where it has both."""
+def time_parts(config: Config):
+    print(f"{'part, S = 600, batch 32':30} {'min':>8} {'median':>8}   ms per step")
+    for name, (step, start) in step_parts().items():
+        scan = functools.partial(jax.lax.scan, step, length=config.steps)
+        best, median = milliseconds(scan, start, steps=config.steps, repeats=config.repeats)
+        print(f"{name:30} {best:8.2f} {median:8.2f}", flush=True)
+
+
+def step_parts(num_keys: int = 600, batch: int = 32) -> dict:
+    """Each part of a step by itself: a body for ``lax.scan`` and its start. Parts with a gradient take it, too.
+
+    The carry of each scan has the size of the part's result, so that no step allocates memory.
+    """
     task, key = Task(num_keys, False), jax.random.key(0)
     values = sample_pairs(key, task, (batch,), num_keys)[1]
     embedding = jax.random.normal(key, (num_keys, task.embedding_size))
     twice = jnp.concatenate([embedding, embedding])  # with the rows that the authors' vocabulary has and never uses
     kernel = jax.random.normal(key, (task.embedding_size, 128)) * 0.01
     table, hidden = jax.random.normal(key, (num_keys, 64)), jax.random.normal(key, (batch, num_keys, 64))
-
-    def descend(loss):
-        return lambda x, _: (x - 1e-3 * jax.grad(loss)(x), None)
-
+    project = _descend(lambda x: jnp.sum(jnp.sin(x @ kernel)))
     optimizer = optax.adam(1e-3)
-
-    def adam(carry, _):
-        updates, moments = optimizer.update(carry[0], carry[1])
-        return (optax.apply_updates(carry[0], updates), moments), None
-
-    def features(phi):
-        one = jax.checkpoint(lambda x: jnp.sin(phi(x) @ phi(x[0])), prevent_cse=False)
-        return descend(lambda x: jnp.sum(jax.lax.map(one, x)))
-
-    def draw(model):
-        return lambda key, _: (jax.random.fold_in(key, draw_projection(key, model)[0, 0].astype(int)), None)
-
+    adam = functools.partial(_adam, optimizer)
     favor = Model("favor", "sum", 512)
-    projection = draw_projection(key, favor)
-    parts = {
-        "permutations": (
-            lambda key, _: (jax.random.fold_in(key, sample_pairs(key, task, (batch,), 0)[1][0, 0]), None),
-            key,
-        ),
-        "gather of values, scatter": (descend(lambda x: jnp.sum(jnp.sin(x[values]))), table),
-        "W_K e, W_Q e of all keys": (descend(lambda x: jnp.sum(jnp.sin(x @ kernel))), embedding),
-        "W_K e, W_Q e with unused rows": (descend(lambda x: jnp.sum(jnp.sin(x @ kernel))), twice),
+    projection = _projection(key, favor)
+    return {
+        "permutations": (functools.partial(_sample, task, batch), key),
+        "gather of values, scatter": (_descend(lambda x: jnp.sum(jnp.sin(x[values]))), table),
+        "W_K e, W_Q e of all keys": (project, embedding),
+        "W_K e, W_Q e with unused rows": (project, twice),
         "Adam over the embeddings": (adam, (embedding, optimizer.init(embedding))),
         "Adam with unused rows": (adam, (twice, optimizer.init(twice))),
-        "ELU+1 and read": (features(feature_maps.elu_plus_one), hidden),
-        "DPFP-1 and read": (features(lambda x: feature_maps.dpfp(x, 1)), hidden),
-        "DPFP-3 and read": (features(lambda x: feature_maps.dpfp(x, 3)), hidden),
-        "FAVOR+ 512 projection": (draw(favor), key),
-        "FAVOR+ 512 and read": (features(lambda x: feature_maps.favor_plus(x, projection)), hidden),
+        "ELU+1 and read": (_features(feature_maps.elu_plus_one), hidden),
+        "DPFP-1 and read": (_features(lambda x: feature_maps.dpfp(x, 1)), hidden),
+        "DPFP-3 and read": (_features(lambda x: feature_maps.dpfp(x, 3)), hidden),
+        "FAVOR+ 512 projection": (functools.partial(_draw, favor), key),
+        "FAVOR+ 512 and read": (_features(lambda x: feature_maps.favor_plus(x, projection)), hidden),
     }
-    print(f"{'part, S = 600, batch 32':30} {'min':>8} {'median':>8}   ms per step")
-    for name, (step, start) in parts.items():
-        scan = functools.partial(jax.lax.scan, step, length=config.steps)
-        best, median = milliseconds(scan, start, steps=config.steps, repeats=config.repeats)
-        print(f"{name:30} {best:8.2f} {median:8.2f}", flush=True)
+
+
+def _descend(loss):
+    return lambda x, _: (x - 1e-3 * jax.grad(loss)(x), None)
+
+
+def _features(phi):
+    one = jax.checkpoint(lambda x: jnp.sin(phi(x) @ phi(x[0])), prevent_cse=False)
+    return _descend(lambda x: jnp.sum(jax.lax.map(one, x)))
+
+
+def _adam(optimizer, carry, _):
+    updates, moments = optimizer.update(carry[0], carry[1])
+    return (optax.apply_updates(carry[0], updates), moments), None
+
+
+def _sample(task, batch, key, _):
+    return jax.random.fold_in(key, sample_pairs(key, task, (batch,), 0)[1][0, 0]), None
+
+
+def _draw(model, key, _):
+    return jax.random.fold_in(key, _projection(key, model)[0, 0].astype(int)), None
+
+
+def _projection(key, model) -> jax.Array:
+    projection = draw_projection(key, model)
+    assert projection is not None, f"{model} has no projection"
+    return projection
 
 
 if __name__ == "__main__":
     with command_line.one_line():
         settings = tyro.cli(Config, description=__doc__)
-        time_parts(settings) if settings.parts else time_steps(settings)
+        program = time_parts if settings.parts else time_steps
+        program(settings)

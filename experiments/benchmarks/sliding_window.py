@@ -2,18 +2,19 @@
 
     python -m experiments.benchmarks.sliding_window --toolkit lmtool-fwp [--windows 32] [--rounds 3]
 
-``lmtool-fwp`` is a clone of IDSIA/lmtool-fwp; PyTorch must be installed. The small model of table 2 with random weights
-and 267,735 words, drawn by Zipf's law. The authors' program reads one window of 256 words at a time and gives losses of
-all its words, of which the last is taken; ours reads several at once, and its output layer sees their last words alone.
-The toolkit's delta rule is a CUDA kernel, which a loop over the words in PyTorch stands in for here; softmax and sum
-are its own code. Windows per second, medians, in turns, and the nats of both; what it gave:
-experiments/README.md.
+``lmtool-fwp`` is a clone of IDSIA/lmtool-fwp, and PyTorch must be installed. The model is the small one of table 2 with
+random weights. Zipf's law draws the text from 267,735 words. The authors' program reads one window of 256 words at a
+time, computes the losses of all its words and uses the last. Ours reads a batch of windows, and its output layer
+computes the last words only. The toolkit's delta rule is a CUDA kernel. A loop over the words in PyTorch replaces it
+here; softmax and sum are the toolkit's own code. The programs run in turns. This program prints median windows per
+second, and the nats of both. experiments/language/README.md has the results.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import pathlib
 import sys
@@ -26,16 +27,18 @@ import torch
 import tyro
 from flax import nnx
 
-from experiments import command_line
-from experiments import language_model_evaluation as evaluation
 from experiments.benchmarks.language_models import timed
+from experiments.language import evaluation
+from experiments.run import command_line
 from fwt_jax import convert
 from fwt_jax.models import DecoderLM
 
 LENGTH = 256
-SMALL = {"n_layer": 16, "n_head": 8, "d_model": 128, "d_head": 16, "d_inner": 2048, "n_token": 267_735}
+NUM_WORDS = 267_735
+SMALL = {"n_layer": 16, "n_head": 8, "d_model": 128, "d_head": 16, "d_inner": 2048, "n_token": NUM_WORDS}
 SMALL |= {"cutoffs": [20_000, 40_000, 200_000], "skip_attn_normalization": True, "dropout": 0.0}
-MODELS = {"softmax": 2, "sum": 4, "delta": 24}  # the toolkit's attn_type
+Name = Literal["softmax", "sum", "delta"]
+ATTENTION_TYPES: dict[Name, int] = {"softmax": 2, "sum": 4, "delta": 24}  # the toolkit's attn_type
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,13 +48,13 @@ class Config:
     toolkit: pathlib.Path
     """A clone of IDSIA/lmtool-fwp."""
     windows: int = 32
-    """Windows that are evaluated in one timed call, after the first."""
+    """Windows in one timed call, without the first window."""
     rounds: int = 3
-    """How often each is timed."""
+    """How often each call is timed."""
     batches: tuple[int, ...] = (1, 4, 16)
-    """Windows that we read at once."""
-    models: tuple[Literal["softmax", "sum", "delta"], ...] = tuple(MODELS)
-    """Which of the three."""
+    """Windows in a batch of ours."""
+    models: tuple[Name, ...] = tuple(ATTENTION_TYPES)
+    """The models to time."""
 
     def __post_init__(self):
         for name in ("windows", "rounds"):
@@ -59,8 +62,8 @@ class Config:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
-def delta(query, key, value, beta, left, inserted, fast_weights, out):
-    """What the toolkit's kernel computes, all arrays ``[B, H, T, ·]``: it writes ``fast_weights`` and ``out``."""
+def delta(query, key, value, beta, old_value, inserted_value, fast_weights, out):
+    """The toolkit's kernel, for arrays ``[B, H, T, ·]``. It writes the results to ``fast_weights`` and ``out``."""
     for t in range(query.shape[2]):
         k = key[:, :, t, :, None]
         error = beta[:, :, t, None] * (value[:, :, t, None] - k.mT @ fast_weights)
@@ -69,7 +72,7 @@ def delta(query, key, value, beta, left, inserted, fast_weights, out):
 
 
 class _Kernels(types.SimpleNamespace):
-    """Stands for the toolkit's compiled CUDA code, of which the delta rule's forward pass alone is called."""
+    """A replacement of the toolkit's compiled CUDA code, with the only function that is called."""
 
     fast_weight_forward = staticmethod(delta)
 
@@ -84,7 +87,7 @@ def toolkit_model(folder: pathlib.Path, arguments: dict, model: DecoderLM) -> to
     if not (folder / "src" / "model_main.py").is_file():
         raise ValueError(f"{folder} is not a clone of IDSIA/lmtool-fwp: it has no src/model_main.py")
     torch.utils.cpp_extension.load = lambda **_: _Kernels()
-    torch.version.cuda = torch.version.cuda or "12.0"  # which it parses; no CUDA is needed
+    torch.version.cuda = torch.version.cuda or "12.0"  # the toolkit parses it, but needs no CUDA
     sys.path.insert(0, str(folder / "src"))
     from model_main import MemTransformerLM
     from utils.fast_fast_weight import DeltaFastWeight
@@ -94,37 +97,37 @@ def toolkit_model(folder: pathlib.Path, arguments: dict, model: DecoderLM) -> to
     with contextlib.redirect_stdout(io.StringIO()):
         theirs = MemTransformerLM(**arguments, **sizes)
     state = {name: torch.from_numpy(np.array(x)) for name, x in convert.to_toolkit(model, arguments).items()}
-    missing, unknown = theirs.load_state_dict(state, strict=False)
-    if set(missing) - set(convert.DERIVED) or unknown:
-        raise ValueError(f"the toolkit lacks {missing} and does not know {unknown}")
+    missing, unexpected = theirs.load_state_dict(state, strict=False)
+    if set(missing) - set(convert.DERIVED) or unexpected:
+        raise ValueError(
+            f"the toolkit's model has other parameters than ours: it also needs {missing} and has no {unexpected}"
+        )
     return theirs.eval()
 
 
 def toolkit_nats(model: torch.nn.Module, tokens: np.ndarray) -> float:
-    """As eval_sliding_window.py: all words of the first window, then the last word of each."""
+    """Nats per word as in eval_sliding_window.py: all words of the first window, then the last word of each."""
     tokens, total = torch.from_numpy(tokens.astype(np.int64)), 0.0
     with torch.no_grad():
         for start in range(len(tokens) - LENGTH):
-            here = tokens[start : start + LENGTH + 1, None]
-            losses = model(here[:-1], here[1:], softmax_keep_order=True)[0]
+            window = tokens[start : start + LENGTH + 1, None]
+            losses = model(window[:-1], window[1:], softmax_keep_order=True)[0]
             total += float(losses.sum() if start == 0 else losses[-1].sum())
     return total / (len(tokens) - 1)
 
 
 def main(config: Config):
-    rank = np.arange(SMALL["n_token"])
+    rank = np.arange(NUM_WORDS)
     probability = 1 / (rank + 10) / np.sum(1 / (rank + 10))
     tokens = np.random.default_rng(0).choice(rank, LENGTH + 1 + config.windows, p=probability).astype(np.int32)
     calls, nats = {}, {}
     for name in config.models:
-        arguments = SMALL | {"attn_type": MODELS[name]}
+        arguments = SMALL | {"attn_type": ATTENTION_TYPES[name]}
         model = DecoderLM(convert.config_from_toolkit(arguments), rngs=nnx.Rngs(0))
         theirs = toolkit_model(config.toolkit, arguments, model)
-        calls[name, "toolkit"] = lambda theirs=theirs: toolkit_nats(theirs, tokens)
+        calls[name, "toolkit"] = functools.partial(toolkit_nats, theirs, tokens)
         for size in config.batches:
-            calls[name, f"ours, {size}"] = lambda model=model, size=size: evaluation.sliding_window(
-                model, tokens, LENGTH, size
-            )
+            calls[name, f"ours, {size}"] = functools.partial(evaluation.sliding_window, model, tokens, LENGTH, size)
         nats[name] = (calls[name, "toolkit"](), calls[name, f"ours, {config.batches[0]}"]())
     count = config.windows + 1
     print(f"{count} windows of {LENGTH} words on {jax.devices()[0].device_kind}, windows per second:")

@@ -1,15 +1,17 @@
-"""What XLA's TPU compiler says of the chunkwise form, without a TPU: milliseconds, memory, compile time.
+"""Estimates of the chunkwise form by XLA's TPU compiler, without a TPU: milliseconds, memory, compile time.
 
     pip install -e '.[experiments,tpu]'
     python -m experiments.benchmarks.tpu                     about a minute on two cores
     python -m experiments.benchmarks.tpu --peers peers       with MaxText's function; see ops.py
 
-B = 8, H = 16, T = 4096, K = V = 128, bfloat16, one chip. The compiler annotates each of its kernels with the cycles it
-expects; they are added up here, those of a loop as often as it runs (``cost_analysis`` counts a loop once), and divided
-by the nominal clock. Of Pallas kernels, which have no such figure, the instructions of the final schedule are counted,
-one for a cycle, those of the loop over the grid as often as it runs. That ranks programs. It is not a measurement:
-kernels that wait for memory are slower, and loops of small kernels have overheads; so a figure below the time to move
-the arguments and results once is raised to that. Other custom calls, such as MaxText's triangular solve, are left out.
+B = 8, H = 16, T = 4096, K = V = 128, bfloat16, one chip. The compiler annotates each of its kernels with an estimate of
+its cycles. This program adds them up, counts the body of a loop once per iteration (``cost_analysis`` counts it once in
+all), and divides by the nominal clock. Pallas kernels have no such estimate. For them it counts the instructions of the
+final schedule, one per cycle, and those of the loop over the grid once per iteration.
+
+The estimates rank programs but are not measurements. Kernels that wait for memory are slower, and loops of small
+kernels have overheads. So no estimate is below the time to move the arguments and the results once. Other custom calls,
+such as MaxText's triangular solve, do not count.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 import fwt_jax
-from experiments import command_line
 from experiments.benchmarks import ops
+from experiments.run import command_line
 
 CHIPS = {  # topology, GHz, GB/s
     "v5e": ("v5e:2x2", 1.5, 819),
@@ -41,7 +43,7 @@ CHIPS = {  # topology, GHz, GB/s
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What to compile."""
+    """The chip to compile for."""
 
     chip: str = "v5e"
     """v5e, v5p or v6e."""
@@ -54,8 +56,9 @@ class Config:
 
 
 def cycles(text: str) -> int:
-    """The sum of ``estimated_cycles`` in a compiled module's text, those of a loop's body times its trip count."""
-    computations, name = {}, None
+    """The sum of ``estimated_cycles`` in a compiled module's text. A loop's body counts once per iteration."""
+    computations: dict[str, list[str]] = {}
+    name = None
     for line in text.splitlines():
         header = re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line)
         if header:
@@ -65,7 +68,7 @@ def cycles(text: str) -> int:
             computations[name].append(line)
 
     def bound(condition):
-        """The number that a loop's counter is compared with, in the condition or in a fusion that it calls."""
+        """The number of iterations of a loop: the constant in its condition, or in a fusion that it calls."""
         text = "\n".join(computations[condition])
         text += "".join("\n".join(computations.get(called, ())) for called in re.findall(r"calls=%?([\w.\-]+)", text))
         numbers = re.findall(r"s32\[\]\S* constant\((\d+)\)", text)
@@ -89,7 +92,7 @@ def cycles(text: str) -> int:
 
 
 def kernel_cycles(folder: pathlib.Path) -> int:
-    """The sum over Pallas kernels of ours whose schedules the compiler wrote to ``folder``: a grid is one loop."""
+    """The cycles of our Pallas kernels, by the schedules that the compiler wrote to ``folder``. A grid is one loop."""
     result = 0
     for path in folder.glob("*fast_weight_attention*-final_bundles.txt"):
         text = path.read_text()
@@ -102,7 +105,7 @@ def kernel_cycles(folder: pathlib.Path) -> int:
 
 
 def report(name: str, function, config: Config, folder: pathlib.Path):
-    """Compiles forward, and forward and backward, and prints their row."""
+    """Compiles the forward pass, and both passes, and prints a row."""
     topology, clock, bandwidth = CHIPS[config.chip]
     devices = topologies.get_topology_desc(topology, platform="tpu").devices[:1]
     mesh = jax.make_mesh((1,), ("chip",), devices=devices)
@@ -121,21 +124,31 @@ def report(name: str, function, config: Config, folder: pathlib.Path):
         for path in folder.iterdir():
             path.unlink()
         start = time.perf_counter()
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # from which Pallas learns what TPU it is
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # it tells Pallas the kind of the TPU
             compiled = jax.jit(program).lower(*arguments).compile()
-        seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
-        moved = (memory.argument_size_in_bytes + memory.output_size_in_bytes) / bandwidth / 1e6
+        seconds, memory, text = time.perf_counter() - start, compiled.memory_analysis(), compiled.as_text()
+        if memory is None or text is None:
+            raise RuntimeError("libtpu gave no memory analysis or no text of the compiled program")
+        transfer = (memory.argument_size_in_bytes + memory.output_size_in_bytes) / bandwidth / 1e6
         ours = kernel_cycles(folder)
-        if "fast_weight_attention" in compiled.as_text() and "tpu_custom_call" in compiled.as_text() and not ours:
+        if "fast_weight_attention" in text and "tpu_custom_call" in text and not ours:
             raise RuntimeError(f"libtpu wrote no schedule of our kernels to {folder}")
-        milliseconds = max((cycles(compiled.as_text()) + ours) / clock / 1e6, moved)
+        milliseconds = max((cycles(text) + ours) / clock / 1e6, transfer)
         row += f"{milliseconds:10.1f} {memory.temp_size_in_bytes / 2**20:8.0f} {seconds:8.0f}"
     print(row, flush=True)
 
 
+def _no_tpu():
+    """Makes libtpu ask no metadata server for a machine, and lets several processes load it."""
+    os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+
+
 def report_ours(implementation, config: Config, folder: pathlib.Path):
-    """In a process of its own for the kernels: libtpu would write all other schedules too, which takes minutes."""
-    os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")  # no machine, and no TPU, to ask for
+    """Prints the rows of one implementation. It runs in a process of its own, because libtpu reads its flags once.
+
+    With those of the kernels it would also write the schedules of all other programs, which takes minutes.
+    """
+    _no_tpu()
     if implementation == "pallas":
         os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
     for precision in ("default", "highest"):
@@ -159,7 +172,7 @@ def main(config: Config):
                 raise SystemExit(process.exitcode)
         peers = ops.load_peers(config.peers, jnp.bfloat16) if config.peers else {}
         if "maxtext" in peers:
-            os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+            _no_tpu()
             report("maxtext", peers["maxtext"], config, pathlib.Path(folder))
 
 

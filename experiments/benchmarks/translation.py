@@ -2,14 +2,15 @@
 
     python -m experiments.benchmarks.translation [--rounds 5]
 
-The tiny model (4 + 4 layers, d_model 128, 4 heads of 32, d_ff 256), softmax beside sum (ELU+1, DPFP-2) and delta in the
-decoder, taken in turns, so that a machine whose speed wanders is the same for all. Medians; results:
-experiments/README.md.
+The models are the tiny ones (4 + 4 layers, d_model 128, 4 heads of 32, d_ff 256), with softmax, sum (ELU+1, DPFP-2) and
+delta in the decoder. They run in turns, so that a change in the machine's speed affects all of them alike. The program
+prints medians. experiments/translation/README.md has the results.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
@@ -18,12 +19,12 @@ import numpy as np
 import tyro
 from flax import nnx
 
-from experiments import command_line, training
 from experiments.benchmarks.language_models import timed
-from experiments.translation import loss
-from experiments.translation_presets import find
+from experiments.run import command_line, training
+from experiments.translation.experiment import loss
+from experiments.translation.presets import find
 from fwt_jax.decode import take_rows
-from fwt_jax.encoder_decoder import EncoderDecoder
+from fwt_jax.models import EncoderDecoder
 
 PRESETS = ("tiny-softmax", "tiny-elu", "tiny-dpfp-2", "tiny-delta")
 LENGTHS = (64, 512, 4096)
@@ -32,12 +33,12 @@ STEPS = 32  # tokens decoded in one timed call
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What to time."""
+    """The benchmark."""
 
     rounds: int = 5
-    """How often each is timed."""
+    """How often each call is timed."""
     parts: tuple[Literal["train", "decode"], ...] = ("train", "decode")
-    """Which of the two."""
+    """The parts to time."""
 
     def __post_init__(self):
         if self.rounds < 1:
@@ -45,13 +46,13 @@ class Config:
 
 
 def model_of(preset: str) -> EncoderDecoder:
-    """Of 4,000 subwords, with random parameters."""
+    """The model of a preset, with 4,000 subwords and random parameters."""
     return EncoderDecoder(dataclasses.replace(find(preset)[1], vocab_size=4000), rngs=nnx.Rngs(0))
 
 
 def decode(rounds: int):
-    """Milliseconds of a step of beam search's model, 8 sentences and 4 hypotheses, at the end of a translation."""
-    print(f"decoding, 8 sentences of 32 tokens x 4 hypotheses: ms per step (mean of {STEPS}) at the end of that length")
+    """Milliseconds of a decoding step of 8 sentences and 4 hypotheses, at the end of translations of some lengths."""
+    print(f"decoding, 8 sentences of 32 tokens x 4 hypotheses: ms per step (mean of {STEPS}) at the end of this length")
     source = jax.random.randint(jax.random.key(0), (8, 32), 4, 4000)
     calls = {}
     for preset in PRESETS:
@@ -69,7 +70,8 @@ def decode(rounds: int):
 
 def _decoding(model, memory):
     graph, state = nnx.split(model)
-    parents = jax.random.randint(jax.random.key(1), (8, 4), 0, 4)  # of the hypotheses that go on
+    # The hypotheses that each step continues.
+    parents = jax.random.randint(jax.random.key(1), (8, 4), 0, 4)
 
     @jax.jit
     def decode(state, memory, parents):
@@ -83,33 +85,27 @@ def _decoding(model, memory):
 
         return jax.lax.scan(step, (jnp.full((32, 1), 5, jnp.int32), memory), length=STEPS)[0][0]
 
-    return lambda: decode(state, memory, parents)
+    return functools.partial(decode, state, memory, parents)
 
 
 def train(rounds: int):
-    """Tokens of the target per second of a training step."""
+    """Target tokens per second of a training step."""
     print("training step, 128 pairs of 24 tokens")
     tokens = np.random.default_rng(0).integers(4, 4000, (2, 128, 24), np.int32)
     batch, calls = {"source": jnp.asarray(tokens[0]), "target": jnp.asarray(tokens[1])}, {}
     for preset in PRESETS:
-
-        def make(preset=preset):
-            return model_of(preset)
-
-        def smoothed(*args):
-            return loss(0.1, *args)
-
+        make = functools.partial(model_of, preset)
         settings = training.TrainConfig()
-        step = jax.jit(training.make_step(training.graph_of(make), smoothed, settings))
-        state = training.initial_state(make, settings)
-        calls[preset] = lambda step=step, state=state: step(state, batch)
+        step = jax.jit(training.make_step(training.graph_of(make), functools.partial(loss, 0.1), settings))
+        calls[preset] = functools.partial(step, training.initial_state(make, settings), batch)
     for preset, seconds in timed(calls, rounds).items():
         print(f"  {preset:14} {1000 * seconds:8.1f} ms {tokens[1].size / seconds:10,.0f} tokens/s")
 
 
 def main(config: Config):
+    programs = {"train": train, "decode": decode}
     for part in config.parts:
-        {"train": train, "decode": decode}[part](config.rounds)
+        programs[part](config.rounds)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,208 @@
+"""``FastWeightAttention``: causal attention with a fast weight memory, from x to y."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from fwt_jax import arguments, attention, feature_maps, heads
+from fwt_jax.attention_arguments import check_options
+from fwt_jax.layers.common import (
+    KERNEL_INIT,
+    FeatureMap,
+    at_least_float32,
+    check_kind,
+    check_shapes,
+    check_sizes,
+    checked_input,
+    count_features,
+    draw_once,
+    features,
+    linear_layers,
+    projections,
+)
+from fwt_jax.memory import Memory
+from fwt_jax.precision import computation_dtype
+from fwt_jax.rules import Rule, find_rule
+
+
+class FastWeightAttention(nnx.Module):
+    """Causal multi-head attention with a fast weight memory (Schlag, Irie & Schmidhuber 2021, eq. 20-28).
+
+    For each head, with N the feature normalisation and s the output scale,
+
+        k_t = N(φ(W_k x_t)),   q_t = N(φ(W_q x_t)),   v_t = W_v x_t,   β_t = sigmoid(w_βᵀx_t)        eq. 21, 29
+        W_t = W_{t−1} + β_t k_t (v_t − W_{t−1}ᵀk_t)ᵀ        for rule "delta"; see ``rule``           eq. 24
+        o_t = s · W_tᵀq_t                                   see ``normalize``                        eq. 25, 28
+
+    and y_t = W_o [o_t of all heads]. Rule "sum" has no β. A token costs 6KV FLOPs per head beside the projections
+    (4KV for "sum", in recurrent form). The memory is K·V numbers per head, however many tokens were read.
+
+    A token's value is written under the key of the same token, so the layer alone does not know which tokens are
+    neighbours. To bind a value to the key before it, add positions to x, or mix each token with the one before it.
+    The layer has no decay: for gated rules (Gated DeltaNet) pass ``log_decay`` to ``fast_weight_attention``.
+
+    Args:
+      in_features: d_model, the size of x and y.
+      num_heads, head_size: H, and D, the size of a query or key before the feature map.
+      value_size: V, the size of a value per head; head_size if not given.
+      feature_map: φ, a callable ``[..., H, D] -> [..., H, K]``: a function of ``feature_maps``, a
+        ``functools.partial`` of one (``partial(dpfp, nu=2)``), or a module, as ``FavorPlus``, of this layer alone.
+        A map with a method ``draw(rngs)`` is random: see ``rngs`` of the call.
+      feature_normalization: N, a callable ``[..., K] -> [..., K]``, or None: ``sum_normalize`` (eq. 29; features
+        that are all zero stay zero) or ``l2_normalize`` (Yang et al. 2024).
+      rule: "delta", "sum" (eq. 17), "oja" (with values scaled to length 1), "fwm" (delta with a clipped memory), or a
+        ``Rule`` of your own.
+      normalize, eps: attention normalisation: False, "read" (eq. 28) or "retrieval" (eq. 27-28).
+      output_scale: s. The authors' language models have head_size**-0.5.
+      use_bias: whether the projections, including the one of β, have biases.
+      form, chunk_size, implementation, precision: how the memory is advanced. These, rule, normalize and eps are
+        arguments of ``fast_weight_attention``. The projections follow ``jax.default_matmul_precision``.
+      dtype: of the computation outside the memory; if not given, the common dtype of x and the parameters.
+      param_dtype, kernel_init, rngs: of the parameters of the projections; rngs' stream "params" is used.
+
+    Attributes:
+      query, key, value: projections with kernels ``[in_features, H, D or V]`` and biases ``[H, D or V]``.
+      beta: None for a rule that needs none ("sum"), else kernel ``[in_features, H]``, bias ``[H]``.
+      out: kernel ``[H, V, in_features]``, bias ``[in_features]``.
+      num_features: K.
+
+    Raises:
+      ValueError: sizes that are not integers of at least 1, more heads than features (probably the order of
+        ``nnx.MultiHeadAttention``), rngs that are no ``nnx.Rngs``, a feature map that is no callable or gives
+        features that are not finite, options that ``fast_weight_attention`` refuses.
+
+    Example:
+      >>> import functools, jax
+      >>> from flax import nnx
+      >>> from fwt_jax import FastWeightAttention, feature_maps
+      >>> feature_map = functools.partial(feature_maps.dpfp, nu=1)
+      >>> layer = FastWeightAttention(16, 2, 8, feature_map=feature_map, rngs=nnx.Rngs(0))
+      >>> x = jax.random.normal(jax.random.key(0), (1, 5, 16))
+      >>> y, memory = layer(x)
+      >>> y.shape, memory.fast_weights.shape
+      ((1, 5, 16), (1, 2, 16, 8))
+
+      ``nnx.Sequential`` and ``nnx.tabulate`` take layers that return y alone:
+
+      >>> class Reads(FastWeightAttention):
+      ...     def __call__(self, x):
+      ...         return super().__call__(x)[0]
+      >>> model = nnx.Sequential(Reads(16, 2, 8, rngs=nnx.Rngs(0)), nnx.Linear(16, 4, rngs=nnx.Rngs(1)))
+      >>> model(x).shape
+      (1, 5, 4)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_heads: int,
+        head_size: int,
+        *,
+        value_size: int | None = None,
+        feature_map: FeatureMap = feature_maps.elu_plus_one,
+        feature_normalization: FeatureMap | None = feature_maps.sum_normalize,
+        rule: str | Rule = "delta",
+        normalize: attention.Normalize = False,
+        eps: float = 1e-6,
+        output_scale: float = 1.0,
+        use_bias: bool = False,
+        form: attention.Form = None,
+        chunk_size: int | None = None,
+        implementation: Literal[None, "xla", "pallas"] = None,
+        precision: lax.PrecisionLike = None,
+        dtype: jax.typing.DTypeLike | None = None,
+        param_dtype: jax.typing.DTypeLike = jnp.float32,
+        kernel_init: nnx.Initializer = KERNEL_INIT,
+        rngs: nnx.Rngs,
+    ):
+        value_size = head_size if value_size is None else value_size
+        check_sizes(in_features, num_heads, head_size, value_size)
+        row = find_rule(rule)
+        self.in_features = in_features
+        self.num_heads = num_heads
+        self.value_size = value_size
+        self.feature_map = feature_map
+        self.feature_normalization = feature_maps.identity if feature_normalization is None else feature_normalization
+        self.rule = rule
+        self.normalize: attention.Normalize = normalize
+        self.eps = eps
+        self.output_scale = output_scale
+        self.form: attention.Form = form
+        self.chunk_size = chunk_size
+        self.implementation: Literal[None, "xla", "pallas"] = implementation
+        self.precision = precision
+        self.memory_dtype = computation_dtype(param_dtype if dtype is None else dtype)
+        linear = linear_layers(
+            use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, kernel_init=kernel_init, rngs=rngs
+        )
+        self.query, self.key, self.value, self.out = projections(linear, in_features, num_heads, head_size, value_size)
+        self.beta = linear(in_features, num_heads) if row.needs_beta else None
+        check_options(row, form, normalize, implementation, self.beta, None, chunk_size, eps)
+        self.num_features = count_features(feature_map, self.feature_normalization, num_heads, head_size)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        memory: Memory | None = None,
+        *,
+        segment_ids: jax.Array | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> tuple[jax.Array, Memory]:
+        """Writes T tokens into the memory and reads it after each of them.
+
+        Args:
+          x: ``[B, T, in_features]``, floating point, T ≥ 1.
+          memory: what an earlier call returned; empty if not given.
+          segment_ids: integers ``[B, T]``, for packed sequences: the memory is dropped where the id changes. The first
+            token of a call always continues ``memory``. Pad shorter rows in front, with an id that the text does not
+            have. The first token of the text then drops the padding, and y and the memory do not depend on it. Do not
+            pad behind: such tokens are written into the memory, whatever their ids are.
+          rngs: draws a new projection for a random feature map, from the stream "projection" (or "default"). Without
+            it the map uses its own projection. Leave it out wherever a memory goes from one call to the next, because
+            the features of two projections do not match.
+
+        Returns:
+          y, as x, and the memory after the last token: float32 whatever ``dtype`` is (float64 for float64).
+
+        Raises:
+          ValueError: x, memory or segment_ids of the wrong shape or dtype.
+        """
+        x, ids = checked_input(x, self.in_features, segment_ids)
+        if memory is not None:
+            way_out = f"layer.init_memory({len(x)}) makes an empty one"
+            shape = (len(x), self.num_heads, self.num_features, self.value_size)
+            check_kind(memory, Memory, way_out)
+            check_shapes(memory, (shape, shape[:-1]), way_out)
+        feature_map = draw_once(self.feature_map, rngs)
+        value = self.value(x)
+        if find_rule(self.rule).unit_values:
+            value = feature_maps.l2_normalize(at_least_float32(value)).astype(value.dtype)
+        y, memory = attention.fast_weight_attention(
+            features(self.query(x), feature_map, self.feature_normalization),
+            features(self.key(x), feature_map, self.feature_normalization),
+            value,
+            None if self.beta is None else jax.nn.sigmoid(at_least_float32(self.beta(x))),
+            rule=self.rule,
+            memory=memory,
+            segment_ids=ids,
+            normalize=self.normalize,
+            eps=self.eps,
+            form=self.form,
+            chunk_size=self.chunk_size,
+            implementation=self.implementation,
+            precision=self.precision,
+        )
+        return self.out(self.output_scale * y), memory
+
+    def init_memory(self, batch_size: int, max_length: int | None = None) -> Memory:
+        """An empty memory, with which a call without one starts: W ``[B, H, K, V]`` and z ``[B, H, K]``.
+
+        ``max_length`` is an argument of ``SoftmaxAttention.init_memory``. It has no effect on fast weights.
+        """
+        arguments.sizes(batch_size=batch_size)
+        return heads.init_memory(batch_size, self.num_heads, self.num_features, self.value_size, self.memory_dtype)
