@@ -296,7 +296,7 @@ def test_each_text_has_a_folder_and_a_vocabulary_of_its_own(small_demo, book, tm
     words = lm.read_data(config, lm.settings(config), tmp_path).vocabulary
     assert len(words) > 5 and text.UNKNOWN in words.pieces
     lm.run(lm.Config(preset="demo", text=(book,), sample=0))
-    assert (tmp_path / f"demo-{book.stem}" / "results.json").exists()
+    assert (tmp_path / book.stem / "results.json").exists()
 
 
 @pytest.mark.parametrize("rows", [3, 6])
