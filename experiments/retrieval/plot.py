@@ -23,6 +23,7 @@ from experiments.run import command_line, files, tables
 RESULTS = pathlib.Path(__file__).parent.parent / "results"
 SETTINGS = {"0": "1", "1": "2"}  # column "replace" -> setting
 TASKS = {"1": "every key once", "2": "keys are reassigned"}
+NO_BREAK = "\N{NO-BREAK SPACE}"
 HELD = 0.01  # a memory that has a smaller loss holds its pairs; an empty memory has 0.5
 
 # (model, rule): label, colour, marker; in the order of the legend. Colours for the colour-blind, after Okabe and Ito.
@@ -186,16 +187,17 @@ def verdict(rows: list[dict[str, str]]) -> str:
         capacities, cut = _capacities(rows, setting)
         if not capacities and not cut:
             continue
+        names = {line: _label((setting, *line)).replace(" ", NO_BREAK) for line in (*capacities, *cut)}
         order = sorted(capacities, key=lambda line: -capacities[line][0])
-        line = f"{task}: {'; '.join(f'{_label((setting, *line))} {capacities[line][1]}' for line in order) or 'none'}."
+        words = "; ".join(f"{names[line]} {capacities[line][1]}" for line in order)
+        sentence = f"{task}: {words or 'none'}."
         successful = {rule for (_, rule), (pairs, _) in capacities.items() if pairs}
         if setting == "2" and len({rule for _, rule in capacities}) > 1 and len(successful) == 1:
-            line += f" Only the {successful.pop()} rule reassigns keys."
+            sentence += f" Only the {successful.pop()} rule reassigns keys."
         if cut:
-            line += (
-                f" Not counted, because --max-steps ended them: {', '.join(_label((setting, *line)) for line in cut)}."
-            )
-        lines.append(textwrap.fill(line, 110, initial_indent="  ", subsequent_indent="    "))
+            sentence += f" Not counted, because --max-steps ended them: {', '.join(names[line] for line in cut)}."
+        filled = textwrap.fill(sentence, 110, initial_indent="  ", subsequent_indent="    ")
+        lines.append(filled.replace(NO_BREAK, " "))
     headline = f"Pairs held (last loss below {HELD}; an empty memory has 0.5)"
     return "\n".join([headline, *lines]) if lines else ""
 
