@@ -36,8 +36,8 @@ def _same(fast_weights):
 class Rule(NamedTuple):
     """An update rule. It needs a step; the other fields say what else it can do.
 
-    Make a rule once, outside of the functions that call it, because JAX compiles again for every new step. A step must
-    not close over traced arrays. JAX compiles other arrays that a step closes over into the program as constants.
+    Make a rule once, outside of the functions that call it, because JAX compiles again for every new step. Its
+    functions must not close over traced arrays. JAX compiles other arrays that they close over into the program.
 
     Attributes:
       step: the definition, (W ``[K, V]``, key ``[K]``, value ``[V]``, beta ``[]``, decay) -> W. The decay α is None,

@@ -191,6 +191,17 @@ def test_a_learned_number_in_a_step_is_refused_for_it_would_have_no_gradient():
                 transformed(1.0)
 
 
+def test_a_row_that_a_caller_adds_to_the_table_is_checked_too(monkeypatch):
+    arrays, _ = random_inputs()
+
+    def loss(scale):
+        monkeypatch.setitem(RULES, "own", Rule(lambda W, key, value, beta, decay: W + scale * jnp.outer(key, value)))
+        return jnp.sum(fwt_jax.fast_weight_attention(**arrays, rule="own", form="recurrent")[0])
+
+    with pytest.raises(ValueError, match="closes over a traced array"):
+        jax.jit(jax.grad(loss))(1.0)
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_a_layer_of_every_rule_is_finite_at_its_defaults(rule):
     layer = fwt_jax.FastWeightAttention(64, num_heads=2, head_size=32, rule=rule, rngs=nnx.Rngs(0))
