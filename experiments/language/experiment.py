@@ -20,23 +20,19 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import pathlib
 import sys
 from typing import Any, Literal
 
-os.environ.setdefault("MPLBACKEND", "Agg")
-
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from experiments.language import evaluation, text, wikitext
 from experiments.language.presets import PRESETS, Preset, describe, find
-from experiments.run import command_line, devices, files, folder, tables, training
+from experiments.run import command_line, devices, files, folder, loss_curve, tables, training
 from experiments.run.log import read_metrics
 from fwt_jax import decode, sharding
 from fwt_jax.models import DecoderLM, ModelConfig
@@ -465,7 +461,7 @@ def _sample(run, model):
 def _report(run, results, sample):
     """Writes and prints the results, the plot and the sample."""
     files.write(run.out / "results.json", json.dumps(results, indent=1))
-    draw(read_metrics(run.out / "metrics.jsonl"), run.out / "loss.png", run.title())
+    loss_curve.draw(read_metrics(run.out / "metrics.jsonl"), run.out / "loss.png", run.title())
     if sample:
         files.write(run.out / "samples.txt", sample)
         print(f"--- a sample: the text before | is from the test text\n{sample}---")
@@ -473,21 +469,6 @@ def _report(run, results, sample):
     print(f"wrote {run.out}/: results.json, loss.png, metrics.jsonl, checkpoints")
     if sample:
         print(f'to continue a text of yours: python -m experiments.language generate {run.out} --prompt "..."')
-
-
-def draw(lines: list[dict], path: pathlib.Path, title: str):
-    """Plots the losses of training and validation over the steps."""
-    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    for name, label, style in (("loss", "training", "-"), ("validation_loss", "validation", "o-")):
-        points = [(line["step"], line[name]) for line in lines if name in line]
-        if points:
-            style = style if len(points) > 1 else "o"  # a line of one point is invisible
-            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
-    axes.set(xlabel="step", ylabel="loss, nats per token", title=title)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def table(results: list[dict]) -> str:

@@ -32,8 +32,7 @@ import numpy as np
 import sacrebleu
 from flax import nnx
 
-from experiments.language.experiment import draw
-from experiments.run import devices, files, folder, log, tables, training
+from experiments.run import devices, files, folder, log, loss_curve, tables, training
 from experiments.translation import pairs
 from experiments.translation.pairs import Pairs, Sentences, Subwords
 from experiments.translation.presets import PAPER, Size, find
@@ -422,7 +421,8 @@ def score(translations: list[str], references: list[str]) -> dict:
 def _write(config, results, out):
     files.write(out / "results.json", json.dumps(results, indent=1))
     text = config.parallel[0].name if config.parallel else results["data"]
-    draw(log.read_metrics(out / "metrics.jsonl"), out / "loss.png", f"{config.preset} on {text}")
+    title = config.preset if text == config.preset else f"{config.preset} on {text}"
+    loss_curve.draw(log.read_metrics(out / "metrics.jsonl"), out / "loss.png", title)
     print(table([results]))
     print(f"BLEU {results['test']['bleu_signature']}\nchrF {results['test']['chrf_signature']}")
     if results["data"] == "demo":
