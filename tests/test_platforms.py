@@ -7,8 +7,17 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 import fwt_jax
+from experiments.language import experiment as language
+from experiments.language import presets as language_presets
+from experiments.retrieval import experiment as retrieval
+from experiments.retrieval.model import Task, make_trainer
+from experiments.run import training
+from experiments.translation import experiment as translation
+from experiments.translation import presets as translation_presets
+from fwt_jax.models import DecoderLM, EncoderDecoder
 
 INPUTS = [jax.ShapeDtypeStruct((2, 256, 3, 64), jnp.float32)] * 3 + [jax.ShapeDtypeStruct((2, 256, 3), jnp.float32)]
 
@@ -62,3 +71,53 @@ def test_a_kernel_is_in_the_program_of_a_tpu_and_interpreted_in_that_of_a_cpu(fu
 def test_kernels_are_refused_where_they_are_compiled_for_a_gpu(function):
     with pytest.raises(ValueError, match=r'"pallas" is for TPU, got cuda; use implementation="xla"'):
         exported(function, "cuda", implementation="pallas")
+
+
+# --- the experiments -------------------------------------------------------------------------------------------------
+
+
+def of_trainer(model, config, loss, settings, *names, shape):
+    """A training step and its abstract inputs."""
+
+    def make_model():
+        return model(config, rngs=nnx.Rngs(0))
+
+    state = jax.eval_shape(functools.partial(training.initial_state, make_model, settings))
+    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
+    return training.make_step(training.graph_of(make_model), loss, settings), state, batch
+
+
+def language_step(name):
+    preset = language_presets.find(name)
+    shape = (preset.batch_size, preset.length)
+    return of_trainer(DecoderLM, preset.model, language.loss, preset.training, "tokens", "targets", shape=shape)
+
+
+def translation_step(name):
+    size, model = translation_presets.find(name)
+    loss = functools.partial(translation.loss, size.label_smoothing)
+    return of_trainer(EncoderDecoder, model, loss, size.training, "source", "target", shape=(16, 64))
+
+
+def retrieval_step(number):
+    start, advance = make_trainer(retrieval.UPDATE_RULE_MODELS[number], Task(20, True))
+    return advance, start(0)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        functools.partial(language_step, "demo"),
+        functools.partial(language_step, "small-delta"),
+        functools.partial(translation_step, "tiny-delta-dpfp-2"),
+        functools.partial(translation_step, "tiny-performer-32"),
+        *(functools.partial(retrieval_step, number) for number in range(0, len(retrieval.UPDATE_RULE_MODELS), 2)),
+    ],
+    ids=lambda make: f"{make.func.__name__}, {make.args[0]}",
+)
+def test_the_training_steps_of_the_experiments_are_programs_of_a_gpu(make):
+    # JAX refuses operations that only a CPU has, and here calls of the host.
+    step, *inputs = make()
+    with jax.numpy_rank_promotion("allow"):
+        module = jax.jit(step).trace(*inputs).lower(lowering_platforms=("cuda",)).as_text()
+    assert "lapack" not in module

@@ -71,7 +71,7 @@ class Config:
     seeds: int = 1
     """Runs of each model, with seeds 1, 2, ..."""
     workers: int = os.cpu_count() or 1
-    """Processes, one core each."""
+    """Processes, with one core each on CPU. On a GPU they share it."""
 
 
 def words_of(path: pathlib.Path) -> str:
@@ -180,9 +180,9 @@ def main(config: Config):
         )
     config.out.mkdir(parents=True, exist_ok=True)
     results = []
-    with workers.pool(config.workers) as pool:
-        runs = [pool.submit(run, config, name, seed) for seed in range(1, config.seeds + 1) for name in MODELS]
-        for future in as_completed(runs):
+    runs = [(name, seed) for seed in range(1, config.seeds + 1) for name in MODELS]
+    with workers.pool(min(config.workers, len(runs))) as pool:
+        for future in as_completed(pool.submit(run, config, *which) for which in runs):
             results.append(future.result())
             results.sort(key=lambda row: (list(MODELS).index(row["model"]), row["seed"]))
             files.write(config.out / "results.json", json.dumps(results, indent=1))

@@ -140,7 +140,7 @@ def sweep(runs: list[Run], path: pathlib.Path, *, workers: int, max_steps: int =
     Args:
       runs: the runs, in any order.
       path: the results file.
-      workers: processes, one core each.
+      workers: processes; see ``workers.pool``.
       max_steps: the end of a run that the stopping rule does not end. Rows of ``runs`` that an earlier, smaller limit
         ended are replaced.
 
@@ -281,7 +281,7 @@ class Config:
     sizes: tuple[int, ...] = ()
     """Numbers of keys S, instead of those of the experiment."""
     workers: int = len(cores())
-    """Processes, one core each."""
+    """Processes, with one core each on CPU. On a GPU they share it."""
     max_steps: int = MAX_STEPS
     """Steps after which a run ends that the paper's stopping rule does not end before."""
 

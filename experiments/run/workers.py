@@ -1,4 +1,4 @@
-"""Worker processes with one core each."""
+"""Worker processes, with one core each on CPU. On a GPU they share it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 
+import jax
+
 
 def cores() -> list[int]:
     """The cores that this process may use."""
@@ -18,7 +20,11 @@ def cores() -> list[int]:
 
 @contextlib.contextmanager
 def pool(workers: int, start: Callable | None = None, arguments: tuple = ()) -> Iterator[ProcessPoolExecutor]:
-    """A pool of new processes, each on one core: small matrix products gain nothing from a second core.
+    """A pool of new processes. On CPU each has one core: small matrix products gain nothing from a second core.
+
+    On a GPU they have all cores, because a GPU's programs are compiled by several threads. They share its memory.
+    JAX would give most of it to the first worker, so each takes what it needs, unless the user has set
+    XLA_PYTHON_CLIENT_PREALLOCATE.
 
     An error or an interruption in the block ends the workers. Workers also end when this process dies. They get no
     Ctrl-C of the terminal, so that only this process reports it.
@@ -57,10 +63,22 @@ def _spawn(executor, workers):
 
 def _start_worker(numbers, start, arguments):
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {numbers.get()})
+    _share_machine(numbers.get())
     if start is not None:
         start(*arguments)
+
+
+def _share_machine(core):
+    """Leaves the memory of a GPU, and on CPU the other cores, to other workers. It is called before JAX starts."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if not hasattr(os, "sched_setaffinity"):
+        return
+    available = cores()
+    os.sched_setaffinity(0, {core})  # first, because JAX makes as many threads on CPU as the process has cores
+    if jax.default_backend() != "cpu":
+        for thread in os.listdir("/proc/self/task"):
+            with contextlib.suppress(ProcessLookupError):  # the thread has ended
+                os.sched_setaffinity(int(thread), available)
 
 
 def _end_with_parent():
