@@ -78,7 +78,7 @@ SHAPES = {
     "long2": Shape(1, 65_536, 2, 128),
 }
 TINY = Shape(1, 70, 2, 16)
-CHECKED = 330, 2  # tokens, and heads, that are compared with float64
+CHECKED_LENGTH, CHECKED_HEADS = 330, 2  # are compared with float64
 
 
 class Operation(NamedTuple):
@@ -159,7 +159,7 @@ class Config:
     rounds: int = 7
     """Rounds of each timing."""
     out: pathlib.Path = pathlib.Path("runs/gpu")
-    """Folder of gpu.json and table.md."""
+    """Folder of gpu.json and table.txt."""
     again: bool = False
     """Measure rows again that are in gpu.json."""
     tiny: bool = False
@@ -181,25 +181,28 @@ def with_gradient(attend):
 
 @functools.partial(jax.jit, static_argnames=("shape", "names", "dtype", "correlated"))
 def random_inputs(shape: Shape, names: tuple[str, ...], dtype: str, correlated: bool) -> dict[str, jax.Array]:
-    """Inputs by name, and w as "weights". Gates are float32, β rounded to ``dtype``, which PyTorch takes it in."""
-    per_head, tokens = shape[:3], (*shape[:3], shape.size)
-    draws = dict(
-        zip(("query", "key", "value", "weights"), jax.random.normal(jax.random.key(0), (4, *tokens)), strict=True)
-    )
+    """Inputs by name, and w as "weights". Gates are float32, β rounded to ``dtype``, which PyTorch takes it in.
+
+    Correlated keys are non-negative, and the same for every second head, so that float64 is needed for two heads.
+    """
+    heads = CHECKED_HEADS if correlated else shape.heads
+    gates = (*shape[:2], heads)
+    drawn = jax.random.normal(jax.random.key(0), (4, *gates, shape.size))
+    arrays = dict(zip(("query", "key", "value", "weights"), drawn, strict=True))
     for name in ("query", "key"):
-        x = jnp.abs(draws[name]) + 0.1 if correlated else draws[name]
-        draws[name] = x / jnp.linalg.norm(x, axis=-1, keepdims=True)
-    arrays = {name: x.astype(dtype) for name, x in draws.items()}
-    beta, decay = jax.random.uniform(jax.random.key(1), (2, *per_head))
+        x = jnp.abs(arrays[name]) + 0.1 if correlated else arrays[name]
+        arrays[name] = x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+    arrays = {name: x.astype(dtype) for name, x in arrays.items()}
+    beta, decay = jax.random.uniform(jax.random.key(1), (2, *gates))
     arrays |= {"beta": beta.astype(dtype).astype(jnp.float32), "log_decay": -0.05 * decay}
-    return {name: arrays[name] for name in (*names, "weights")}
+    return {name: jnp.concatenate([arrays[name]] * (shape.heads // heads), axis=2) for name in (*names, "weights")}
 
 
 @functools.cache
-def exact(operation: Operation, dtype: str, shape: Shape):
-    """The reads and gradients by name of the recurrent form in float64, of the first heads of a shape; on CPU."""
+def exact(operation: Operation, dtype: str, shape: Shape) -> dict[str, np.ndarray]:
+    """The reads and gradients by name, for correlated inputs, of the recurrent form in float64 on CPU."""
     inputs = random_inputs(shape, operation.inputs, dtype, correlated=True)
-    inputs = {name: np.asarray(x[:, :, : CHECKED[1]]).astype(np.float64) for name, x in inputs.items()}
+    inputs = {name: np.asarray(x).astype(np.float64) for name, x in inputs.items()}
     weights = inputs.pop("weights")
     attend = functools.partial(ours, operation.rule, "xla", form="recurrent")
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
@@ -211,8 +214,8 @@ def errors(operation: Operation, dtype: str, shape: Shape, reads, gradients) -> 
     """The errors of results for correlated ``random_inputs``, and the name of the worst gradient."""
     results = {"reads": reads} | gradients
     relative = {}
-    for name, right in exact(operation, dtype, shape).items():
-        result = np.asarray(results[name], np.float64)[:, :, : CHECKED[1]]
+    for name, right in exact(operation, dtype, shape._replace(heads=CHECKED_HEADS)).items():
+        result = np.asarray(results[name]).astype(np.float64)[:, :, :CHECKED_HEADS]
         relative[name] = float(np.linalg.norm(result - right) / np.linalg.norm(right))
     read_error = relative.pop("reads")
     worst = max(relative, key=lambda name: np.nan_to_num(relative[name], nan=np.inf))
@@ -257,7 +260,7 @@ class Job:
 
     @property
     def checked_shape(self) -> Shape:
-        return self.shape._replace(batch=1, length=min(self.shape.length, CHECKED[0]))
+        return self.shape._replace(batch=1, length=min(self.shape.length, CHECKED_LENGTH))
 
     @property
     def function(self) -> Callable:
@@ -556,10 +559,10 @@ def main(config: Config):
                 progress.set_postfix_str(f"timing {job.key}")
                 rows[job.key] = job.measure(programs, config.rounds)
                 files.write(path, json.dumps({"header": head, "rows": rows}, indent=1))
-                files.write(config.out / "table.md", f"```\n{table(head, rows)}```\n")
+                files.write(config.out / "table.txt", table(head, rows))
                 progress.update()
     print(table(head, rows))
-    print(f"wrote {config.out}/: gpu.json, table.md")
+    print(f"wrote {config.out}/: gpu.json, table.txt")
 
 
 def _complete(row):
