@@ -6,7 +6,7 @@
 
 A library that is not installed is a row that says so. These commands install the two in an environment of JAX for CUDA:
 
-    pip install flash-linear-attention==0.6.0
+    pip install 'torch>=2.14' flash-linear-attention==0.6.0        PyTorch 2.11 pins a triton too old for jax-triton
     pip install --no-deps jax-linear-attention==0.1.0
 
 Rows: our kernels and our plain JAX ("xla"), jax-linear-attention's kernels ("jla") and its plain JAX ("jla-plain"),
