@@ -6,7 +6,8 @@
 Words are numbers from 0 to V − 1. A negative target is ignored: its loss is 0, and so is the gradient. Any other number
 raises a ValueError. A traced number (``jax.jit``) cannot raise, so it gives NaN.
 
-Letters: B batch, T tokens, N tokens of all sequences, V vocabulary, D d_model. All results are float32.
+Letters: B batch, T tokens, N tokens of all sequences, V vocabulary, D d_model. All results are float32. If x is
+bfloat16, products have bfloat16 factors and float32 sums, also in the gradient.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from jax import lax
 from fwt_jax import arguments
 from fwt_jax.sharding import over_batch
 
-BLOCK = 256  # the number of tokens whose logits exist together
+# The number of logits that exist together, by the platform that runs the program. A CPU is fastest where they stay in
+# its cache. Other platforms are faster with few large products.
+LOGITS = {"cpu": 2**20, "default": 2**26}
+TILE = 128  # the words of a block are a multiple of it, as the tiles of TPU and GPU are
 
 
 def embed(embedding: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -32,8 +36,12 @@ def embed(embedding: jax.Array, tokens: jax.Array) -> jax.Array:
 def losses(x: jax.Array, targets: jax.Array, output: tuple[jax.Array, ...], cutoffs: tuple[int, ...] = ()) -> jax.Array:
     """−log p of ``targets``, integers ``[B, T]``, from x ``[B, T, D]``: ``[B, T]``; 0 for a negative target.
 
-    The logits exist for 256 tokens at a time. The logits of a cluster are computed only for blocks with a target in it.
-    Cost: 2VD FLOPs per token. With clusters: 2D Σ pn, where a cluster has n words and a share p of the tokens.
+    The logits of all tokens exist for one block of words at a time: 2^20 logits on CPU and 2^26 elsewhere, or 128 words
+    if that is more. The gradient computes them again.
+    The tokens of a cluster are gathered: its logits are computed for N, N/2, N/4, … or 0 tokens, whichever is just
+    enough.
+    Cost: 2VD FLOPs per token. With clusters: 2D Σ pn, where a cluster has n words and is computed for a share p of the
+    tokens.
 
     Raises:
       ValueError: targets that are not integers of these axes, or known to be above V − 1 (traced ones give NaN).
@@ -48,7 +56,11 @@ def losses(x: jax.Array, targets: jax.Array, output: tuple[jax.Array, ...], cuto
 def _losses_of_batch(x, targets, output, *, cutoffs):
     def losses_of_rows(rows, output):
         x, targets = rows
-        return _losses(x.reshape(-1, x.shape[-1]), targets.reshape(-1), output, cutoffs).reshape(targets.shape)
+        of_platform = {
+            name: functools.partial(_losses, cutoffs=cutoffs, max_logits=number) for name, number in LOGITS.items()
+        }
+        tokens = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
+        return lax.platform_dependent(*tokens, output, **of_platform).reshape(targets.shape)
 
     return over_batch(losses_of_rows, (x, targets), output)
 
@@ -59,18 +71,23 @@ def log_probabilities(x: jax.Array, output: tuple[jax.Array, ...], cutoffs: tupl
     return rows.reshape(*x.shape[:-1], -1)
 
 
-def _head(x, output, cutoffs):
-    """log p of the frequent words, then of the clusters, the last one first, as in the authors' toolkit."""
+def _log_probabilities(x, output, cutoffs):
+    embedding, bias, *_ = output
+    head = jax.nn.log_softmax(_logits(x, *_head(output, cutoffs)), axis=-1)
+    columns = [head[:, : cutoffs[0]] if cutoffs else head]
+    for column, low, high in _clusters(cutoffs, len(embedding)):
+        within = jax.nn.log_softmax(_logits(x, embedding[low:high], bias[low:high]), axis=-1)
+        columns.append(head[:, column, None] + within)
+    return jnp.concatenate(columns, axis=-1)
+
+
+def _head(output, cutoffs):
+    """Embedding and bias of the frequent words, then of the clusters, the last one first as in the authors' toolkit."""
     embedding, bias, *clusters = output
-    if cutoffs:
-        embedding = jnp.concatenate([embedding[: cutoffs[0]], clusters[0]])
-        bias = jnp.concatenate([bias[: cutoffs[0]], clusters[1]])
-    return _log_softmax(x, embedding, bias)
-
-
-def _log_softmax(x, embedding, bias):
-    logits = jnp.matmul(x, embedding.astype(x.dtype).T, preferred_element_type=jnp.float32) + bias[None]
-    return jax.nn.log_softmax(logits, axis=-1)
+    if not cutoffs:
+        return embedding, bias
+    kernel, cluster_bias = clusters
+    return jnp.concatenate([embedding[: cutoffs[0]], kernel]), jnp.concatenate([bias[: cutoffs[0]], cluster_bias])
 
 
 def _clusters(cutoffs, vocab_size):
@@ -79,61 +96,119 @@ def _clusters(cutoffs, vocab_size):
     return [(-1 - i, low, high) for i, (low, high) in enumerate(bounds)]
 
 
-def _log_probabilities(x, output, cutoffs):
-    embedding, bias, *_ = output
-    head = _head(x, output, cutoffs)
-    columns = [head[:, : cutoffs[0]] if cutoffs else head]
-    for column, low, high in _clusters(cutoffs, len(embedding)):
-        columns.append(head[:, column, None] + _log_softmax(x, embedding[low:high], bias[low:high]))
-    return jnp.concatenate(columns, axis=-1)
-
-
-def _losses(x, targets, output, cutoffs):
+def _losses(x, targets, output, *, cutoffs, max_logits):
     """−log p of a target: −log p of its column of the head, and in a cluster −log p of the word within the cluster."""
     embedding, bias, *_ = output
     counts = targets >= 0
-    head_columns = jnp.where(counts, targets, 0)
+    # The gradient of a number that is not finite, times 0, would be NaN.
+    x = jnp.where(counts[:, None], x, 0)
+    columns = targets
     losses = jnp.zeros(len(targets), jnp.float32)
     for column, low, high in _clusters(cutoffs, len(embedding)):
         member = (low <= targets) & (targets < high)
-        head_columns = jnp.where(member, cutoffs[0] + len(cutoffs) + column, head_columns)
-        word = jnp.clip(targets - low, 0, high - low - 1)
-        cluster = embedding[low:high], bias[low:high]
-        losses += _in_blocks(lambda x, cluster: _log_softmax(x, *cluster), x, word, member, cluster)
-    return losses + _in_blocks(lambda x, output: _head(x, output, cutoffs), x, head_columns, counts, output)
+        columns = jnp.where(member, cutoffs[0] + len(cutoffs) + column, columns)
+        losses += _losses_of_members(x, targets - low, member, embedding[low:high], bias[low:high], max_logits)
+    losses += _losses_of_all(x, columns, *_head(output, cutoffs), max_logits)
+    return jnp.where(counts, jnp.where(targets < len(embedding), losses, jnp.nan), 0)
 
 
-def _in_blocks(log_probabilities, x, columns, member, parameters):
-    """−log p of one column per token, for the tokens that are members, and 0 for the others.
+def _losses_of_members(x, columns, member, embedding, bias, max_logits):
+    """``_losses_of_all`` of the tokens that are members, bool ``[N]``, and 0 for the others.
 
-    Members come first, and blocks without a member are not computed.
-
-    Args:
-      log_probabilities: (x ``[n, D]``, parameters) -> log p ``[n, columns]``.
-      x, columns, member: ``[N, D]``, int32 ``[N]`` and bool ``[N]``.
+    Members come first, and the losses are those of the first 0, …, N/4, N/2 or N tokens. So each gradient of the
+    embedding is formed once, which blocks of members would form, and add up, once for each block.
     """
-    length, size = len(x), min(BLOCK, len(x))
+    sizes = [0, *(len(x) // part for part in (64, 16, 4) if len(x) // part >= 64), len(x)]
     members_first = jnp.argsort(~member)
-    padding = -length % size
 
-    def in_blocks(x):
-        padded = jnp.pad(x[members_first], ((0, padding), *((0, 0),) * (x.ndim - 1)))
-        return padded.reshape(-1, size, *x.shape[1:])
+    def losses_of_first(size, x, columns, member, embedding, bias):
+        rows = members_first[:size]
+        losses = _losses_of_all(x[rows], columns[rows], embedding, bias, max_logits)
+        return jnp.zeros_like(columns, jnp.float32).at[rows].set(jnp.where(member[rows], losses, 0))
 
+    branches = [functools.partial(losses_of_first, size) for size in sizes]
+    branch = jnp.sum(jnp.asarray(sizes) < jnp.sum(member))
+    return lax.switch(branch, branches, x, columns, member, embedding, bias)
+
+
+def _losses_of_all(x, columns, embedding, bias, max_logits):
+    log_sum, own = _log_sum_and_own(x, columns, embedding, bias, max_logits)
+    return log_sum - own
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
+def _log_sum_and_own(x, columns, embedding, bias, max_logits):
+    """log Σ exp of a token's logits, and its logit of ``columns``, int32 ``[N]`` (0 if there is no such column)."""
+
+    def body(carry, block):
+        largest, total, own = carry
+        start, rows = block
+        logits = _logits(x, *rows)
+        larger = jnp.maximum(largest, jnp.max(logits, axis=-1))
+        total = total * jnp.exp(largest - larger) + jnp.sum(jnp.exp(logits - larger[:, None]), axis=-1)
+        return (larger, total, own + _at(columns - start, logits)), None
+
+    zeros = jnp.zeros_like(columns, jnp.float32)  # in shard_map, they vary over the same axes as the columns
+    words = _words_of_a_block(len(x), len(embedding), max_logits)
+    rows = _in_blocks((embedding, bias), words)
+    (largest, total, own), _ = lax.scan(body, (zeros - jnp.inf, zeros, zeros), (_starts(rows), rows))
+    return largest + jnp.log(total), own
+
+
+@_log_sum_and_own.defjvp
+def _log_sum_and_own_jvp(max_logits, primals, tangents):
+    """d log Σ exp l = Σ softmax(l) dl, with the logits l of a block computed again, as is the transpose of this."""
+    x, columns, embedding, bias = primals
+    dx, _, d_embedding, d_bias = tangents
+    log_sum, own = _log_sum_and_own(x, columns, embedding, bias, max_logits)
+
+    # Without the checkpoint, the gradient would save softmax(l) of all blocks.
     @jax.checkpoint
-    def losses_of_block(x, columns, member, parameters):
-        # The gradient of a number that is not finite, times 0, would be NaN.
-        x = jnp.where(member[:, None], x, 0)
-        log_p = jnp.take_along_axis(log_probabilities(x, parameters), columns[:, None], axis=-1)[:, 0]
-        return jnp.where(member, -log_p, 0)
+    def body(carry, block):
+        d_log_sum, d_own = carry
+        start, rows, d_rows = block
+        logits, d_logits = jax.jvp(_logits, (x, *rows), (dx, *d_rows))
+        d_log_sum += jnp.sum(jnp.exp(logits - log_sum[:, None]) * d_logits, axis=-1)
+        return (d_log_sum, d_own + _at(columns - start, d_logits)), None
 
-    def zeros_of_block(x, columns, member, parameters):
-        # Made from the columns, so that in shard_map they vary over the same axes as the losses.
-        return 0.0 * columns.astype(jnp.float32)
+    zeros = jnp.zeros_like(log_sum)
+    words = _words_of_a_block(len(x), len(embedding), max_logits)
+    rows, d_rows = jax.jvp(lambda *rows: _in_blocks(rows, words), (embedding, bias), (d_embedding, d_bias))
+    return (log_sum, own), lax.scan(body, (zeros, zeros), (_starts(rows), rows, d_rows))[0]
 
-    def body(_, block):
-        _, _, member = block
-        return None, lax.cond(jnp.any(member), losses_of_block, zeros_of_block, *block, parameters)
 
-    _, losses = lax.scan(body, None, tuple(map(in_blocks, (x, columns, member))))
-    return jnp.zeros(length, jnp.float32).at[members_first].set(losses.reshape(-1)[:length])
+def _logits(x, embedding, bias):
+    """x embeddingᵀ + bias, in float32."""
+    # Unlike the dtypes, the algorithm of a product goes on to its derivatives.
+    algorithm = lax.DotAlgorithmPreset.BF16_BF16_F32 if x.dtype == jnp.bfloat16 else None
+    embedding = embedding.astype(x.dtype).T
+    return jnp.matmul(x, embedding, precision=algorithm, preferred_element_type=jnp.float32) + bias[None]
+
+
+def _at(column, logits):
+    """The logit of a column ``[N]`` of ``[N, columns]``, or 0 if there is none."""
+    return jnp.sum(jnp.where(jnp.arange(logits.shape[1])[None] == column[:, None], logits, 0), axis=-1)
+
+
+def _words_of_a_block(num_tokens, vocab_size, max_logits):
+    words = max(max_logits // max(num_tokens, 1), TILE)
+    if words >= vocab_size:
+        return vocab_size
+    number = -(-vocab_size // words)
+    return -(-vocab_size // (number * TILE)) * TILE  # equal blocks, so that few words are added to the last one
+
+
+def _in_blocks(rows, words):
+    """The embedding and the bias in blocks of words, ``[blocks, words, D]`` and ``[blocks, words]``."""
+    embedding, bias = rows
+    padding = -len(bias) % words
+    if padding:
+        embedding = jnp.pad(embedding, ((0, padding), (0, 0)))
+        bias = jnp.pad(bias, (0, padding), constant_values=jnp.finfo(bias.dtype).min)  # words whose probability is 0
+    return embedding.reshape(-1, words, embedding.shape[1]), bias.reshape(-1, words)
+
+
+def _starts(rows):
+    """The first word of each block."""
+    number, words = rows[1].shape
+    return words * jnp.arange(number, dtype=jnp.int32)
