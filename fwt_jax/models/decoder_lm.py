@@ -61,8 +61,8 @@ class ModelConfig:
       dropout: rate, after the embedding, the attention, inside and after the feed-forward layer, and before the output.
       remat: recompute each block in the backward pass.
       scan: compile one block for all, by ``lax.scan``. Without it, compiling many layers takes minutes.
-      dtype: of the computation; float32 or bfloat16. Parameters, fast weights, normalisations, the output layer and
-        losses are float32. The cache of softmax attention has this dtype.
+      dtype: of the computation; float32 or bfloat16. Parameters, fast weights, normalisations and losses are float32.
+        The cache of softmax attention has this dtype.
       implementation: of the memory, see ``fast_weight_attention``.
 
     Raises:
@@ -258,7 +258,7 @@ class DecoderLM(nnx.Module):
 
         Targets and errors as in ``losses``.
         """
-        return output_layer.losses(hidden, targets, self._output(), self.config.cutoffs)
+        return output_layer.losses(hidden.astype(self.config.dtype), targets, self._output(), self.config.cutoffs)
 
     def hidden(self, tokens, memory=None, *, segment_ids=None, rngs=None):
         """The input of the output layer, ``[B, T, D]``, and the memories. Arguments as in ``__call__``."""
@@ -282,7 +282,7 @@ class DecoderLM(nnx.Module):
 
     def log_probabilities(self, hidden):
         """log p ``[..., V]``, float32, from the result of ``hidden``, ``[..., D]``."""
-        return output_layer.log_probabilities(hidden, self._output(), self.config.cutoffs)
+        return output_layer.log_probabilities(hidden.astype(self.config.dtype), self._output(), self.config.cutoffs)
 
     def init_memory(self, batch_size: int, max_length: int | None = None):
         """Empty memories of all blocks. max_length: the number of tokens that a cache of softmax attention holds; other

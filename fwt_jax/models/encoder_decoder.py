@@ -338,7 +338,7 @@ class EncoderDecoder(nnx.Module):
         bos = jnp.full((len(words), 1), self.config.bos_id, words.dtype)
         hidden = self._hidden(source, jnp.concatenate([bos, words[:, :-1]], axis=1), rngs)
         counts = words != pad_id
-        losses = output_layer.losses(hidden, jnp.where(counts, targets, -1), self._output())
+        losses = output_layer.losses(hidden.astype(self.config.dtype), jnp.where(counts, targets, -1), self._output())
         if label_smoothing:
             # −log p(v) differs from −log p(target) by the difference of their logits, whose mean needs no logits.
             centred = output_layer.embed(self.embedding[...], words) - jnp.mean(self.embedding[...], axis=0)[None, None]
@@ -389,7 +389,7 @@ class EncoderDecoder(nnx.Module):
 
     def log_probabilities(self, hidden: jax.Array) -> jax.Array:
         """log p ``[..., V]``, float32, from the hidden states of ``decode``, ``[..., D]``."""
-        return output_layer.log_probabilities(hidden, self._output())
+        return output_layer.log_probabilities(hidden.astype(self.config.dtype), self._output())
 
     def _hidden(self, source, tokens, rngs):
         source, tokens = self._tokens("source", source), self._tokens("the target", tokens)

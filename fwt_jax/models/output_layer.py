@@ -56,10 +56,11 @@ def losses(x: jax.Array, targets: jax.Array, output: tuple[jax.Array, ...], cuto
 def _losses_of_batch(x, targets, output, *, cutoffs):
     def losses_of_rows(rows, output):
         x, targets = rows
+        options = {"cutoffs": cutoffs, "precision": _precision(x)}
         of_platform = {
-            name: functools.partial(_losses, cutoffs=cutoffs, max_logits=number) for name, number in LOGITS.items()
+            name: functools.partial(_losses, max_logits=number, **options) for name, number in LOGITS.items()
         }
-        tokens = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
+        tokens = x.astype(jnp.float32).reshape(-1, x.shape[-1]), targets.reshape(-1)
         return lax.platform_dependent(*tokens, output, **of_platform).reshape(targets.shape)
 
     return over_batch(losses_of_rows, (x, targets), output)
@@ -67,16 +68,16 @@ def _losses_of_batch(x, targets, output, *, cutoffs):
 
 def log_probabilities(x: jax.Array, output: tuple[jax.Array, ...], cutoffs: tuple[int, ...] = ()) -> jax.Array:
     """log p of all words, ``[..., V]``, from x ``[..., D]``."""
-    rows = _log_probabilities(x.reshape(-1, x.shape[-1]), output, cutoffs)
+    rows = _log_probabilities(x.astype(jnp.float32).reshape(-1, x.shape[-1]), output, cutoffs, _precision(x))
     return rows.reshape(*x.shape[:-1], -1)
 
 
-def _log_probabilities(x, output, cutoffs):
+def _log_probabilities(x, output, cutoffs, precision):
     embedding, bias, *_ = output
-    head = jax.nn.log_softmax(_logits(x, *_head(output, cutoffs)), axis=-1)
+    head = jax.nn.log_softmax(_logits(x, *_head(output, cutoffs), precision), axis=-1)
     columns = [head[:, : cutoffs[0]] if cutoffs else head]
     for column, low, high in _clusters(cutoffs, len(embedding)):
-        within = jax.nn.log_softmax(_logits(x, embedding[low:high], bias[low:high]), axis=-1)
+        within = jax.nn.log_softmax(_logits(x, embedding[low:high], bias[low:high], precision), axis=-1)
         columns.append(head[:, column, None] + within)
     return jnp.concatenate(columns, axis=-1)
 
@@ -96,7 +97,7 @@ def _clusters(cutoffs, vocab_size):
     return [(-1 - i, low, high) for i, (low, high) in enumerate(bounds)]
 
 
-def _losses(x, targets, output, *, cutoffs, max_logits):
+def _losses(x, targets, output, *, cutoffs, **options):
     """−log p of a target: −log p of its column of the head, and in a cluster −log p of the word within the cluster."""
     embedding, bias, *_ = output
     counts = targets >= 0
@@ -107,12 +108,12 @@ def _losses(x, targets, output, *, cutoffs, max_logits):
     for column, low, high in _clusters(cutoffs, len(embedding)):
         member = (low <= targets) & (targets < high)
         columns = jnp.where(member, cutoffs[0] + len(cutoffs) + column, columns)
-        losses += _losses_of_members(x, targets - low, member, embedding[low:high], bias[low:high], max_logits)
-    losses += _losses_of_all(x, columns, *_head(output, cutoffs), max_logits)
+        losses += _losses_of_members(x, targets - low, member, embedding[low:high], bias[low:high], **options)
+    losses += _losses_of_all(x, columns, *_head(output, cutoffs), **options)
     return jnp.where(counts, jnp.where(targets < len(embedding), losses, jnp.nan), 0)
 
 
-def _losses_of_members(x, columns, member, embedding, bias, max_logits):
+def _losses_of_members(x, columns, member, embedding, bias, **options):
     """``_losses_of_all`` of the tokens that are members, bool ``[N]``, and 0 for the others.
 
     Members come first, and the losses are those of the first 0, …, N/4, N/2 or N tokens. So each gradient of the
@@ -123,7 +124,7 @@ def _losses_of_members(x, columns, member, embedding, bias, max_logits):
 
     def losses_of_first(size, x, columns, member, embedding, bias):
         rows = members_first[:size]
-        losses = _losses_of_all(x[rows], columns[rows], embedding, bias, max_logits)
+        losses = _losses_of_all(x[rows], columns[rows], embedding, bias, **options)
         return jnp.zeros_like(columns, jnp.float32).at[rows].set(jnp.where(member[rows], losses, 0))
 
     branches = [functools.partial(losses_of_first, size) for size in sizes]
@@ -131,19 +132,19 @@ def _losses_of_members(x, columns, member, embedding, bias, max_logits):
     return lax.switch(branch, branches, x, columns, member, embedding, bias)
 
 
-def _losses_of_all(x, columns, embedding, bias, max_logits):
-    log_sum, own = _log_sum_and_own(x, columns, embedding, bias, max_logits)
+def _losses_of_all(x, columns, embedding, bias, *, max_logits, precision):
+    log_sum, own = _log_sum_and_own(x, columns, embedding, bias, max_logits, precision)
     return log_sum - own
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
-def _log_sum_and_own(x, columns, embedding, bias, max_logits):
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5))
+def _log_sum_and_own(x, columns, embedding, bias, max_logits, precision):
     """log Σ exp of a token's logits, and its logit of ``columns``, int32 ``[N]`` (0 if there is no such column)."""
 
     def body(carry, block):
         largest, total, own = carry
         start, rows = block
-        logits = _logits(x, *rows)
+        logits = _logits(x, *rows, precision)
         larger = jnp.maximum(largest, jnp.max(logits, axis=-1))
         total = total * jnp.exp(largest - larger) + jnp.sum(jnp.exp(logits - larger[:, None]), axis=-1)
         return (larger, total, own + _at(columns - start, logits)), None
@@ -156,18 +157,18 @@ def _log_sum_and_own(x, columns, embedding, bias, max_logits):
 
 
 @_log_sum_and_own.defjvp
-def _log_sum_and_own_jvp(max_logits, primals, tangents):
+def _log_sum_and_own_jvp(max_logits, precision, primals, tangents):
     """d log Σ exp l = Σ softmax(l) dl, with the logits l of a block computed again, as is the transpose of this."""
     x, columns, embedding, bias = primals
     dx, _, d_embedding, d_bias = tangents
-    log_sum, own = _log_sum_and_own(x, columns, embedding, bias, max_logits)
+    log_sum, own = _log_sum_and_own(x, columns, embedding, bias, max_logits, precision)
 
     # Without the checkpoint, the gradient would save softmax(l) of all blocks.
     @jax.checkpoint
     def body(carry, block):
         d_log_sum, d_own = carry
         start, rows, d_rows = block
-        logits, d_logits = jax.jvp(_logits, (x, *rows), (dx, *d_rows))
+        logits, d_logits = jax.jvp(functools.partial(_logits, precision=precision), (x, *rows), (dx, *d_rows))
         d_log_sum += jnp.sum(jnp.exp(logits - log_sum[:, None]) * d_logits, axis=-1)
         return (d_log_sum, d_own + _at(columns - start, d_logits)), None
 
@@ -177,12 +178,13 @@ def _log_sum_and_own_jvp(max_logits, primals, tangents):
     return (log_sum, own), lax.scan(body, (zeros, zeros), (_starts(rows), rows, d_rows))[0]
 
 
-def _logits(x, embedding, bias):
-    """x embeddingᵀ + bias, in float32."""
-    # Unlike the dtypes, the algorithm of a product goes on to its derivatives.
-    algorithm = lax.DotAlgorithmPreset.BF16_BF16_F32 if x.dtype == jnp.bfloat16 else None
-    embedding = embedding.astype(x.dtype).T
-    return jnp.matmul(x, embedding, precision=algorithm, preferred_element_type=jnp.float32) + bias[None]
+def _logits(x, embedding, bias, precision):
+    return jnp.matmul(x, embedding.T, precision=precision) + bias[None]
+
+
+def _precision(x):
+    """Of bfloat16, the factors are bfloat16 and the sums float32. Unlike dtypes, this holds in derivatives as well."""
+    return lax.DotAlgorithmPreset.BF16_BF16_F32 if x.dtype == jnp.bfloat16 else None
 
 
 def _at(column, logits):
