@@ -145,7 +145,7 @@ def tokens_of(shape, seed=0):
 @pytest.mark.parametrize("cutoffs", [(), (10,), (10, 30, 40)])
 @pytest.mark.parametrize("length", [7, 2000])
 def test_losses_are_those_of_the_log_probabilities(cutoffs, length):
-    """2000 tokens are eight blocks; and all probabilities sum to one."""
+    """The members of a cluster are none, some or all of the tokens; and all probabilities sum to one."""
     model = DecoderLM(dataclasses.replace(TINY, num_layers=1, cutoffs=cutoffs), rngs=nnx.Rngs(0))
     model.embedding[...] = 20 * model.embedding[...]
     tokens, targets = tokens_of((1, length)), tokens_of((1, length), 1)
@@ -158,7 +158,7 @@ def test_losses_are_those_of_the_log_probabilities(cutoffs, length):
 
 @pytest.mark.parametrize("cutoffs", [(), (10, 30, 40)])
 def test_a_negative_target_costs_nothing_and_teaches_nothing(cutoffs):
-    """In more than one block of the output layer, and with a hidden state that is not finite."""
+    """In the head and in clusters of the output layer, and with a hidden state that is not finite."""
     model = DecoderLM(dataclasses.replace(TINY, cutoffs=cutoffs), rngs=nnx.Rngs(0))
     hidden = jax.random.normal(jax.random.key(0), (3, 150, 16))
     targets = np.asarray(tokens_of((3, 150), 1))

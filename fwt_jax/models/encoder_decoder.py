@@ -317,7 +317,7 @@ class EncoderDecoder(nnx.Module):
 
             (1 − ε)(−log p(target)) + ε/V Σ_v (−log p(v))       Szegedy et al. 2016, section 7
 
-        The logits exist for 256 tokens at a time.
+        The logits exist for one block of words at a time, see ``output_layer.losses``.
 
         Args:
           source, rngs: as in ``__call__``.

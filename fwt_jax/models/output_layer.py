@@ -22,10 +22,10 @@ from jax import lax
 from fwt_jax import arguments
 from fwt_jax.sharding import over_batch
 
-# The number of logits that exist together, by the platform that runs the program. A CPU is fastest where they stay in
-# its cache. Other platforms are faster with few large products.
-LOGITS = {"cpu": 2**20, "default": 2**26}
-TILE = 128  # the words of a block are a multiple of it, as the tiles of TPU and GPU are
+# The number of logits that exist together, by the platform that the program is compiled for. On CPU and TPU they stay
+# in fast memory. On GPU, which "default" is, few large products take fewer launches.
+LOGITS = {"cpu": 2**20, "tpu": 2**22, "default": 2**26}
+TILE = 128  # the least number of words in a block: the width of a tile of TPU and GPU
 
 
 def embed(embedding: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -36,12 +36,11 @@ def embed(embedding: jax.Array, tokens: jax.Array) -> jax.Array:
 def losses(x: jax.Array, targets: jax.Array, output: tuple[jax.Array, ...], cutoffs: tuple[int, ...] = ()) -> jax.Array:
     """−log p of ``targets``, integers ``[B, T]``, from x ``[B, T, D]``: ``[B, T]``; 0 for a negative target.
 
-    The logits of all tokens exist for one block of words at a time: 2^20 logits on CPU and 2^26 elsewhere, or 128 words
-    if that is more. The gradient computes them again.
-    The tokens of a cluster are gathered: its logits are computed for N, N/2, N/4, … or 0 tokens, whichever is just
-    enough.
-    Cost: 2VD FLOPs per token. With clusters: 2D Σ pn, where a cluster has n words and is computed for a share p of the
-    tokens.
+    The logits of all tokens exist for one block of words at a time, and the gradient computes them again. A block has
+    2^20 logits on CPU, 2^22 on TPU, 2^26 on GPU, and at least 128 words.
+    The tokens of a cluster are gathered. Its logits are computed for 0, N/64, N/16, N/4 or N tokens, whichever is
+    enough; below 64 tokens, the next larger number is taken.
+    Cost: 2VD FLOPs per token. With clusters: 2D Σ pn, where a cluster of n words is computed for a share p of tokens.
 
     Raises:
       ValueError: targets that are not integers of these axes, or known to be above V − 1 (traced ones give NaN).
@@ -74,10 +73,10 @@ def log_probabilities(x: jax.Array, output: tuple[jax.Array, ...], cutoffs: tupl
 
 def _log_probabilities(x, output, cutoffs, precision):
     embedding, bias, *_ = output
-    head = jax.nn.log_softmax(_logits(x, *_head(output, cutoffs), precision), axis=-1)
+    head = jax.nn.log_softmax(_logits(x, _head(output, cutoffs), precision), axis=-1)
     columns = [head[:, : cutoffs[0]] if cutoffs else head]
     for column, low, high in _clusters(cutoffs, len(embedding)):
-        within = jax.nn.log_softmax(_logits(x, embedding[low:high], bias[low:high], precision), axis=-1)
+        within = jax.nn.log_softmax(_logits(x, (embedding[low:high], bias[low:high]), precision), axis=-1)
         columns.append(head[:, column, None] + within)
     return jnp.concatenate(columns, axis=-1)
 
@@ -116,8 +115,8 @@ def _losses(x, targets, output, *, cutoffs, **options):
 def _losses_of_members(x, columns, member, embedding, bias, **options):
     """``_losses_of_all`` of the tokens that are members, bool ``[N]``, and 0 for the others.
 
-    Members come first, and the losses are those of the first 0, …, N/4, N/2 or N tokens. So each gradient of the
-    embedding is formed once, which blocks of members would form, and add up, once for each block.
+    Members come first, and a branch computes the first 0, N/64, N/16, N/4 or N tokens. A scan over blocks of members
+    would add a gradient of the whole cluster for each block, with and without members. A branch forms it once.
     """
     sizes = [0, *(len(x) // part for part in (64, 16, 4) if len(x) // part >= 64), len(x)]
     members_first = jnp.argsort(~member)
@@ -144,7 +143,7 @@ def _log_sum_and_own(x, columns, embedding, bias, max_logits, precision):
     def body(carry, block):
         largest, total, own = carry
         start, rows = block
-        logits = _logits(x, *rows, precision)
+        logits = _logits(x, rows, precision)
         larger = jnp.maximum(largest, jnp.max(logits, axis=-1))
         total = total * jnp.exp(largest - larger) + jnp.sum(jnp.exp(logits - larger[:, None]), axis=-1)
         return (larger, total, own + _at(columns - start, logits)), None
@@ -168,7 +167,7 @@ def _log_sum_and_own_jvp(max_logits, precision, primals, tangents):
     def body(carry, block):
         d_log_sum, d_own = carry
         start, rows, d_rows = block
-        logits, d_logits = jax.jvp(functools.partial(_logits, precision=precision), (x, *rows), (dx, *d_rows))
+        logits, d_logits = jax.jvp(functools.partial(_logits, precision=precision), (x, rows), (dx, d_rows))
         d_log_sum += jnp.sum(jnp.exp(logits - log_sum[:, None]) * d_logits, axis=-1)
         return (d_log_sum, d_own + _at(columns - start, d_logits)), None
 
@@ -178,7 +177,8 @@ def _log_sum_and_own_jvp(max_logits, precision, primals, tangents):
     return (log_sum, own), lax.scan(body, (zeros, zeros), (_starts(rows), rows, d_rows))[0]
 
 
-def _logits(x, embedding, bias, precision):
+def _logits(x, rows, precision):
+    embedding, bias = rows
     return jnp.matmul(x, embedding.T, precision=precision) + bias[None]
 
 
@@ -193,11 +193,13 @@ def _at(column, logits):
 
 
 def _words_of_a_block(num_tokens, vocab_size, max_logits):
-    words = max(max_logits // max(num_tokens, 1), TILE)
-    if words >= vocab_size:
+    most = max(max_logits // max(num_tokens, 1), TILE)
+    if most >= vocab_size:
         return vocab_size
-    number = -(-vocab_size // words)
-    return -(-vocab_size // (number * TILE)) * TILE  # equal blocks, so that few words are added to the last one
+    # Blocks that divide the vocabulary need no padded copy of the embedding.
+    dividing = (words for words in range(most - most % 8, most // 2, -8) if vocab_size % words == 0)
+    number = -(-vocab_size // most)
+    return next(dividing, -(-vocab_size // (number * TILE)) * TILE)
 
 
 def _in_blocks(rows, words):
