@@ -210,6 +210,51 @@ def oja_writes(fast_weights, key, value, beta, recall_scale, decays, precision):
     return unit_lower_solve(beta[:, None] * overlaps, beta[:, None] * (key - recalled)), value
 
 
+def delta_chunks(
+    fast_weights, query, key, value, beta, log_decay=None, reset=None, recall_scale=None, *, precision=HIGHEST
+):
+    """N chunks of the delta rule, with all but two products of each chunk for all chunks at once (Yang et al. 2024).
+
+    The b of ``delta_writes`` is affine in the memory W_0 at the chunk's start. With L_ti = β_t r_t D_ti (k_tᵀk_i) for
+    i < t:
+
+        b = u − w W_0        u = (I + L)⁻¹ (β v)        w = (I + L)⁻¹ (β r D_t0 k)
+
+    Cost for each chunk of T tokens: that of ``chunk``, and T²K FLOPs to solve for w. It takes memory for all chunks.
+
+    Args:
+      fast_weights: W_0 of the first chunk, ``[K, V]``.
+      query, key, value, beta, log_decay, reset, recall_scale: ``[N, T, ...]``, else as in ``chunk``.
+      precision: of the matrix products, as in ``jax.lax``.
+
+    Returns:
+      The reads y ``[N, T, V]``, or None, and the memory after the last chunk ``[K, V]``.
+    """
+
+    def factors(key, value, beta, recall_scale, decays):
+        scale = beta if recall_scale is None else beta * recall_scale
+        overlaps = decays.products(key, key, precision, strict=True)
+        right = jnp.concatenate([beta[:, None] * value, scale[:, None] * key * decays.from_start], axis=1)
+        solved = unit_lower_solve(scale[:, None] * overlaps, right)
+        return solved[:, : value.shape[1]], solved[:, value.shape[1] :]
+
+    def advance(start, tokens):
+        of_start, a, u, w = tokens
+        b = u - jnp.matmul(w, start, precision=precision)
+        decayed = start if of_start is None else of_start * start
+        return decayed + jnp.matmul(a.T, b, precision=precision), (start, b)
+
+    def read(query, key, start, b, decays):
+        scores = decays.products(query, key, precision)
+        return decays.read(query * decays.from_start, start, scores, b, precision)
+
+    decays = jax.vmap(decays_of)(key, log_decay, reset)
+    u, w = jax.vmap(factors)(key, value, beta, recall_scale, decays)
+    chunks = (decays.of_start, key * decays.to_end, u, w)
+    fast_weights, (starts, b) = lax.scan(advance, fast_weights, chunks)
+    return None if query is None else jax.vmap(read)(query, key, starts, b, decays), fast_weights
+
+
 def check_shapes(fast_weights, query, key, value, beta, log_decay, reset, recall_scale=None):
     length, key_size, value_size = *key.shape, value.shape[-1]
     chex.assert_shape(fast_weights, (key_size, value_size))

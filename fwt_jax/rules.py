@@ -51,8 +51,8 @@ class Rule(NamedTuple):
       decay_per_channel: True if ``chunk`` takes a decay per key channel. Otherwise ``form=None`` takes the step then.
       normalize: a tuple of the attention normalisations that are defined for the rule. z sums the keys, or β k if
         ``corrects`` is False. With "retrieval", ``step`` and ``chunk`` take a ``recall_scale``.
-      corrects: True if the write is β k (v − Wᵀk)ᵀ, False if it is β k vᵀ, None if neither. ``read_weights`` and the
-        kernels for TPU know these two writes.
+      corrects: True if the write is β k (v − Wᵀk)ᵀ, False if it is β k vᵀ, None if neither. ``read_weights``, the
+        kernels for TPU and the chunkwise form on a GPU know these two writes, and take W without ``start`` and ``end``.
       unit_values: True if layers scale values to length 1, because the rule looks values up as "delta" does keys.
       chunk_size: the largest size that ``chunk_size=None`` picks.
     """

@@ -37,24 +37,35 @@ def exported(function, platform, **options):
 
 
 def trip_counts(module):
-    """How often the loops of a module run."""
+    """How often the loops of a module run: those of ``lax.scan``, which count in int32, as sums over tokens do not."""
     counts = []
     for function in module.split("func.func")[1:]:  # the names of values are those of a function
         constants = dict(re.findall(r"(%\w+) = stablehlo.constant dense<(\d+)> : tensor<i32>", function))
-        bounds = re.findall(r"cond {\s+%\w+ = stablehlo.compare +LT, %\w+, (%\w+)", function)
+        bounds = re.findall(r"cond {\s+%\w+ = stablehlo.compare +LT, %\w+, (%\w+),.*tensor<i32>", function)
         counts += [int(constants[bound]) for bound in bounds]
     return sorted(counts)
 
 
-@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm", "tpu"])
 def test_the_default_form_takes_chunks_of_64_on_every_platform(platform):
-    assert trip_counts(exported(attend, platform)) == [4]
+    # GPUs take blocks of up to 16 chunks: a loop over the blocks, and in each a loop over its chunks.
+    loops = [1, 4] if platform in ("cuda", "rocm") else [4]
+    assert trip_counts(exported(attend, platform)) == loops
+
+
+def test_a_gpu_takes_no_blocks_where_they_gain_little_or_need_much_memory():
+    def with_decay_per_channel(query, key, value, beta):
+        return attend(query, key, value, beta, log_decay=-key * key)
+
+    assert trip_counts(exported(attend, "cuda", rule="sum")) == [4]
+    assert trip_counts(exported(with_decay_per_channel, "cuda")) == [4]
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
 def test_a_gradient_takes_chunks_of_64_on_every_platform(platform):
     module = exported(gradient, platform)
-    assert trip_counts(module) == [4, 4]  # there and back
+    # There and back; a GPU recomputes the block in between.
+    assert trip_counts(module) == ([1, 1, 4, 4, 4] if platform == "cuda" else [4, 4])
     in_halves = re.search(r"dot_general.* -> tensor<2x3x32x32xf32>", module)
     assert bool(in_halves) == (platform == "cpu")
 
