@@ -27,7 +27,7 @@ from fwt_jax.attention_arguments import (
 )
 from fwt_jax.chunkwise import chunkwise
 from fwt_jax.heads import over_heads, start_of
-from fwt_jax.kernels import tpu
+from fwt_jax.kernels import gpu, tpu
 from fwt_jax.memory import Memory
 from fwt_jax.precision import computation_dtype, products_precision
 from fwt_jax.recurrent import recurrent
@@ -35,6 +35,7 @@ from fwt_jax.rules import Rule, find_rule
 
 Form = Literal[None, "chunkwise", "recurrent", "parallel"]
 Normalize = Literal[False, "read", "retrieval"]
+Implementation = Literal[None, "xla", "pallas", "triton"]
 
 
 def fast_weight_attention(
@@ -51,7 +52,7 @@ def fast_weight_attention(
     eps: float = 1e-6,
     form: Form = None,
     chunk_size: int | None = None,
-    implementation: Literal[None, "xla", "pallas"] = None,
+    implementation: Implementation = None,
     precision: lax.PrecisionLike = None,
 ) -> tuple[jax.Array, Memory]:
     """Writes T tokens into a fast weight memory and reads it after each of them (causal linear attention).
@@ -94,10 +95,13 @@ def fast_weight_attention(
         decay per channel). (On CPU, for K·V ≤ 4096, "recurrent" takes a third to nine tenths of the time of "chunkwise"
         without a gradient, and up to four times as much with one.)
       chunk_size: tokens per chunk of the chunkwise form. None picks 64, or 32 for "fwm" and for K·V ≤ 1024, or fewer.
-      implementation: None picks "xla", which is plain JAX. "pallas" is a kernel for TPU, for the chunkwise form of sum
-        and delta without a decay or with one per head. If the arrays are sharded, call it inside ``jax.shard_map``. It
-        has first derivatives in reverse mode only. On CPU it is interpreted, for tests; a GPU refuses it.
-        ``jax.export`` takes it for one platform at a time.
+      implementation: "xla" is plain JAX. "pallas" is a kernel for TPU, "triton" one for NVIDIA GPUs, for the chunkwise
+        form of sum and delta without a decay or with one per head. None picks "triton" where JAX's default device is an
+        NVIDIA GPU, ``fwt_jax[cuda]`` is installed, and ``kernels.gpu.why_not`` has no reason against it; else "xla".
+        Kernels have first derivatives in reverse mode only; derivatives of a gradient of "triton" are those of "xla".
+        Forward mode (``jax.jvp``) needs "xla". If the arrays are sharded, call "pallas" inside ``jax.shard_map``.
+        On CPU, "pallas" is interpreted, for tests; other platforms refuse a kernel that is not theirs. ``jax.export``
+        takes "pallas" for one platform at a time.
       precision: of the matrix products of the chunkwise and parallel forms, as in ``jax.lax``. None: "default" if
         query, key and value are all bfloat16, else "highest", because TPUs would round float32 to bfloat16 and GPUs to
         TF32. A chunk's triangular system is solved more exactly.
@@ -108,7 +112,7 @@ def fast_weight_attention(
     Raises:
       ValueError: shapes or dtypes that do not fit together, T = 0, an unknown rule, form, normalisation or
         implementation, an eps below 0, no beta for a rule that needs it, a combination that the rule does not define
-        (a form, a normalisation, a decay per channel in chunks), or that "pallas" does not have.
+        (a form, a normalisation, a decay per channel in chunks), or that a kernel does not have.
 
     Example:
       >>> import jax
@@ -196,15 +200,18 @@ def _attend(
     if normalize == "retrieval":
         recall_scale, beta = normalization.retrieval(memory.key_sum, sums_before, key, beta, log_decay, reset, eps)
     inputs = (memory.fast_weights, query, key, value, beta, log_decay, reset, recall_scale)
+    options = {"rule": rule, "chunk_size": chunk_size, "precision": precision}
+    by_default = implementation is None and form == "chunkwise" and gpu.is_default(*inputs[:6], **options)
     if implementation == "pallas":
-        out, fast_weights = tpu.chunkwise(*inputs, rule=rule, chunk_size=chunk_size, precision=precision)
+        out, fast_weights = tpu.chunkwise(*inputs, **options)
+    elif implementation == "triton" or by_default:
+        out, fast_weights = gpu.chunkwise(*inputs, **options, fallback=by_default)
     elif form == "recurrent":
         out, fast_weights = recurrent(*inputs, step=rule.step)
     elif form == "parallel":
         out, fast_weights = over_heads(functools.partial(rule.chunk, precision=precision), inputs)(*inputs)
     else:
-        one_head = functools.partial(chunkwise, rule=rule, chunk_size=chunk_size, precision=precision)
-        out, fast_weights = over_heads(one_head, inputs)(*inputs)
+        out, fast_weights = over_heads(functools.partial(chunkwise, **options), inputs)(*inputs)
     if normalize:
         out = normalization.divided(out, jnp.sum(sums * query, axis=-1, keepdims=True), eps)
     return out.astype(out_dtype), Memory(fast_weights, key_sum)
@@ -215,7 +222,7 @@ def _form(rule, key, log_decay, chunk_size, implementation):
     if not has_chunks(rule, log_decay):
         return "recurrent"
     # On CPU, a step of one token takes a third to two thirds of the time of a chunk of one token.
-    one_token = key.shape[1] == 1 and chunk_size is None and implementation != "pallas"
+    one_token = key.shape[1] == 1 and chunk_size is None and implementation in (None, "xla")
     return "recurrent" if one_token else "chunkwise"
 
 

@@ -50,11 +50,13 @@ def check_options(rule, form, normalize, implementation, beta, log_decay, chunk_
 
     arguments.one_of((None, "chunkwise", "recurrent", "parallel"), form=form)
     arguments.one_of((False, "read", "retrieval"), normalize=normalize)
-    arguments.one_of((None, "xla", "pallas"), implementation=implementation)
+    arguments.one_of((None, "xla", "pallas", "triton"), implementation=implementation)
     check_eps(eps)
     name = name_of(rule)
-    if implementation == "pallas" and form not in (None, "chunkwise"):
-        raise ValueError(f'implementation="pallas" needs form="chunkwise", got form={form!r}; use "xla" or None')
+    if implementation in ("pallas", "triton") and form not in (None, "chunkwise"):
+        raise ValueError(
+            f'implementation="{implementation}" needs form="chunkwise", got form={form!r}; use "xla" or None'
+        )
     if beta is None and rule.needs_beta:
         raise ValueError(
             f"rule {name} needs beta, the write strength [B, T, H] (e.g. a sigmoid of a projection), got None; "

@@ -9,6 +9,7 @@ import jax
 import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # of the processes that tests start
+os.environ["TRITON_INTERPRET"] = "1"  # before the kernels for GPUs are imported
 # Most of the time goes into compiling what runs for milliseconds: a tenth of it is left without LLVM's optimisations,
 # with XLA's older way to write fusions, and with programs compiled in one piece.
 QUICK = [

@@ -521,7 +521,7 @@ def test_a_softmax_layer_in_a_linen_model():
         (dict(rule="hebb"), "rule must be one of 'sum', 'delta', 'oja', 'fwm', or a Rule of your own, .* got 'hebb'"),
         (dict(form="fast"), "form must be one of None, 'chunkwise', 'recurrent', 'parallel', got 'fast'"),
         (dict(normalize=True), "normalize must be one of False, 'read', 'retrieval', got True"),
-        (dict(implementation="cuda"), "implementation must be one of None, 'xla', 'pallas', got 'cuda'"),
+        (dict(implementation="cuda"), "implementation must be one of None, 'xla', 'pallas', 'triton', got 'cuda'"),
         (dict(rule="sum", normalize="retrieval"), 'rule "sum" has no attention normalisation'),
         (dict(rule="fwm", form="parallel"), 'rule "fwm" has no parallel form'),
         (

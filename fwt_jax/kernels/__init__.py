@@ -1,1 +1,1 @@
-"""The chunkwise form as kernels for one kind of hardware each, behind the signature of ``chunkwise.chunkwise``."""
+"""The chunkwise form as kernels for TPU (``tpu``) and NVIDIA GPUs (``gpu``), with the arguments of ``recurrent``."""

@@ -16,16 +16,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.core import ShapedArray
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.extend.core import Primitive
-from jax.interpreters import mlir
 
 from fwt_jax.decays import cumulative_log_decay
+from fwt_jax.kernels.refused import refused, zero_of
 from fwt_jax.rules import name_of
 
 DEFAULT, HIGH, HIGHEST = lax.Precision.DEFAULT, lax.Precision.HIGH, lax.Precision.HIGHEST
+REFUSAL = 'implementation="pallas" is for TPU, got {platforms}; use implementation="xla"'
 CHUNK_SIZES = (16, 32, 64, 128)  # 16: the rows of a tile of bfloat16. 128: the width of the multiplier
 
 
@@ -74,7 +73,7 @@ def chunkwise(
     start = fast_weights.reshape(batch * heads, *fast_weights.shape[2:])
     inputs = (start, *tokens, jnp.stack(list(gates.values()), axis=2))
     # In shard_map the results vary over every mesh axis that any input varies over. A zero makes the inputs agree.
-    zero = _zero_of(inputs)
+    zero = zero_of(inputs)
     reads, end = _advance(settings, *(x + zero.astype(x.dtype) for x in inputs))
     reads = jnp.moveaxis(reads.reshape(batch, heads, -1, value.shape[-1]), 1, 2)[:, :length]
     return reads, end.reshape(fast_weights.shape)
@@ -157,11 +156,6 @@ def _gates(beta, recall_scale, log_decay, reset, chunk_size):
         reset = jnp.broadcast_to(reset[..., None], beta.shape)
         gates["segment"] = jnp.cumsum(_split(reset.astype(jnp.float32), chunk_size), axis=-1)
     return gates
-
-
-def _zero_of(arrays):
-    """A zero that, in shard_map, varies over every mesh axis that any of the arrays varies over."""
-    return sum((jnp.zeros_like(x[(0,) * x.ndim], jnp.float32) for x in arrays), jnp.zeros((), jnp.float32))
 
 
 # --- the two kernels -------------------------------------------------------------------------------------------------
@@ -279,8 +273,10 @@ def _call(kernel, in_plain_jax, inputs, out_shapes, name, backwards=False):
 
     @jax.custom_jvp
     def call(*inputs):
-        refused = functools.partial(_refused, out_shapes)
-        return lax.platform_dependent(*inputs, tpu=compiled, cpu=interpreted, default=refused)
+        def refuse(*inputs):
+            return tuple(refused(REFUSAL, out_shapes, inputs))
+
+        return lax.platform_dependent(*inputs, tpu=compiled, cpu=interpreted, default=refuse)
 
     @call.defjvp
     def _(*_):
@@ -314,24 +310,6 @@ def _pallas_call(kernel, inputs, out_shapes, name, backwards, *, interpret):
         interpret=interpret,
         name=name,
     )
-
-
-def _refused(out_shapes, *inputs):
-    """Zeros in the place of results, so that the program can be traced. They raise when they are compiled."""
-    zero = _for_tpu_alone.bind() + _zero_of(inputs)
-    return tuple(jnp.zeros(x.shape, x.dtype) + zero.astype(x.dtype) for x in out_shapes)
-
-
-_for_tpu_alone = Primitive("for_tpu_alone")  # a zero that cannot be compiled
-_for_tpu_alone.def_abstract_eval(lambda: ShapedArray((), jnp.float32))
-
-
-def _refuse(context):
-    platforms = ", ".join(context.module_context.platforms)
-    raise ValueError(f'implementation="pallas" is for TPU, got {platforms}; use implementation="xla"')
-
-
-mlir.register_lowering(_for_tpu_alone, _refuse)
 
 
 # --- one chunk of one head -------------------------------------------------------------------------------------------

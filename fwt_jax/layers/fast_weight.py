@@ -113,7 +113,7 @@ class FastWeightAttention(nnx.Module):
         use_bias: bool = False,
         form: attention.Form = None,
         chunk_size: int | None = None,
-        implementation: Literal[None, "xla", "pallas"] = None,
+        implementation: Literal[None, "xla", "pallas", "triton"] = None,
         precision: lax.PrecisionLike = None,
         dtype: jax.typing.DTypeLike | None = None,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
@@ -134,7 +134,7 @@ class FastWeightAttention(nnx.Module):
         self.output_scale = output_scale
         self.form: attention.Form = form
         self.chunk_size = chunk_size
-        self.implementation: Literal[None, "xla", "pallas"] = implementation
+        self.implementation: Literal[None, "xla", "pallas", "triton"] = implementation
         self.precision = precision
         self.memory_dtype = computation_dtype(param_dtype if dtype is None else dtype)
         linear = linear_layers(

@@ -92,7 +92,7 @@ class ModelConfig:
     remat: bool = False
     scan: bool = False
     dtype: str = "float32"
-    implementation: Literal[None, "xla", "pallas"] = None
+    implementation: Literal[None, "xla", "pallas", "triton"] = None
 
     def __post_init__(self):
         rule = self.memory_rule
