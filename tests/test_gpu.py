@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import fwt_jax
-from fwt_jax.kernels import gpu
+from fwt_jax.kernels import gpu, over_mesh
 from fwt_jax.rules import RULES
 from tests.cases import some
 
@@ -99,7 +99,7 @@ EXACT = {
     "segments": dict(shape=(2, 100, 1, 32, 16), packed=True),
     "decay and segments": dict(shape=(2, 100, 2, 16, 16), decay=0.2, packed=True),
     "strong decay": dict(shape=(1, 100, 1, 16, 16), decay=30.0),
-    "chunks of 64": dict(shape=(1, 100, 1, 16, 16), decay=0.1, chunk_size=64),
+    "chunks of 32": dict(shape=(1, 100, 1, 16, 16), decay=0.1, chunk_size=32),
     "chunks of 16": dict(shape=(1, 40, 1, 16, 16), decay=0.1, chunk_size=16),
     "correlated keys": dict(shape=(1, 130, 1, 16, 16), keys="correlated"),
     "strong writes": dict(shape=(1, 130, 1, 16, 16), keys="correlated", most_beta=2.0),
@@ -212,21 +212,38 @@ def test_shard_map():
     chex.assert_trees_all_close(got, gradient(*inputs), rtol=1e-6, atol=1e-7)
 
 
-def test_each_device_computes_the_rows_and_heads_that_it_has():
+SPLIT = {
+    "alike": (P("rows", "heads"), P("rows", None, "heads")),
+    "the first alone": (P(None, "heads"), P()),
+    "the second alone": (P(), P("rows")),
+    "exchanged": (P("heads", "rows"), P("rows", None, "heads")),
+    "tokens and features": (P(None, None, "heads"), P(None, "rows", None, "heads")),
+}
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_each_device_computes_the_rows_and_heads_that_it_has(name):
     """The partition of the kernels, of a function in their place: they cannot be called in it on a CPU."""
     mesh = jax.make_mesh((2, 2), ("rows", "heads"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
-    memory, tokens = P("rows", "heads"), P("rows", None, "heads")
 
     def function(memory, query, nothing):
         return jnp.einsum("bthk,bhkv->bthv", query, memory), None, 2 * memory
 
-    over_mesh = gpu._over_mesh(function, ("b h k v", "b t h k", "b t"), ("b t h v", "b t", "b h k v"))
+    on_mesh = over_mesh.over_mesh(function, ("b h k v", "b t h k", "b t"), ("b t h v", "b t", "b h k v"))
     shapes = ((4, 2, 8, 6), (4, 10, 2, 8))
     inputs = [jnp.asarray(np.random.default_rng(0).random(shape), F32) for shape in shapes]
-    placed = [jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(inputs, (memory, tokens), strict=True)]
-    compiled = jax.jit(lambda *x: over_mesh(*x, None)).lower(*placed).compile()
-    assert "all-" not in compiled.as_text()
+    placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(inputs, SPLIT[name], strict=True)]
+    compiled = jax.jit(lambda *x: on_mesh(*x, None)).lower(*placed).compile()
+    assert name != "alike" or "all-" not in compiled.as_text()
     chex.assert_trees_all_close(compiled(*placed), function(*inputs, None), rtol=1e-6)
+
+
+@pytest.mark.parametrize("capabilities", [[75], [80, 90]])
+def test_cards_without_kernels_take_plain_jax(capabilities, monkeypatch):
+    monkeypatch.setattr(gpu, "_compute_capabilities", lambda: frozenset(capabilities))
+    jax.clear_caches()
+    with pytest.raises(ValueError, match=r'"triton" needs GPUs of one compute capability, 8.0 or higher, got \['):
+        attention(*arguments())
 
 
 @pytest.mark.parametrize("derivative", ["reverse over reverse", "forward over reverse"])
@@ -297,7 +314,7 @@ REFUSED = {
     "decay per channel": (dict(log_decay=-np.ones((2, 40, 2, 16), np.float32)), "has no decay per key channel"),
     "size": (dict(query=np.ones((2, 40, 2, 65), np.float32), key=np.ones((2, 40, 2, 65), np.float32)), "K = 65"),
     "dtype": (dict(value=np.ones((2, 40, 2, 16), np.float16)), "got float16, float32"),
-    "chunk_size": (dict(chunk_size=48), "chunk_size 16, 32, 64 or None, got 48"),
+    "chunk_size": (dict(chunk_size=64), "chunk_size 16, 32 or None for products of float32, got 64"),
     "precision": (dict(precision=("highest", "default")), "precision"),
     "form": (dict(form="parallel"), 'needs form="chunkwise"'),
 }

@@ -16,18 +16,17 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import AxisType, PartitionSpec
 
 from fwt_jax.chunkwise import chunkwise as chunkwise_of_head
 from fwt_jax.decays import cumulative_log_decay
 from fwt_jax.heads import over_heads
+from fwt_jax.kernels.over_mesh import over_batch_and_mesh, over_explicit_axes
 from fwt_jax.kernels.refused import refused, zero_of
 from fwt_jax.recurrent import with_derivatives_of
 from fwt_jax.rules import name_of
 
 REFUSAL = 'implementation="triton" is for NVIDIA GPUs, got {platforms}; use implementation="xla"'
-CHUNK_SIZES = (16, 32, 64)
+CHUNK_SIZES = {"bfloat16": (16, 32, 64), "float32": (16, 32)}
 # The axes of a start, of query, key, value, beta, log_decay, reset and recall_scale.
 _INPUTS = ("b h k v", "b t h k", "b t h k", "b t h v", "b t h", "b t h", "b t", "b t h")
 RESET = -200.0  # a log decay whose exponential is 0 in float32
@@ -116,40 +115,22 @@ def chunkwise(
         decays=log_decay is not None or reset is not None,
         chunk_size=chunk_size,
         exact=lax.Precision(precision) != lax.Precision.DEFAULT,
-        compute_capability=_compute_capability(),
+        compute_capability=min(_compute_capabilities(), default=90),
         fallback=fallback,
     )
     tokens = (x.astype(dtype) for x in (query, key, value))
-    inputs = (fast_weights, *tokens, beta, log_decay, reset, recall_scale)
-    reads, end = _over_explicit_axes(functools.partial(_advance, settings), inputs)(*inputs)
+    inputs = (fast_weights.astype(jnp.float32), *tokens, beta, log_decay, reset, recall_scale)
+    advance = functools.partial(_advance, settings)
+    reads, end = over_explicit_axes(advance, inputs, _INPUTS, (_INPUTS[3], _INPUTS[0]))(*inputs)
     return reads.astype(value.dtype), end
-
-
-def _over_explicit_axes(advance, inputs):
-    """``advance`` in shard_map over the explicit axes of a mesh that split the batch and the heads of the query."""
-    kind = jax.typeof(inputs[1]).sharding
-    if AxisType.Explicit not in kind.mesh.axis_types:
-        return advance
-    batch, _, heads, _ = kind.spec
-    split = {"b": batch, "h": heads}
-
-    def spec(axes):
-        return PartitionSpec(*(split.get(axis) for axis in axes.split()))
-
-    in_specs = tuple(None if x is None else spec(axes) for axes, x in zip(_INPUTS, inputs, strict=True))
-    placed = jax.shard_map(advance, in_specs=in_specs, out_specs=(spec(_INPUTS[3]), spec(_INPUTS[0])))
-
-    def call(*inputs):
-        return placed(*(x if x is None else jax.sharding.reshard(x, s) for x, s in zip(inputs, in_specs, strict=True)))
-
-    return call
 
 
 def why_not(fast_weights, query, key, value, beta, log_decay, *, rule, chunk_size, precision) -> str | None:
     """The reason why the kernels cannot take these arguments of ``chunkwise``, or None.
 
     They take float32 and bfloat16; sum, delta and rules with the same write (``Rule.corrects``); no decay or one per
-    head; K and V up to 256, and up to 64 where products are of float32 numbers; chunks of 16, 32 or 64 tokens.
+    head; K and V up to 256 and chunks of up to 64 tokens; where products are of float32 numbers, K and V up to 64 and
+    chunks of up to 32 tokens; GPUs of compute capability 8.0 on, all of one kind.
     """
     dtypes = {x.dtype for x in (fast_weights, query, key, value)}
     if rule.corrects is None:
@@ -166,8 +147,13 @@ def why_not(fast_weights, query, key, value, beta, log_decay, *, rule, chunk_siz
     if max(fast_weights.shape[2:]) > (256 if dtype == jnp.bfloat16 else 64):
         sizes = f"got K = {fast_weights.shape[2]}, V = {fast_weights.shape[3]}"
         return f"takes K and V up to 256 for bfloat16, and up to 64 for products of float32, {sizes}"
-    if chunk_size not in (None, *CHUNK_SIZES):
-        return f"takes chunk_size {', '.join(map(str, CHUNK_SIZES))} or None, got {chunk_size}"
+    chunk_sizes = CHUNK_SIZES[dtype.name]
+    if chunk_size not in (None, *chunk_sizes):
+        sizes = ", ".join(map(str, chunk_sizes))
+        return f"takes chunk_size {sizes} or None for products of {dtype.name}, got {chunk_size}"
+    capabilities = sorted(_compute_capabilities())
+    if len(capabilities) > 1 or min(capabilities, default=80) < 80:
+        return f"needs GPUs of one compute capability, 8.0 or higher, got {capabilities} (80 for 8.0)"
     if not importlib.util.find_spec("jax_triton"):
         return "needs jax-triton, of the extra cuda (pip install jax-triton, for Python 3.12 or later)"
     return None
@@ -186,13 +172,13 @@ def _products_dtype(query, key, value, precision):
 
 
 @functools.cache
-def _compute_capability():
-    """Of the first GPU, 90 for Hopper; 90 if there is none."""
+def _compute_capabilities():
+    """Those of the NVIDIA GPUs of this process, 90 for Hopper; none without a GPU."""
     try:
-        devices = jax.devices("cuda")
+        devices = jax.local_devices(backend="cuda")
     except RuntimeError:
-        return 90
-    return int(devices[0].compute_capability.replace(".", ""))
+        return frozenset()
+    return frozenset(int(device.compute_capability.replace(".", "")) for device in devices)
 
 
 # The settings of the four kernels in bfloat16, for K and V up to 128, by compute capability and whether there are
@@ -299,8 +285,8 @@ def _advance_backward(settings, residuals, outputs_grad):
     def of_arrays(function):
         return lambda *arrays: function(*jax.tree.unflatten(structure, arrays))
 
-    plain, kernels = of_arrays(plain), of_arrays(kernels)
-    return with_derivatives_of(plain, _on_gpu(settings, kernels, plain))(*arrays)
+    call = _on_gpu(settings, of_arrays(kernels), of_arrays(plain))
+    return with_derivatives_of(of_arrays(plain), call)(*arrays)
 
 
 _advance.defvjp(_advance_forward, _advance_backward)
@@ -346,74 +332,10 @@ def _on_gpu(settings, kernels, plain):
 # --- the calls of the kernels ----------------------------------------------------------------------------------------
 
 
-def _over_batch_and_mesh(inputs, outputs):
-    """A decorator of ``function(static, *arrays)``, of arrays or None. Its vmap is a larger B.
-
-    In a program for several devices that is not in shard_map, each device computes the rows and the heads that it has.
-
-    Args:
-      inputs: names of the axes of each array, as "b t h k". The first one is b.
-      outputs: those of each array of the result.
-    """
-
-    def decorator(function):
-        def call(static, *arrays):
-            from fwt_jax.kernels.triton_kernels import INTERPRETED
-
-            over_rows = functools.partial(function, static)
-            # JAX forgets the callback of an interpreted kernel if it is called in a partitioned function.
-            over_rows = over_rows if INTERPRETED else _over_mesh(over_rows, inputs, outputs)
-            mapped = jax.custom_batching.custom_vmap(over_rows)
-
-            @mapped.def_vmap
-            def _(axis_size, batched, *arrays):
-                def merge(x, is_batched):
-                    x = x if is_batched else jnp.broadcast_to(x, (axis_size, *x.shape))
-                    return x.reshape(axis_size * x.shape[1], *x.shape[2:])
-
-                results = call(static, *jax.tree.map(merge, arrays, tuple(batched)))
-                split = jax.tree.map(lambda x: x.reshape(axis_size, x.shape[0] // axis_size, *x.shape[1:]), results)
-                return split, jax.tree.map(lambda _: True, split)
-
-            return mapped(*arrays)
-
-        return call
-
-    return decorator
-
-
-def _over_mesh(function, inputs, outputs):
-    """``function`` of arrays or None whose axes b and h may be split over a mesh."""
-
-    def call(*arrays):
-        given = [x is not None for x in arrays]
-        results = jax.eval_shape(function, *arrays)
-
-        def of_given(*some):
-            some = iter(some)
-            return function(*(next(some) if is_given else None for is_given in given))
-
-        def partition(mesh, arguments, results):
-            return mesh, of_given, *(jax.tree.map(lambda x: x.sharding, tree) for tree in (results, arguments))
-
-        used = [names for names, is_given in zip(inputs, given, strict=True) if is_given]
-        produced = [names for names, x in zip(outputs, results, strict=True) if x is not None]
-        axes = dict.fromkeys(" ".join(used + produced).split())  # in the order in which they first appear
-        partitioned = custom_partitioning(of_given)
-        partitioned.def_partition(
-            partition,
-            sharding_rule=f"{', '.join(used)} -> {', '.join(produced)}",
-            need_replication_factors=tuple(axis for axis in axes if axis not in ("b", "h")),
-        )
-        return partitioned(*(x for x in arrays if x is not None))
-
-    return call
-
-
 _RESIDUALS = ("b h n c i", "b h n c i", "b h n v k", "b h n v c")
 
 
-@_over_batch_and_mesh(_INPUTS, ("b t h v", "b h k v", *_RESIDUALS))
+@over_batch_and_mesh(_INPUTS, ("b t h v", "b h k v", *_RESIDUALS))
 def _forward_kernels(static, memory, query, key, value, beta, log_decay, reset, recall_scale):
     settings, keep = static
     gates = _gates(settings, beta, log_decay, reset, recall_scale)
@@ -422,16 +344,19 @@ def _forward_kernels(static, memory, query, key, value, beta, log_decay, reset, 
     value_size, chunk_size, dtype = value.shape[-1], settings.chunk_size, query.dtype
     chunks = (batch, heads, -(-length // chunk_size))
     square = jax.ShapeDtypeStruct((*chunks, chunk_size, chunk_size), dtype)
+    unused = jax.ShapeDtypeStruct((batch, 1), dtype)  # in the place of what a kernel does not write
     inputs = [query, key, gates.correction, gates.decay, gates.fine]
-    scores, inverse = _call("scores", settings, query, value, inputs, [square, square])
-    kept = [(*chunks, value_size, size) if keep else (batch, 1) for size in (key_size, chunk_size)]
-    out_shapes = [_like(value), _like(memory), *(jax.ShapeDtypeStruct(shape, dtype) for shape in kept)]
+    out_shapes = [square, square if settings.rule.corrects else unused]
+    scores, inverse = _call("scores", settings, query, value, inputs, out_shapes)
+    inverse = inverse if settings.rule.corrects else None
+    stored = [jax.ShapeDtypeStruct((*chunks, value_size, size), dtype) for size in (key_size, chunk_size)]
+    out_shapes = [_like(value), _like(memory), *(stored if keep else [unused, unused])]
     inputs = [memory, query, key, value, gates.beta, recall, from_start, to_end, scores, inverse]
     reads, end, starts, writes = _call("forward", settings, query, value, inputs, out_shapes, KEEP=keep)
     return reads, end, *((scores, inverse, starts, writes) if keep else (None,) * 4)
 
 
-@_over_batch_and_mesh((*_INPUTS, *_RESIDUALS, "b t h v", "b h k v"), _INPUTS)
+@over_batch_and_mesh((*_INPUTS, *_RESIDUALS, "b t h v", "b h k v"), _INPUTS)
 def _backward_kernels(
     settings,
     memory, query, key, value, beta, log_decay, reset, recall_scale,

@@ -25,6 +25,9 @@ from fwt_jax.sharding import over_batch
 # The number of logits that exist together, by the platform that the program is compiled for. On CPU and TPU they stay
 # in fast memory. On GPU, which "default" is, few large products take fewer launches.
 LOGITS = {"cpu": 2**20, "tpu": 2**22, "default": 2**26}
+# Of how many tokens the logits are computed, as shares of all tokens: the least that is enough. Rare words are few, and
+# batches of sentences have padding.
+CLUSTER_SHARES, HEAD_SHARES = (0, 1 / 64, 1 / 16, 1 / 4, 1), (1 / 2, 3 / 4, 1)
 TILE = 128  # the least number of words in a block: the width of a tile of TPU and GPU
 
 
@@ -37,9 +40,9 @@ def losses(x: jax.Array, targets: jax.Array, output: tuple[jax.Array, ...], cuto
     """−log p of ``targets``, integers ``[B, T]``, from x ``[B, T, D]``: ``[B, T]``; 0 for a negative target.
 
     The logits of all tokens exist for one block of words at a time, and the gradient computes them again. A block has
-    2^20 logits on CPU, 2^22 on TPU, 2^26 on GPU, and at least 128 words.
-    The tokens of a cluster are gathered. Its logits are computed for 0, N/64, N/16, N/4 or N tokens, whichever is
-    enough; below 64 tokens, the next larger number is taken.
+    up to 2^20 logits on CPU, 2^22 on TPU and 2^26 on GPU, twice that if the vocabulary does not divide well, and at
+    least 128 words. Tokens that count are gathered: logits of words are computed for N/2, 3N/4 or N tokens, those of a
+    cluster for 0, N/64, N/16, N/4 or N tokens, whichever is enough. Numbers below 64 are skipped.
     Cost: 2VD FLOPs per token. With clusters: 2D Σ pn, where a cluster of n words is computed for a share p of tokens.
 
     Raises:
@@ -107,18 +110,20 @@ def _losses(x, targets, output, *, cutoffs, **options):
     for column, low, high in _clusters(cutoffs, len(embedding)):
         member = (low <= targets) & (targets < high)
         columns = jnp.where(member, cutoffs[0] + len(cutoffs) + column, columns)
-        losses += _losses_of_members(x, targets - low, member, embedding[low:high], bias[low:high], **options)
-    losses += _losses_of_all(x, columns, *_head(output, cutoffs), **options)
+        rows = embedding[low:high], bias[low:high]
+        losses += _losses_of_members(CLUSTER_SHARES, x, targets - low, member, *rows, **options)
+    losses += _losses_of_members(HEAD_SHARES, x, columns, counts, *_head(output, cutoffs), **options)
     return jnp.where(counts, jnp.where(targets < len(embedding), losses, jnp.nan), 0)
 
 
-def _losses_of_members(x, columns, member, embedding, bias, **options):
+def _losses_of_members(shares, x, columns, member, embedding, bias, **options):
     """``_losses_of_all`` of the tokens that are members, bool ``[N]``, and 0 for the others.
 
-    Members come first, and a branch computes the first 0, N/64, N/16, N/4 or N tokens. A scan over blocks of members
-    would add a gradient of the whole cluster for each block, with and without members. A branch forms it once.
+    Members come first, and a branch computes a share of all tokens, the least that is enough. A scan over blocks of
+    members would add a gradient of all words for each block, with and without members. A branch forms it once.
     """
-    sizes = [0, *(len(x) // part for part in (64, 16, 4) if len(x) // part >= 64), len(x)]
+    sizes = [int(share * len(x)) for share in shares]
+    sizes = [size for size in sizes if size in (0, len(x)) or size >= 64]
     members_first = jnp.argsort(~member)
 
     def losses_of_first(size, x, columns, member, embedding, bias):

@@ -1,0 +1,116 @@
+"""A kernel of many rows and heads under ``jax.vmap``, and on the devices of a mesh.
+
+Each argument and result of a function has a string that names its axes, as "b t h k". Two axes may be split: the rows
+b, which come first, and the heads h. An argument may be None.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+
+def over_batch_and_mesh(inputs, outputs):
+    """A decorator of ``function(static, *arrays)``. Its vmap is a larger b.
+
+    In a program for several devices that is not in shard_map, each device computes the rows and the heads that it has.
+    """
+
+    def decorator(function):
+        def call(static, *arrays):
+            from fwt_jax.kernels.triton_kernels import INTERPRETED
+
+            over_rows = functools.partial(function, static)
+            # JAX forgets the callback of an interpreted kernel if it is called in a partitioned function.
+            over_rows = over_rows if INTERPRETED else over_mesh(over_rows, inputs, outputs)
+            mapped = jax.custom_batching.custom_vmap(over_rows)
+
+            @mapped.def_vmap
+            def _(axis_size, batched, *arrays):
+                def merge(x, is_batched):
+                    x = x if is_batched else jnp.broadcast_to(x, (axis_size, *x.shape))
+                    return x.reshape(axis_size * x.shape[1], *x.shape[2:])
+
+                results = call(static, *jax.tree.map(merge, arrays, tuple(batched)))
+                split = jax.tree.map(lambda x: x.reshape(axis_size, x.shape[0] // axis_size, *x.shape[1:]), results)
+                return split, jax.tree.map(lambda _: True, split)
+
+            return mapped(*arrays)
+
+        return call
+
+    return decorator
+
+
+def over_mesh(function, inputs, outputs):
+    """``function`` of arrays, of which the compiler splits the axes b and h over the devices of a program."""
+
+    def call(*arrays):
+        given = [x is not None for x in arrays]
+        results = jax.eval_shape(function, *arrays)
+        used = [names for names, is_given in zip(inputs, given, strict=True) if is_given]
+        produced = [names for names, x in zip(outputs, results, strict=True) if x is not None]
+
+        def of_given(*some):
+            some = iter(some)
+            return function(*(next(some) if is_given else None for is_given in given))
+
+        def partition(mesh, arguments, results):
+            structure = jax.tree.structure(results)
+            leaves = [*arguments, *jax.tree.leaves(results)]
+            split = _split(mesh, used + produced, leaves)
+            of_arguments, of_results = ([_sharding(mesh, split, names) for names in tree] for tree in (used, produced))
+            return mesh, of_given, jax.tree.unflatten(structure, of_results), tuple(of_arguments)
+
+        axes = dict.fromkeys(" ".join(used + produced).split())  # in the order in which they first appear
+        partitioned = custom_partitioning(of_given)
+        partitioned.def_partition(
+            partition,
+            sharding_rule=f"{', '.join(used)} -> {', '.join(produced)}",
+            need_replication_factors=tuple(axis for axis in axes if axis not in ("b", "h")),
+        )
+        return partitioned(*(x for x in arrays if x is not None))
+
+    return call
+
+
+def _split(mesh, names, arrays):
+    """The axes of the mesh that split b and h: those of the first array that is split so. The others are made alike."""
+    split, taken = {}, set()
+    for axes, x in zip(names, arrays, strict=True):
+        spec = (*x.sharding.spec, *(None,) * len(x.shape))
+        for axis, size, parts in zip(axes.split(), x.shape, spec, strict=False):
+            parts = (parts,) if isinstance(parts, str) else tuple(parts or ())
+            divides = size % math.prod(mesh.shape[name] for name in parts) == 0
+            if parts and axis in ("b", "h") and axis not in split and divides and not taken & set(parts):
+                split[axis] = parts
+                taken |= set(parts)
+    return split
+
+
+def _sharding(mesh, split, axes):
+    return NamedSharding(mesh, PartitionSpec(*(split.get(axis) for axis in axes.split())))
+
+
+def over_explicit_axes(function, arrays, inputs, outputs):
+    """``function`` in shard_map over the explicit axes of a mesh that split b and h of the second array."""
+    kind = jax.typeof(arrays[1]).sharding
+    if AxisType.Explicit not in kind.mesh.axis_types:
+        return function
+    split = {axis: parts for axis, parts in zip(inputs[1].split(), kind.spec, strict=True) if axis in ("b", "h")}
+
+    def spec(axes):
+        return PartitionSpec(*(split.get(axis) for axis in axes.split()))
+
+    in_specs = tuple(None if x is None else spec(axes) for axes, x in zip(inputs, arrays, strict=True))
+    placed = jax.shard_map(function, in_specs=in_specs, out_specs=tuple(map(spec, outputs)))
+
+    def call(*arrays):
+        return placed(*(x if x is None else jax.sharding.reshard(x, s) for x, s in zip(arrays, in_specs, strict=True)))
+
+    return call
