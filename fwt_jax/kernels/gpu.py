@@ -192,8 +192,8 @@ _WIDE = {
     (100, True): ((1, 1), (8, 3, 64), (4, 3, 64), (4, 1, 64, 64)),
 }
 _NARROW = (1, 1), (8, 2, 32), (4, 2, 32), (4, 1, 64, 32)  # other cards: 99 KiB of shared memory, small products
-_LARGE = (1, 1, 64, 32), (8, 2, 16), (8, 1, 32), (4, 1, 64, 32)  # K or V above 128
-_FLOAT32 = (1, 1, 64, 32), (4, 2, 16), (4, 2, 16), (4, 1, 32, 16)  # chunks of 32 tokens
+_LARGE = (1, 1), (8, 2, 16), (8, 1, 32), (8, 1, 64, 32)  # K or V above 128
+_FLOAT32 = (1, 1, 64, 32), (4, 2, 16), (4, 2, 16), (4, 1, 16, 16)  # chunks of 32 tokens
 _NUM_PROCESSORS = {80: 108, 90: 132, 100: 148}  # streaming multiprocessors; of an H100 for capability 90
 
 
@@ -215,10 +215,14 @@ def settings_of(
         kernels = _LARGE
     else:
         kernels = _WIDE.get((compute_capability, decays), _NARROW)
+        scores, (num_warps, num_stages, values), *backward = kernels
         num_programs = batch * heads * -(-value_size // 64)
         if kernels is not _NARROW and num_programs <= _NUM_PROCESSORS[compute_capability] // 2:
             # Half of the processors would idle. So each head gets twice as many programs.
-            kernels = (kernels[0], (4, 2, 32), kernels[2], kernels[3])
+            num_warps, num_stages, values = 4, 2, 32
+        if not rule.corrects:
+            num_warps = 8  # With four, the sum rule spills a few registers.
+        kernels = scores, (num_warps, num_stages, values), *backward
     return Settings(
         rule=rule,
         chunk_size=chunk_size or (64 if rounded else 32),

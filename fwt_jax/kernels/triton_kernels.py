@@ -94,8 +94,8 @@ def _store(pointer, x, row, column, row_stride, column_stride, num_rows, num_col
 @triton.jit
 def _multiple_of_chunk(length, CHUNK: tl.constexpr, EXACT: tl.constexpr):
     """T. If it is a multiple of C, the compiler may load numbers of tokens 16 bytes at a time."""
-    if EXACT:
-        length = tl.multiple_of(length, CHUNK)
+    if EXACT:  # not tl.multiple_of, which says nothing of a number that is no pointer
+        length = length // CHUNK * CHUNK
     return length
 
 
@@ -225,7 +225,9 @@ def _tiles_of_products(row_pointer, column_pointer, tile, heads: tl.constexpr, r
     """
     TILE: tl.constexpr = 16
     sums = ()
-    for block in tl.static_range((K + KEYS - 1) // KEYS):
+    for _ in tl.static_range(TILES * (TILES + 1) // 2):
+        sums = sums + (tl.zeros([TILE, TILE], tl.float32),)
+    for block in range((K + KEYS - 1) // KEYS):
         feature = block * KEYS + tl.arange(0, KEYS)
         columns, new = (), ()
         for i in tl.static_range(TILES):
@@ -235,10 +237,7 @@ def _tiles_of_products(row_pointer, column_pointer, tile, heads: tl.constexpr, r
                 _load(column_pointer, place, feature, heads * K, 1, rest, K, not EXACT, K % KEYS != 0),
             )
             for j in tl.static_range(i + 1):
-                x = _dot(rows, tl.trans(columns[j]), PRECISION)
-                if block > 0:
-                    x += sums[i * (i + 1) // 2 + j]
-                new = new + (x,)
+                new = new + (sums[i * (i + 1) // 2 + j] + _dot(rows, tl.trans(columns[j]), PRECISION),)
         sums = new
     return sums
 
