@@ -101,7 +101,8 @@ def fast_weight_attention(
         Kernels have first derivatives in reverse mode only; derivatives of a gradient of "triton" are those of "xla".
         Forward mode (``jax.jvp``) needs "xla". If the arrays are sharded, call "pallas" inside ``jax.shard_map``.
         On CPU, "pallas" is interpreted, for tests; other platforms refuse a kernel that is not theirs. ``jax.export``
-        takes "pallas" for one platform at a time.
+        takes "pallas" for one platform at a time, and "triton" for CUDA alone and if its check of custom calls is
+        disabled.
       precision: of the matrix products of the chunkwise and parallel forms, as in ``jax.lax``. None: "default" if
         query, key and value are all bfloat16, else "highest", because TPUs would round float32 to bfloat16 and GPUs to
         TF32. A chunk's triangular system is solved more exactly.
