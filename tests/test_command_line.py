@@ -47,6 +47,7 @@ PROGRAMS = {
     "retrieval": ("--sizes 0", "error: --sizes must be at least 1, got 0"),
     "translation": ("--preset nothing", "error: --preset must be one of"),
     "benchmarks.gpu": ("--rows nothing", "invalid choice"),
+    "benchmarks.gpu_kernels": ("--cards 1", "invalid choice"),
     "benchmarks.language_models": ("--parts nothing", "invalid choice"),
     "benchmarks.ops": ("--peers nowhere", "error: no folder nowhere"),
     "benchmarks.retrieval": ("--repeats 0", "must be at least 1, got 0"),

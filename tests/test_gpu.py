@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import some
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import fwt_jax
 from fwt_jax.kernels import gpu, over_mesh
 from fwt_jax.rules import RULES
-from tests.cases import some
 
 pytest.importorskip("jax_triton", reason="pip install jax-triton, for Python 3.12 or later")
 from fwt_jax.kernels import triton_kernels
@@ -112,7 +112,7 @@ EXACT = {
 GROWING = ("strong writes", "equal keys", "retrieval normalised")
 
 
-@pytest.mark.parametrize("name", some(2, list(EXACT)))
+@pytest.mark.parametrize("name", some(3, list(EXACT)))
 def test_float32_is_the_float64_recurrence(name):
     options = dict(EXACT[name])
     check(options.pop("shape"), 1e-5 if name in GROWING else 2e-6, **options)
@@ -133,7 +133,7 @@ ROUNDED = {
 }
 
 
-@pytest.mark.parametrize("name", some(3, list(ROUNDED)))
+@pytest.mark.parametrize("name", some(4, list(ROUNDED)))
 def test_bfloat16_is_the_float64_recurrence_to_its_rounding(name):
     """As all kernels that multiply bfloat16 numbers: 1.2e-2 for correlated keys."""
     options = dict(ROUNDED[name])

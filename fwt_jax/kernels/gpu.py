@@ -88,9 +88,9 @@ def chunkwise(
 ) -> tuple[jax.Array, jax.Array]:
     """``chunkwise`` of a batch of heads on an NVIDIA GPU. With TRITON_INTERPRET=1, a CPU interprets the kernels.
 
-    The delta rule takes 6KV + 4C(K + V) FLOPs per token and head, and 32C for the inverse. The gradient takes twice as
-    many. Forward, the kernels move 2(K + V) + 2C numbers per token. The gradient also stores 4KV/C + 2V numbers per
-    token and reads them.
+    The delta rule takes 6KV + 4C(K + V) FLOPs per token and head, and 80C for the inverse if C = 64. The gradient takes
+    about twice as many. Forward, the kernels move 4K + 2V + 4C numbers per token to or from the GPU's memory, and
+    with a gradient 6K + 8V + 4KV/C + 2C more. The gradient keeps KV/C + V + 2C numbers per token.
 
     Args:
       fast_weights, query, key, value, beta, log_decay, reset, recall_scale, rule, chunk_size, precision: see
@@ -250,7 +250,7 @@ def _advance_forward(settings, *inputs):
 
 
 def _forward(settings, keep, *inputs):
-    """Reads and W_T, and the residuals: T, W and N of every chunk (None without a gradient)."""
+    """Reads and W_T, and the residuals: P, T, W and N of every chunk (None without a gradient)."""
 
     def kernels(*inputs):
         reads, end, *residuals = _forward_kernels((settings, keep), *inputs)
@@ -379,19 +379,16 @@ def _backward_kernels(
     batch, length, heads, key_size = query.shape
     num_parts = -(-key_size // min(settings.kernels[3].keys, _power_of_2(key_size)))
     by_part = jax.ShapeDtypeStruct((batch, heads, num_parts, length), jnp.float32)
-    out_shapes = [*map(_like, (query, key, value, gates.beta)), by_part, by_part]
+    unused = jax.ShapeDtypeStruct((batch, 1), jnp.float32)  # in the place of what the kernel does not write
+    out_shapes = [*map(_like, (query, key, value, gates.beta))]
+    out_shapes += [by_part if settings.rule.corrects else unused, by_part if settings.decays else unused]
     inputs = [query, key, value, gates.beta, gates.correction, from_start, to_end, gates.decay, gates.fine]
     inputs += [starts, writes, ends_grad, solved, reads_grad]
     outputs = _call("gradient", settings, query, value, inputs, out_shapes)
     *tokens_grad, beta_grad, correction_grad, decay_grad = outputs
     correction_grad = jnp.sum(correction_grad, axis=2) if settings.rule.corrects else jnp.zeros_like(beta_grad)
-    decay_grad = jnp.sum(decay_grad, axis=2)
-    gates_grad = _Gates(
-        beta_grad,
-        correction_grad,
-        None if gates.decay is None else decay_grad,
-        None if gates.fine is None else decay_grad,
-    )
+    decay_grad = jnp.sum(decay_grad, axis=2) if settings.decays else None
+    gates_grad = _Gates(beta_grad, correction_grad, decay_grad, None if gates.fine is None else decay_grad)
     beta_grad, log_decay_grad, recall_scale_grad = pull(gates_grad)
     return memory_grad, *tokens_grad, beta_grad, log_decay_grad, None, recall_scale_grad
 

@@ -151,7 +151,7 @@ def _log_sum_and_own(x, columns, embedding, bias, max_logits, precision):
         logits = _logits(x, rows, precision)
         larger = jnp.maximum(largest, jnp.max(logits, axis=-1))
         total = total * jnp.exp(largest - larger) + jnp.sum(jnp.exp(logits - larger[:, None]), axis=-1)
-        return (larger, total, own + _at(columns - start, logits)), None
+        return (larger, total, own + _at(columns - start.astype(columns.dtype), logits)), None
 
     zeros = jnp.zeros_like(columns, jnp.float32)  # in shard_map, they vary over the same axes as the columns
     words = _words_of_a_block(len(x), len(embedding), max_logits)
@@ -174,7 +174,7 @@ def _log_sum_and_own_jvp(max_logits, precision, primals, tangents):
         start, rows, d_rows = block
         logits, d_logits = jax.jvp(functools.partial(_logits, precision=precision), (x, rows), (dx, d_rows))
         d_log_sum += jnp.sum(jnp.exp(logits - log_sum[:, None]) * d_logits, axis=-1)
-        return (d_log_sum, d_own + _at(columns - start, d_logits)), None
+        return (d_log_sum, d_own + _at(columns - start.astype(columns.dtype), d_logits)), None
 
     zeros = jnp.zeros_like(log_sum)
     words = _words_of_a_block(len(x), len(embedding), max_logits)
@@ -194,7 +194,8 @@ def _precision(x):
 
 def _at(column, logits):
     """The logit of a column ``[N]`` of ``[N, columns]``, or 0 if there is none."""
-    return jnp.sum(jnp.where(jnp.arange(logits.shape[1])[None] == column[:, None], logits, 0), axis=-1)
+    columns = jnp.arange(logits.shape[1], dtype=column.dtype)
+    return jnp.sum(jnp.where(columns[None] == column[:, None], logits, 0), axis=-1)
 
 
 def _words_of_a_block(num_tokens, vocab_size, max_logits):
