@@ -255,7 +255,10 @@ def test_derivatives_of_a_gradient_are_those_of_plain_jax(derivative):
         first = functools.partial(gradient, implementation=implementation)
         if derivative == "forward over reverse":
             return jax.jvp(first, inputs, directions)
-        products = lambda *x: sum(jnp.sum(g * d) for g, d in zip(first(*x), directions, strict=True))  # noqa: E731
+
+        def products(*inputs):
+            return sum(jnp.sum(g * d) for g, d in zip(first(*inputs), directions, strict=True))
+
         return jax.grad(products, argnums=tuple(range(5)))(*inputs)
 
     chex.assert_trees_all_close(second("triton"), second("xla"), rtol=1e-4, atol=1e-4)
