@@ -96,7 +96,7 @@ def fast_weight_attention(
         without a gradient, and up to four times as much with one.)
       chunk_size: tokens per chunk of the chunkwise form. None picks 64, or 32 for "fwm" and for K·V ≤ 1024, or fewer.
       implementation: "xla" is plain JAX. "pallas" is a kernel for TPU, "triton" one for NVIDIA GPUs, for the chunkwise
-        form of sum and delta without a decay or with one per head. None picks "triton" where JAX's default device is an
+        form of sum and delta; "pallas" has no decay per channel. None picks "triton" where JAX's default device is an
         NVIDIA GPU, ``fwt_jax[cuda]`` is installed, and ``kernels.gpu.why_not`` has no reason against it; else "xla".
         Kernels have first derivatives in reverse mode only; derivatives of a gradient of "triton" are those of "xla".
         Forward mode (``jax.jvp``) needs "xla". If the arrays are sharded, call "pallas" inside ``jax.shard_map``.
@@ -202,7 +202,7 @@ def _attend(
         recall_scale, beta = normalization.retrieval(memory.key_sum, sums_before, key, beta, log_decay, reset, eps)
     inputs = (memory.fast_weights, query, key, value, beta, log_decay, reset, recall_scale)
     options = {"rule": rule, "chunk_size": chunk_size, "precision": precision}
-    by_default = implementation is None and form == "chunkwise" and gpu.is_default(*inputs[:6], **options)
+    by_default = implementation is None and form == "chunkwise" and gpu.is_default(*inputs[:4], **options)
     if implementation == "pallas":
         out, fast_weights = tpu.chunkwise(*inputs, **options)
     elif implementation == "triton" or by_default:

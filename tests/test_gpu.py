@@ -19,7 +19,7 @@ from fwt_jax.kernels import gpu, over_mesh
 from fwt_jax.rules import RULES
 
 pytest.importorskip("jax_triton", reason="pip install jax-triton, for Python 3.12 or later")
-from fwt_jax.kernels import triton_kernels
+from fwt_jax.kernels import triton_arrays
 
 NAMES = ("query", "key", "value", "beta", "log_decay", "fast_weights")
 F32, BF16 = "float32", "bfloat16"
@@ -29,8 +29,14 @@ def unit(x):
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
-def random_arrays(shape, *, dtype=F32, keys="random", most_beta=1.0, decay=0.0, seed=0):
-    """Float64 arrays by name, of query, key and value already rounded to dtype; decay: the mean of −log_decay."""
+def random_arrays(shape, *, dtype=F32, keys="random", most_beta=1.0, decay=0.0, channels=False, seed=0):
+    """Float64 arrays by name, of query, key and value already rounded to dtype.
+
+    Args:
+      shape: B, T, H, K and V.
+      decay: the mean of −log_decay.
+      channels: whether every key channel has a decay of its own.
+    """
     batch, length, heads, key_size, value_size = shape
     rng = np.random.default_rng(seed)
     tokens = (batch, length, heads)
@@ -42,7 +48,7 @@ def random_arrays(shape, *, dtype=F32, keys="random", most_beta=1.0, decay=0.0, 
     arrays = {"query": unit(query), "key": unit(key), "value": rng.normal(size=(*tokens, value_size))}
     arrays = {name: np.asarray(jnp.asarray(x, dtype), np.float64) for name, x in arrays.items()}
     arrays["beta"] = rng.uniform(0, most_beta, tokens)
-    arrays["log_decay"] = -rng.exponential(decay, tokens) if decay else None
+    arrays["log_decay"] = -rng.exponential(decay, (*tokens, key_size) if channels else tokens) if decay else None
     arrays["fast_weights"] = 0.3 * rng.normal(size=(batch, heads, key_size, value_size))
     arrays["key_sum"] = rng.uniform(0.5, 1.5, (batch, heads, key_size))
     return {name: None if x is None else np.float32(x) for name, x in arrays.items()}
@@ -76,9 +82,9 @@ def outputs_and_gradients(arrays, dtype, computed_in, *, packed=False, **options
     return {name: np.asarray(x, np.float64) for name, x in results.items()}
 
 
-def check(shape, tolerance, *, dtype=F32, keys="random", most_beta=1.0, decay=0.0, **options):
+def check(shape, tolerance, *, dtype=F32, keys="random", most_beta=1.0, decay=0.0, channels=False, **options):
     """Against the recurrent form in float64, relative to the norm of each array."""
-    arrays = random_arrays(shape, dtype=dtype, keys=keys, most_beta=most_beta, decay=decay)
+    arrays = random_arrays(shape, dtype=dtype, keys=keys, most_beta=most_beta, decay=decay, channels=channels)
     with jax.enable_x64(True):
         reference = {k: v for k, v in options.items() if k not in ("chunk_size", "precision")}
         want = outputs_and_gradients(arrays, "float64", "float64", form="recurrent", **reference)
@@ -107,6 +113,20 @@ EXACT = {
     "retrieval normalised": dict(shape=(1, 70, 1, 16, 16), keys="correlated", decay=0.1, normalize="retrieval"),
     "read normalised": dict(shape=(1, 70, 1, 16, 16), keys="correlated", normalize="read"),
     "bfloat16, computed in float32": dict(shape=(1, 70, 1, 16, 16), precision="highest"),
+} | {
+    f"channels, {name}": dict(channels=True, **options)
+    for name, options in {
+        "one token": dict(shape=(2, 1, 2, 16, 16), decay=0.1),
+        "a token less than two chunks": dict(shape=(1, 63, 2, 32, 16), decay=0.1),
+        "a token more than two chunks": dict(shape=(1, 65, 2, 32, 16), decay=0.1),
+        "sizes that are no power of 2": dict(shape=(2, 70, 2, 24, 40), decay=0.1, packed=True),
+        "blocks of values and of keys": dict(shape=(1, 70, 1, 64, 64), decay=0.1),
+        "sum": dict(shape=(2, 70, 1, 16, 24), rule="sum", decay=0.1, packed=True),
+        "strong decay": dict(shape=(1, 100, 1, 16, 16), decay=30.0),
+        "chunks of 16": dict(shape=(1, 40, 1, 16, 16), decay=0.1, chunk_size=16),
+        "correlated keys": dict(shape=(1, 130, 1, 16, 16), keys="correlated", decay=0.02),
+        "retrieval normalised": dict(shape=(1, 70, 1, 16, 16), keys="correlated", decay=0.1, normalize="retrieval"),
+    }.items()
 }
 # With one key for all tokens and β = 2 the entries of matrices grow, and with them rounding errors.
 GROWING = ("strong writes", "equal keys", "retrieval normalised")
@@ -115,7 +135,7 @@ GROWING = ("strong writes", "equal keys", "retrieval normalised")
 @pytest.mark.parametrize("name", some(3, list(EXACT)))
 def test_float32_is_the_float64_recurrence(name):
     options = dict(EXACT[name])
-    check(options.pop("shape"), 1e-5 if name in GROWING else 2e-6, **options)
+    check(options.pop("shape"), 1e-5 if name.removeprefix("channels, ") in GROWING else 2e-6, **options)
 
 
 ROUNDED = {
@@ -130,6 +150,10 @@ ROUNDED = {
     "large": dict(shape=(1, 130, 1, 256, 32), keys="correlated", decay=0.05),
     "large values": dict(shape=(1, 130, 1, 32, 256), keys="correlated"),
     "sum": dict(shape=(1, 192, 1, 64, 64), rule="sum", keys="correlated", decay=0.05),
+    "channels": dict(shape=(1, 129, 2, 48, 32), keys="correlated", decay=0.05, channels=True),
+    "channels, slow decay": dict(shape=(1, 192, 1, 64, 64), keys="correlated", decay=0.01, channels=True),
+    "channels, strong decay": dict(shape=(1, 100, 1, 32, 64), decay=30.0, channels=True, packed=True),
+    "channels, sum": dict(shape=(1, 100, 1, 64, 32), rule="sum", keys="correlated", decay=0.05, channels=True),
 }
 
 
@@ -298,7 +322,7 @@ class Backend:
 
 
 def test_a_program_of_a_machine_with_gpu_that_is_compiled_for_its_cpu_is_plain_jax(monkeypatch):
-    monkeypatch.setattr(triton_kernels, "INTERPRETED", False)
+    monkeypatch.setattr(triton_arrays, "INTERPRETED", False)
     inputs = arguments()
     options = {"rule": RULES["delta"], "precision": "highest"}
     start = jnp.zeros((2, 2, 16, 16), F32)
@@ -314,7 +338,6 @@ def test_a_program_of_a_machine_with_gpu_that_is_compiled_for_its_cpu_is_plain_j
 
 REFUSED = {
     "rule": (dict(rule="oja"), 'has no rule "oja"'),
-    "decay per channel": (dict(log_decay=-np.ones((2, 40, 2, 16), np.float32)), "has no decay per key channel"),
     "size": (dict(query=np.ones((2, 40, 2, 65), np.float32), key=np.ones((2, 40, 2, 65), np.float32)), "K = 65"),
     "dtype": (dict(value=np.ones((2, 40, 2, 16), np.float16)), "got float16, float32"),
     "chunk_size": (dict(chunk_size=64), "chunk_size 16, 32 or None for products of float32, got 64"),

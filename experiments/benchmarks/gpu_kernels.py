@@ -65,7 +65,7 @@ class Config:
     """Of query, key and value. float32 has precision "highest"; tf32 is float32 with precision "default"."""
     rules: tuple[Literal["delta", "sum"], ...] = ("delta",)
     """Rules."""
-    decays: tuple[Literal["none", "per-head"], ...] = ("none", "per-head")
+    decays: tuple[Literal["none", "per-head", "per-channel"], ...] = ("none", "per-head", "per-channel")
     """Without and with decays."""
     lengths: tuple[Literal["exact", "masked"], ...] = ("exact",)
     """A multiple of the chunk, or one token less."""
@@ -94,7 +94,7 @@ def cases(config: Config) -> list[Case]:
     sizes = [(key, value) for key in config.key_sizes for value in config.value_sizes or (key,)]
     calls = list(itertools.product(config.dtypes, sizes, config.rules, config.decays, config.lengths, config.heads))
     every = (Case(card, dtype, *size, *more) for card in config.cards for dtype, size, *more in calls)
-    return [case for case in every if not gpu.why_not(*_inputs(case, 1)[:6], chunk_size=None, **_options(case))]
+    return [case for case in every if not gpu.why_not(*_inputs(case, 1)[:4], chunk_size=None, **_options(case))]
 
 
 def _options(case):
@@ -110,7 +110,9 @@ def _inputs(case, batch):
     )
     memory = jax.ShapeDtypeStruct((batch, case.heads, case.key_size, case.value_size), jnp.float32)
     beta = jax.ShapeDtypeStruct((batch, length, case.heads), jnp.float32)
-    return memory, query, query, value, beta, None if case.decays == "none" else beta, None, None
+    per_channel = jax.ShapeDtypeStruct(query.shape, jnp.float32)
+    log_decay = {"none": None, "per-head": beta, "per-channel": per_channel}[case.decays]
+    return memory, query, query, value, beta, log_decay, None, None
 
 
 # --- the kernels of a call -------------------------------------------------------------------------------------------
@@ -126,6 +128,7 @@ def kernel_calls(case: Case) -> list[jax.extend.core.JaxprEqn]:
             inputs[1].dtype,
             inputs[0].shape,
             decays=case.decays != "none",
+            channels=case.decays == "per-channel",
             exact=case.dtype == "float32",
             compute_capability=case.card,
         )
@@ -166,9 +169,9 @@ class Row(NamedTuple):
 
     case: Case
     name: str
-    decays: int
+    decays: int | None
     values: int | None
-    keys: int
+    keys: int | None
     num_warps: int
     num_stages: int
     result: Compiled | str
@@ -185,14 +188,14 @@ class Row(NamedTuple):
     def cells(self) -> tuple:
         """In the order of ``HEADINGS``."""
         _, *call, _, length, heads = self.case
-        settings = ("-" if self.values is None else self.values, *self[4:7])
+        decays, *settings = ("-" if x is None else x for x in self[2:7])
         if isinstance(self.result, str):
             numbers = ("-",) * (len(INSTRUCTIONS) + 4)
         else:
             registers, spilled, shared, counts, seconds = self.result
             shared = f"{shared / 1024:.0f}/{SHARED_KIB[self.case.card]}"
             numbers = (registers, spilled, shared, *counts, f"{seconds:.0f}")
-        return (f"sm_{self.case.card}", self.name, *call, self.decays, length, heads, *settings, *numbers, self.fault)
+        return (f"sm_{self.case.card}", self.name, *call, decays, length, heads, *settings, *numbers, self.fault)
 
 
 COLUMNS = ("card", "kernel", "dtype", "K", "V", "rule", "decays", "length", "heads", "V block", "K block", "warps")
@@ -206,12 +209,14 @@ def rows_of(case: Case) -> list[Row]:
     for call in kernel_calls(case):
         constants, options = call.params["metaparams"], call.params["backend_options"]
         name = call.params["name"].removesuffix("_kernel") + (", keep" if constants.get("KEEP") else "")
-        blocks = constants.get("VALUES"), constants["KEYS"]
+        blocks = constants.get("VALUES"), constants.get("KEYS")
         try:
             result = compiled(call)
         except Exception as error:  # a kernel that does not compile must not end the table
             result = command_line.in_short(error)
-        rows.append(Row(case, name, constants["DECAYS"], *blocks, options["num_warps"], options["num_stages"], result))
+        rows.append(
+            Row(case, name, constants.get("DECAYS"), *blocks, options["num_warps"], options["num_stages"], result)
+        )
     return rows
 
 

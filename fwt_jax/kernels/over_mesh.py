@@ -23,7 +23,7 @@ def over_batch_and_mesh(inputs, outputs):
 
     def decorator(function):
         def call(static, *arrays):
-            from fwt_jax.kernels.triton_kernels import INTERPRETED
+            from fwt_jax.kernels.triton_arrays import INTERPRETED
 
             over_rows = functools.partial(function, static)
             # JAX forgets the callback of an interpreted kernel if it is called in a partitioned function.

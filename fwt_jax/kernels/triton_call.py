@@ -12,7 +12,7 @@ import threading
 import jax
 import numpy as np
 
-from fwt_jax.kernels.triton_kernels import INTERPRETED
+from fwt_jax.kernels.triton_arrays import INTERPRETED
 
 
 def triton_call(kernel, grid, inputs, scalars, out_shapes, *, num_warps, num_stages, compute_capability, **constants):

@@ -34,80 +34,16 @@ one head and a block of V columns. Its arguments are pointers: tokens ``[B, T, H
 ``[B, H, T]`` (float32), matrices ``[B, H, n, ...]`` of n chunks, memories ``[B, H, K, V]`` (float32). DECAYS is 0
 without a decay; 1 if ``decay_pointer`` has g; 2 if g is the sum of ``decay_pointer`` and ``fine_pointer``, see
 ``decays.cumulative_log_decay``.
-"""
 
-import os
+With a decay per channel (CHANNELS), kernels 2 and 3 get a Q and a K as queries and keys, and e K as written keys. Then
+``recall_pointer`` has ρ, ``of_start_pointer`` has c ``[B, H, n, K]``, and DECAYS is 0. The kernels of
+triton_channels.py are in the place of kernels 1 and 4.
+"""
 
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-
-
-# --- products, loads and stores --------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _dot(a, b, PRECISION: tl.constexpr):
-    if INTERPRETED:  # The interpreter holds bfloat16 as integers, and would multiply those.
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision=PRECISION)
-
-
-@triton.jit
-def _rounded(x, dtype: tl.constexpr):
-    """x in dtype, rounded to nearest."""
-    if INTERPRETED and dtype == tl.bfloat16:  # The interpreter would truncate.
-        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
-        bits += 0x7FFF + ((bits >> 16) & 1)
-        x = bits.to(tl.float32, bitcast=True)
-    return x.to(dtype)
-
-
-@triton.jit
-def _load(pointer, row, column, row_stride, column_stride, num_rows, num_columns,
-          MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr):  # fmt: skip
-    """The entries of a matrix at some rows and columns; 0 outside of it."""
-    entries = pointer + row[:, None] * row_stride + column[None, :] * column_stride
-    if MASK_ROWS and MASK_COLUMNS:
-        x = tl.load(entries, mask=(row < num_rows)[:, None] & (column < num_columns)[None, :], other=0.0)
-    elif MASK_ROWS:
-        x = tl.load(entries, mask=(row < num_rows)[:, None], other=0.0)
-    elif MASK_COLUMNS:
-        x = tl.load(entries, mask=(column < num_columns)[None, :], other=0.0)
-    else:
-        x = tl.load(entries)
-    return x
-
-
-@triton.jit
-def _store(pointer, x, row, column, row_stride, column_stride, num_rows, num_columns,
-           MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr):  # fmt: skip
-    entries = pointer + row[:, None] * row_stride + column[None, :] * column_stride
-    x = _rounded(x, pointer.dtype.element_ty)
-    if MASK_ROWS or MASK_COLUMNS:
-        tl.store(entries, x, mask=(row < num_rows)[:, None] & (column < num_columns)[None, :])
-    else:
-        tl.store(entries, x)
-
-
-@triton.jit
-def _multiple_of_chunk(length, CHUNK: tl.constexpr, EXACT: tl.constexpr):
-    """T. If it is a multiple of C, the compiler may load numbers of tokens 16 bytes at a time."""
-    if EXACT:  # not tl.multiple_of, which says nothing of a number that is no pointer
-        length = length // CHUNK * CHUNK
-    return length
-
-
-@triton.jit
-def _load_numbers(pointer, token, length, EXACT: tl.constexpr):
-    """One number for each token; 0 past the end."""
-    if EXACT:
-        x = tl.load(pointer + token)
-    else:
-        x = tl.load(pointer + token, mask=token < length, other=0.0)
-    return x
-
+from fwt_jax.kernels.triton_arrays import dot, load, load_numbers, multiple_of_chunk, rounded, store
 
 # --- decays within a chunk -------------------------------------------------------------------------------------------
 
@@ -152,7 +88,7 @@ def scores_kernel(query_pointer, key_pointer, correction_pointer, decay_pointer,
                   CORRECTS: tl.constexpr, DECAYS: tl.constexpr, EXACT: tl.constexpr,
                   PRECISION: tl.constexpr, INVERSE_PRECISION: tl.constexpr):  # fmt: skip
     """P of one chunk, or T: every second program computes T, if CORRECTS. In tiles of 16 x 16."""
-    length = _multiple_of_chunk(length, CHUNK, EXACT)
+    length = multiple_of_chunk(length, CHUNK, EXACT)
     num_chunks = tl.cdiv(length, CHUNK)
     NUM_MATRICES: tl.constexpr = 2 if CORRECTS else 1
     chunk = (tl.program_id(0) // NUM_MATRICES).to(tl.int64)
@@ -178,21 +114,21 @@ def scores_kernel(query_pointer, key_pointer, correction_pointer, decay_pointer,
                 if j <= i:
                     x = _times_decay(tiles[i * (i + 1) // 2 + j], decay_pointer, fine_pointer, i * TILE + tile,
                                      j * TILE + tile, rest, False, DECAYS, EXACT)  # fmt: skip
-                _store(scores_pointer, x, i * TILE + tile, j * TILE + tile, CHUNK, 1, CHUNK, CHUNK, False, False)
+                store(scores_pointer, x, i * TILE + tile, j * TILE + tile, CHUNK, 1, CHUNK, CHUNK, False, False)
     else:
         tiles = _tiles_of_products(key_pointer, key_pointer, tile, heads, rest, K, KEYS, TILES, EXACT, PRECISION)
         lower = ()
         for i in tl.static_range(TILES):
-            correction = _load_numbers(correction_pointer, i * TILE + tile, rest, EXACT)
+            correction = load_numbers(correction_pointer, i * TILE + tile, rest, EXACT)
             for j in tl.static_range(i + 1):
                 x = _times_decay(tiles[i * (i + 1) // 2 + j], decay_pointer, fine_pointer, i * TILE + tile,
                                  j * TILE + tile, rest, True, DECAYS, EXACT)  # fmt: skip
                 lower = lower + (correction[:, None] * x,)
-        _store_inverse(inverse_pointer, lower, tile, CHUNK, INVERSE_PRECISION)
+        store_inverse(inverse_pointer, lower, tile, CHUNK, INVERSE_PRECISION)
 
 
 @triton.jit
-def _store_inverse(pointer, lower, tile, CHUNK: tl.constexpr, INVERSE_PRECISION: tl.constexpr):
+def store_inverse(pointer, lower, tile, CHUNK: tl.constexpr, INVERSE_PRECISION: tl.constexpr):
     """T = (I + A)⁻¹ from the tiles of A; tile (i, j), j ≤ i, is at i (i + 1) / 2 + j.
 
     The inverse of a tile on the diagonal is built from those of its halves, as in triangular.py. The tiles below it
@@ -203,16 +139,16 @@ def _store_inverse(pointer, lower, tile, CHUNK: tl.constexpr, INVERSE_PRECISION:
     for i in tl.static_range(TILES):
         inverse = _inverse_of_tile(lower[i * (i + 3) // 2], tile, INVERSE_PRECISION)
         for j in tl.static_range(i):
-            x = _dot(lower[i * (i + 1) // 2 + j], inverses[j * (j + 3) // 2], INVERSE_PRECISION)
+            x = dot(lower[i * (i + 1) // 2 + j], inverses[j * (j + 3) // 2], INVERSE_PRECISION)
             for m in tl.static_range(j + 1, i):
-                x += _dot(lower[i * (i + 1) // 2 + m], inverses[m * (m + 1) // 2 + j], INVERSE_PRECISION)
-            inverses = inverses + (-_dot(inverse, x, INVERSE_PRECISION),)
+                x += dot(lower[i * (i + 1) // 2 + m], inverses[m * (m + 1) // 2 + j], INVERSE_PRECISION)
+            inverses = inverses + (-dot(inverse, x, INVERSE_PRECISION),)
         inverses = inverses + (inverse,)
         for j in tl.static_range(TILES):
             x = tl.zeros([16, 16], tl.float32)
             if j <= i:
                 x = inverses[i * (i + 1) // 2 + j]
-            _store(pointer, x, i * 16 + tile, j * 16 + tile, CHUNK, 1, CHUNK, CHUNK, False, False)
+            store(pointer, x, i * 16 + tile, j * 16 + tile, CHUNK, 1, CHUNK, CHUNK, False, False)
 
 
 @triton.jit
@@ -232,12 +168,10 @@ def _tiles_of_products(row_pointer, column_pointer, tile, heads: tl.constexpr, r
         columns, new = (), ()
         for i in tl.static_range(TILES):
             place = i * TILE + tile
-            rows = _load(row_pointer, place, feature, heads * K, 1, rest, K, not EXACT, K % KEYS != 0)
-            columns = columns + (
-                _load(column_pointer, place, feature, heads * K, 1, rest, K, not EXACT, K % KEYS != 0),
-            )
+            rows = load(row_pointer, place, feature, heads * K, 1, rest, K, not EXACT, K % KEYS != 0)
+            columns = columns + (load(column_pointer, place, feature, heads * K, 1, rest, K, not EXACT, K % KEYS != 0),)
             for j in tl.static_range(i + 1):
-                new = new + (sums[i * (i + 1) // 2 + j] + _dot(rows, tl.trans(columns[j]), PRECISION),)
+                new = new + (sums[i * (i + 1) // 2 + j] + dot(rows, tl.trans(columns[j]), PRECISION),)
         sums = new
     return sums
 
@@ -252,7 +186,7 @@ def _inverse_of_tile(lower, tile, INVERSE_PRECISION: tl.constexpr):
         in_corner = (row // half % 2 == 1) & (row // half - 1 == column // half)
         corners = tl.where(in_corner, lower, 0.0)
         if power > 0:
-            corners = _dot(_dot(inverse, corners, INVERSE_PRECISION), inverse, INVERSE_PRECISION)
+            corners = dot(dot(inverse, corners, INVERSE_PRECISION), inverse, INVERSE_PRECISION)
         inverse -= corners
     return inverse
 
@@ -261,15 +195,16 @@ def _inverse_of_tile(lower, tile, INVERSE_PRECISION: tl.constexpr):
 
 
 @triton.jit
-def forward_kernel(memory_pointer, query_pointer, key_pointer, value_pointer, beta_pointer, recall_pointer,
-                   from_start_pointer, to_end_pointer, scores_pointer, inverse_pointer, length,
+def forward_kernel(memory_pointer, query_pointer, key_pointer, written_key_pointer, value_pointer, beta_pointer,
+                   recall_pointer, from_start_pointer, to_end_pointer, of_start_pointer,
+                   scores_pointer, inverse_pointer, length,
                    reads_pointer, end_pointer, starts_pointer, writes_pointer,
                    heads: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
                    CHUNK: tl.constexpr,
-                   CORRECTS: tl.constexpr, DECAYS: tl.constexpr, KEEP: tl.constexpr,
+                   CORRECTS: tl.constexpr, DECAYS: tl.constexpr, CHANNELS: tl.constexpr, KEEP: tl.constexpr,
                    EXACT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Reads and the memory at the end of one head, for VALUES columns. KEEP also stores W and N of every chunk."""
-    length = _multiple_of_chunk(length, CHUNK, EXACT)
+    length = multiple_of_chunk(length, CHUNK, EXACT)
     num_chunks = tl.cdiv(length, CHUNK)
     num_blocks: tl.constexpr = (V + VALUES - 1) // VALUES
     head = (tl.program_id(0) // num_blocks).to(tl.int64)
@@ -284,57 +219,61 @@ def forward_kernel(memory_pointer, query_pointer, key_pointer, value_pointer, be
     MASK_V: tl.constexpr = V % VALUES != 0
     dtype = query_pointer.dtype.element_ty
 
-    memory = _load(memory_pointer + head * K * V, column, feature, 1, V, V, K, MASK_V, MASK_K)  # [V, K]
+    memory = load(memory_pointer + head * K * V, column, feature, 1, V, V, K, MASK_V, MASK_K)  # [V, K]
     for i in range(num_chunks):
         start = i * CHUNK
         rest = length - start
         tokens, chunk = first_token + start.to(tl.int64) * heads, head * num_chunks + i
         square = chunk * CHUNK * CHUNK
-        memory_rounded = _rounded(memory, dtype)
+        memory_rounded = rounded(memory, dtype)
         if KEEP:
-            _store(starts_pointer + chunk * V * K, memory_rounded, column, feature, K, 1, V, K, MASK_V, MASK_K)
-        key = _load(key_pointer + tokens * K, place, feature, heads * K, 1, rest, K, not EXACT, MASK_K)
-        value = _load(value_pointer + tokens * V, column, place, 1, heads * V, V, rest, MASK_V, not EXACT)  # [V, C]
-        beta = _load_numbers(beta_pointer, start + place, length, EXACT)
+            store(starts_pointer + chunk * V * K, memory_rounded, column, feature, K, 1, V, K, MASK_V, MASK_K)
+        key = load(key_pointer + tokens * K, place, feature, heads * K, 1, rest, K, not EXACT, MASK_K)
+        value = load(value_pointer + tokens * V, column, place, 1, heads * V, V, rest, MASK_V, not EXACT)  # [V, C]
+        beta = load_numbers(beta_pointer, start + place, length, EXACT)
         if CORRECTS:  # The product comes first. The other order takes more registers.
-            recalled = _dot(memory_rounded, tl.trans(key), PRECISION)
-            recall = _load_numbers(recall_pointer, start + place, length, EXACT)  # ρ a
+            recalled = dot(memory_rounded, tl.trans(key), PRECISION)
+            recall = load_numbers(recall_pointer, start + place, length, EXACT)  # ρ a
             writes = beta[None, :] * value.to(tl.float32) - recall[None, :] * recalled
-            inverse = _load(inverse_pointer + square, place, place, CHUNK, 1, CHUNK, CHUNK, False, False)
-            writes = _dot(_rounded(writes, dtype), tl.trans(inverse), PRECISION)
+            inverse = load(inverse_pointer + square, place, place, CHUNK, 1, CHUNK, CHUNK, False, False)
+            writes = dot(rounded(writes, dtype), tl.trans(inverse), PRECISION)
         else:
             writes = beta[None, :] * value.to(tl.float32)
-        writes_rounded = _rounded(writes, dtype)
+        writes_rounded = rounded(writes, dtype)
         if KEEP:
-            _store(writes_pointer + chunk * V * CHUNK, writes_rounded, column, place, CHUNK, 1, V, CHUNK, MASK_V, False)
+            store(writes_pointer + chunk * V * CHUNK, writes_rounded, column, place, CHUNK, 1, V, CHUNK, MASK_V, False)
 
-        query = _load(query_pointer + tokens * K, place, feature, heads * K, 1, rest, K, not EXACT, MASK_K)
-        scores = _load(scores_pointer + square, place, place, CHUNK, 1, CHUNK, CHUNK, False, False)
-        reads = _dot(memory_rounded, tl.trans(query), PRECISION)
+        query = load(query_pointer + tokens * K, place, feature, heads * K, 1, rest, K, not EXACT, MASK_K)
+        scores = load(scores_pointer + square, place, place, CHUNK, 1, CHUNK, CHUNK, False, False)
+        reads = dot(memory_rounded, tl.trans(query), PRECISION)
         if DECAYS > 0:
-            reads *= _load_numbers(from_start_pointer, start + place, length, EXACT)[None, :]
-        reads += _dot(writes_rounded, tl.trans(scores), PRECISION)
-        _store(reads_pointer + tokens * V, tl.trans(reads), place, column, heads * V, 1, rest, V, not EXACT, MASK_V)
+            reads *= load_numbers(from_start_pointer, start + place, length, EXACT)[None, :]
+        reads += dot(writes_rounded, tl.trans(scores), PRECISION)
+        store(reads_pointer + tokens * V, tl.trans(reads), place, column, heads * V, 1, rest, V, not EXACT, MASK_V)
         if DECAYS > 0:
             memory *= tl.load(from_start_pointer + tl.minimum(start + CHUNK, length) - 1)
-            writes *= _load_numbers(to_end_pointer, start + place, length, EXACT)[None, :]
-        memory += _dot(_rounded(writes, dtype), key, PRECISION)
-    _store(end_pointer + head * K * V, memory, column, feature, 1, V, V, K, MASK_V, MASK_K)
+            writes *= load_numbers(to_end_pointer, start + place, length, EXACT)[None, :]
+        if CHANNELS:
+            memory *= load_numbers(of_start_pointer + chunk * K, feature, K, not MASK_K)[None, :]
+            key = load(written_key_pointer + tokens * K, place, feature, heads * K, 1, rest, K, not EXACT, MASK_K)
+        memory += dot(rounded(writes, dtype), key, PRECISION)
+    store(end_pointer + head * K * V, memory, column, feature, 1, V, V, K, MASK_V, MASK_K)
 
 
 # --- kernel 3: backward, chunk after chunk from the last one ---------------------------------------------------------
 
 
 @triton.jit
-def backward_kernel(query_pointer, key_pointer, recall_pointer, from_start_pointer, to_end_pointer,
+def backward_kernel(query_pointer, key_pointer, written_key_pointer, recall_pointer,
+                    from_start_pointer, to_end_pointer, of_start_pointer,
                     scores_pointer, inverse_pointer, reads_grad_pointer, end_grad_pointer, length,
                     memory_grad_pointer, ends_grad_pointer, solved_pointer,
                     heads: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
                     CHUNK: tl.constexpr,
-                    CORRECTS: tl.constexpr, DECAYS: tl.constexpr,
+                    CORRECTS: tl.constexpr, DECAYS: tl.constexpr, CHANNELS: tl.constexpr,
                     EXACT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """The gradient of the first memory of one head, for VALUES columns; G and X of every chunk are stored."""
-    length = _multiple_of_chunk(length, CHUNK, EXACT)
+    length = multiple_of_chunk(length, CHUNK, EXACT)
     num_chunks = tl.cdiv(length, CHUNK)
     num_blocks: tl.constexpr = (V + VALUES - 1) // VALUES
     head = (tl.program_id(0) // num_blocks).to(tl.int64)
@@ -348,37 +287,43 @@ def backward_kernel(query_pointer, key_pointer, recall_pointer, from_start_point
     MASK_V: tl.constexpr = V % VALUES != 0
     dtype = query_pointer.dtype.element_ty
 
-    memory_grad = _load(end_grad_pointer + head * K * V, column, feature, 1, V, V, K, MASK_V, MASK_K)  # [V, K]
+    memory_grad = load(end_grad_pointer + head * K * V, column, feature, 1, V, V, K, MASK_V, MASK_K)  # [V, K]
     for step in range(num_chunks):
         i = num_chunks - 1 - step
         start = i * CHUNK
         rest = length - start
         tokens, chunk = first_token + start.to(tl.int64) * heads, head * num_chunks + i
         square = chunk * CHUNK * CHUNK
-        key = _load(key_pointer + tokens * K, place, feature, heads * K, 1, rest, K, not EXACT, MASK_K)
-        reads_grad = _load(reads_grad_pointer + tokens * V, place, column, heads * V, 1, rest, V, not EXACT, MASK_V)
-        _store(ends_grad_pointer + chunk * V * K, memory_grad, column, feature, K, 1, V, K, MASK_V, MASK_K)
+        reads_grad = load(reads_grad_pointer + tokens * V, place, column, heads * V, 1, rest, V, not EXACT, MASK_V)
+        store(ends_grad_pointer + chunk * V * K, memory_grad, column, feature, K, 1, V, K, MASK_V, MASK_K)
 
-        solved = _dot(_rounded(memory_grad, dtype), tl.trans(key), PRECISION)  # [V, C]
+        key = load(key_pointer + tokens * K, place, feature, heads * K, 1, rest, K, not EXACT, MASK_K)
+        written_key = key
+        if CHANNELS:
+            written_key = load(written_key_pointer + tokens * K, place, feature, heads * K, 1, rest, K, not EXACT,
+                               MASK_K)  # fmt: skip
+        solved = dot(rounded(memory_grad, dtype), tl.trans(written_key), PRECISION)  # [V, C]
         if DECAYS > 0:
-            solved *= _load_numbers(to_end_pointer, start + place, length, EXACT)[None, :]
-        scores = _load(scores_pointer + square, place, place, CHUNK, 1, CHUNK, CHUNK, False, False)
-        solved += _dot(tl.trans(reads_grad), scores, PRECISION)
+            solved *= load_numbers(to_end_pointer, start + place, length, EXACT)[None, :]
+        scores = load(scores_pointer + square, place, place, CHUNK, 1, CHUNK, CHUNK, False, False)
+        solved += dot(tl.trans(reads_grad), scores, PRECISION)
         if CORRECTS:
-            inverse = _load(inverse_pointer + square, place, place, CHUNK, 1, CHUNK, CHUNK, False, False)
-            solved = _dot(_rounded(solved, dtype), inverse, PRECISION)
-        _store(solved_pointer + chunk * V * CHUNK, solved, column, place, CHUNK, 1, V, CHUNK, MASK_V, False)
+            inverse = load(inverse_pointer + square, place, place, CHUNK, 1, CHUNK, CHUNK, False, False)
+            solved = dot(rounded(solved, dtype), inverse, PRECISION)
+        store(solved_pointer + chunk * V * CHUNK, solved, column, place, CHUNK, 1, V, CHUNK, MASK_V, False)
 
-        query = _load(query_pointer + tokens * K, place, feature, heads * K, 1, rest, K, not EXACT, MASK_K)
+        query = load(query_pointer + tokens * K, place, feature, heads * K, 1, rest, K, not EXACT, MASK_K)
         scaled_grad = tl.trans(reads_grad)  # [V, C]
         if DECAYS > 0:
             memory_grad *= tl.load(from_start_pointer + tl.minimum(start + CHUNK, length) - 1)
-            scaled_grad *= _load_numbers(from_start_pointer, start + place, length, EXACT)[None, :]
-        memory_grad += _dot(_rounded(scaled_grad, dtype), query, PRECISION)
+            scaled_grad *= load_numbers(from_start_pointer, start + place, length, EXACT)[None, :]
+        if CHANNELS:
+            memory_grad *= load_numbers(of_start_pointer + chunk * K, feature, K, not MASK_K)[None, :]
+        memory_grad += dot(rounded(scaled_grad, dtype), query, PRECISION)
         if CORRECTS:
-            recall = _load_numbers(recall_pointer, start + place, length, EXACT)  # ρ a
-            memory_grad += _dot(_rounded(-recall[None, :] * solved, dtype), key, PRECISION)
-    _store(memory_grad_pointer + head * K * V, memory_grad, column, feature, 1, V, V, K, MASK_V, MASK_K)
+            recall = load_numbers(recall_pointer, start + place, length, EXACT)  # ρ a
+            memory_grad += dot(rounded(-recall[None, :] * solved, dtype), key, PRECISION)
+    store(memory_grad_pointer + head * K * V, memory_grad, column, feature, 1, V, V, K, MASK_V, MASK_K)
 
 
 # --- kernel 4: the other gradients, all chunks in parallel -----------------------------------------------------------
@@ -400,7 +345,7 @@ def gradient_kernel(query_pointer, key_pointer, value_pointer, beta_pointer, cor
     The program of the first features also stores V' and β'. ρ' and g' are sums over features: every program stores its
     part, ``[B, H, K/KEYS, T]``.
     """
-    length = _multiple_of_chunk(length, CHUNK, EXACT)
+    length = multiple_of_chunk(length, CHUNK, EXACT)
     num_chunks = tl.cdiv(length, CHUNK)
     num_parts: tl.constexpr = (K + KEYS - 1) // KEYS
     NUM_BLOCKS: tl.constexpr = (V + VALUES - 1) // VALUES
@@ -420,20 +365,20 @@ def gradient_kernel(query_pointer, key_pointer, value_pointer, beta_pointer, cor
     MASK_V: tl.constexpr = V % VALUES != 0
     dtype = query_pointer.dtype.element_ty
 
-    key = _load(key_pointer + tokens * K, place, feature, heads * K, 1, rest, K, not EXACT, MASK_K)
-    query = _load(query_pointer + tokens * K, place, feature, heads * K, 1, rest, K, not EXACT, MASK_K)
+    key = load(key_pointer + tokens * K, place, feature, heads * K, 1, rest, K, not EXACT, MASK_K)
+    query = load(query_pointer + tokens * K, place, feature, heads * K, 1, rest, K, not EXACT, MASK_K)
     scores_grad = tl.zeros([CHUNK, CHUNK], tl.float32)
     for j in range(NUM_BLOCKS):
         column = j * VALUES + tl.arange(0, VALUES)
-        writes = _load(writes_pointer, column, place, CHUNK, 1, V, CHUNK, MASK_V, False)  # [V, C]
-        reads_grad = _load(reads_grad_pointer + tokens * V, place, column, heads * V, 1, rest, V, not EXACT, MASK_V)
-        scores_grad += _dot(reads_grad, writes, PRECISION)
+        writes = load(writes_pointer, column, place, CHUNK, 1, V, CHUNK, MASK_V, False)  # [V, C]
+        reads_grad = load(reads_grad_pointer + tokens * V, place, column, heads * V, 1, rest, V, not EXACT, MASK_V)
+        scores_grad += dot(reads_grad, writes, PRECISION)
     scores_grad = _times_decay(scores_grad, decay_pointer, fine_pointer, place, place, rest, False, DECAYS, EXACT)
     if DECAYS > 0:
         below = place[:, None] > place[None, :]
-        pairs = tl.where(below, scores_grad, 0.0) * _dot(query, tl.trans(key), PRECISION)
+        pairs = tl.where(below, scores_grad, 0.0) * dot(query, tl.trans(key), PRECISION)
         log_decay_grad = tl.sum(pairs, axis=1) - tl.sum(pairs, axis=0)
-    scores_grad = _rounded(scores_grad, dtype)
+    scores_grad = rounded(scores_grad, dtype)
 
     if CORRECTS:
         if DECAYS > 0:
@@ -441,16 +386,16 @@ def gradient_kernel(query_pointer, key_pointer, value_pointer, beta_pointer, cor
         lower_grad = tl.zeros([CHUNK, CHUNK], tl.float32)
         for j in range(NUM_BLOCKS):
             column = j * VALUES + tl.arange(0, VALUES)
-            writes = _load(writes_pointer, column, place, CHUNK, 1, V, CHUNK, MASK_V, False)
-            solved = tl.trans(_load(solved_pointer, column, place, CHUNK, 1, V, CHUNK, MASK_V, False))  # [C, V]
-            lower_grad -= _dot(solved, writes, PRECISION)
-        correction = _load_numbers(correction_pointer + numbers, place, rest, EXACT)
+            writes = load(writes_pointer, column, place, CHUNK, 1, V, CHUNK, MASK_V, False)
+            solved = tl.trans(load(solved_pointer, column, place, CHUNK, 1, V, CHUNK, MASK_V, False))  # [C, V]
+            lower_grad -= dot(solved, writes, PRECISION)
+        correction = load_numbers(correction_pointer + numbers, place, rest, EXACT)
         lower_grad = _times_decay(lower_grad, decay_pointer, fine_pointer, place, place, rest, True, DECAYS, EXACT)
-        pairs = lower_grad * _dot(key, tl.trans(key), PRECISION)
+        pairs = lower_grad * dot(key, tl.trans(key), PRECISION)
         correction_grad = tl.sum(pairs, axis=1)
         if DECAYS > 0:
             log_decay_grad += correction * correction_grad - tl.sum(correction[:, None] * pairs, axis=0)
-        lower_grad = _rounded(correction[:, None] * lower_grad, dtype)  # B
+        lower_grad = rounded(correction[:, None] * lower_grad, dtype)  # B
 
     if DECAYS > 0:
         tl.debug_barrier()
@@ -460,33 +405,33 @@ def gradient_kernel(query_pointer, key_pointer, value_pointer, beta_pointer, cor
     memory_sum = 0.0  # sum(W ∘ G)
     for j in range(NUM_BLOCKS):
         column = j * VALUES + tl.arange(0, VALUES)
-        writes = _load(writes_pointer, column, place, CHUNK, 1, V, CHUNK, MASK_V, False)
-        reads_grad = _load(reads_grad_pointer + tokens * V, place, column, heads * V, 1, rest, V, not EXACT, MASK_V)
-        memory = _load(starts_pointer, column, feature, K, 1, V, K, MASK_V, MASK_K)  # [V, K]
-        end_grad = _load(ends_grad_pointer, column, feature, K, 1, V, K, MASK_V, MASK_K)
-        query_grad += _dot(reads_grad, memory, PRECISION)
-        written_grad += _dot(tl.trans(writes), end_grad, PRECISION)
+        writes = load(writes_pointer, column, place, CHUNK, 1, V, CHUNK, MASK_V, False)
+        reads_grad = load(reads_grad_pointer + tokens * V, place, column, heads * V, 1, rest, V, not EXACT, MASK_V)
+        memory = load(starts_pointer, column, feature, K, 1, V, K, MASK_V, MASK_K)  # [V, K]
+        end_grad = load(ends_grad_pointer, column, feature, K, 1, V, K, MASK_V, MASK_K)
+        query_grad += dot(reads_grad, memory, PRECISION)
+        written_grad += dot(tl.trans(writes), end_grad, PRECISION)
         if CORRECTS:
-            solved = tl.trans(_load(solved_pointer, column, place, CHUNK, 1, V, CHUNK, MASK_V, False))
-            recalled_grad += _dot(solved, memory, PRECISION)
+            solved = tl.trans(load(solved_pointer, column, place, CHUNK, 1, V, CHUNK, MASK_V, False))
+            recalled_grad += dot(solved, memory, PRECISION)
         if DECAYS > 0:
             memory_sum += tl.sum(memory.to(tl.float32) * end_grad.to(tl.float32))
 
     if DECAYS > 0:
         tl.debug_barrier()
-        key = _load(key_pointer + tokens * K, place, feature, heads * K, 1, rest, K, not EXACT, MASK_K)
-        query = _load(query_pointer + tokens * K, place, feature, heads * K, 1, rest, K, not EXACT, MASK_K)
-        from_start = _load_numbers(from_start_pointer + numbers, place, rest, EXACT)
+        key = load(key_pointer + tokens * K, place, feature, heads * K, 1, rest, K, not EXACT, MASK_K)
+        query = load(query_pointer + tokens * K, place, feature, heads * K, 1, rest, K, not EXACT, MASK_K)
+        from_start = load_numbers(from_start_pointer + numbers, place, rest, EXACT)
         query_grad *= from_start[:, None]
-        written_grad *= _load_numbers(to_end_pointer + numbers, place, rest, EXACT)[:, None]
+        written_grad *= load_numbers(to_end_pointer + numbers, place, rest, EXACT)[:, None]
         written_sum = tl.sum(key.to(tl.float32) * written_grad, axis=1)
         last = tl.minimum(CHUNK, rest) - 1
         last_grad = tl.sum(written_sum) + tl.load(from_start_pointer + numbers + last) * memory_sum
         log_decay_grad += tl.sum(query.to(tl.float32) * query_grad, axis=1) - written_sum
         log_decay_grad += tl.where(place == last, last_grad, 0.0)
-    query_grad += _dot(scores_grad, key, PRECISION)
-    _store(query_grad_pointer + tokens * K, query_grad, place, feature, heads * K, 1, rest, K, not EXACT, MASK_K)
-    key_grad = written_grad + _dot(tl.trans(scores_grad), query, PRECISION)
+    query_grad += dot(scores_grad, key, PRECISION)
+    store(query_grad_pointer + tokens * K, query_grad, place, feature, heads * K, 1, rest, K, not EXACT, MASK_K)
+    key_grad = written_grad + dot(tl.trans(scores_grad), query, PRECISION)
     if CORRECTS:
         if DECAYS > 0:
             recalled_grad *= from_start[:, None]
@@ -496,23 +441,23 @@ def gradient_kernel(query_pointer, key_pointer, value_pointer, beta_pointer, cor
         if DECAYS > 0:
             log_decay_grad -= correction * recalled_sum
         key_grad -= correction[:, None] * recalled_grad
-        key_grad += _dot(lower_grad, key, PRECISION)
-        key_grad += _dot(tl.trans(lower_grad), key, PRECISION)
-    _store(key_grad_pointer + tokens * K, key_grad, place, feature, heads * K, 1, rest, K, not EXACT, MASK_K)
+        key_grad += dot(lower_grad, key, PRECISION)
+        key_grad += dot(tl.trans(lower_grad), key, PRECISION)
+    store(key_grad_pointer + tokens * K, key_grad, place, feature, heads * K, 1, rest, K, not EXACT, MASK_K)
     if DECAYS > 0:
         tl.store(log_decay_grad_pointer + numbers_of_part + place, log_decay_grad, mask=place < rest)
 
     if DECAYS > 0:
         tl.debug_barrier()
     if part == 0:
-        beta = _load_numbers(beta_pointer + numbers, place, rest, EXACT)
+        beta = load_numbers(beta_pointer + numbers, place, rest, EXACT)
         beta_grad = tl.zeros([CHUNK], tl.float32)
         for j in range(NUM_BLOCKS):
             column = j * VALUES + tl.arange(0, VALUES)
-            scaled_value_grad = _load(solved_pointer, column, place, CHUNK, 1, V, CHUNK, MASK_V, False)  # X
+            scaled_value_grad = load(solved_pointer, column, place, CHUNK, 1, V, CHUNK, MASK_V, False)  # X
             scaled_value_grad_f = tl.trans(scaled_value_grad).to(tl.float32)
-            value = _load(value_pointer + tokens * V, place, column, heads * V, 1, rest, V, not EXACT, MASK_V)
+            value = load(value_pointer + tokens * V, place, column, heads * V, 1, rest, V, not EXACT, MASK_V)
             beta_grad += tl.sum(scaled_value_grad_f * value.to(tl.float32), axis=1)
             value_grad = beta[:, None] * scaled_value_grad_f
-            _store(value_grad_pointer + tokens * V, value_grad, place, column, heads * V, 1, rest, V, not EXACT, MASK_V)
+            store(value_grad_pointer + tokens * V, value_grad, place, column, heads * V, 1, rest, V, not EXACT, MASK_V)
         tl.store(beta_grad_pointer + numbers + place, beta_grad, mask=place < rest)
