@@ -61,9 +61,10 @@ _WIDE = {
 }
 _NARROW = (1, 1), (8, 2, 32), (4, 2, 32), (4, 1, 64, 32)  # other cards: 99 KiB of shared memory, small products
 _LARGE = (1, 1), (8, 2, 16), (8, 1, 32), (8, 1, 64, 32)  # K or V above 128
+_LARGE_SUM = (*_LARGE[:3], (8, 2, 64, 32))  # on 80, the fourth kernel of the sum rule spills with one stage
 _FLOAT32 = (1, 1, 64, 32), (4, 2, 16), (4, 2, 16), (4, 1, 16, 16)  # chunks of 32 tokens
 # With a decay per channel: in the place of the first kernel and of the fourth.
-_NARROW_CHANNELS = (8, 1, 64, 64), (8, 1, 64, 16)
+_NARROW_CHANNELS = (8, 1, 64, 32), (8, 1, 64, 16)
 _CHANNELS = {90: ((8, 1, 64, 64), (8, 1, 64, 32)), 100: ((8, 1, 64, 64), (8, 1, 64, 32))}
 _FLOAT32_CHANNELS = (4, 1, 64, 32), (4, 1, 64, 16)
 _NUM_PROCESSORS = {80: 108, 90: 132, 100: 148}  # streaming multiprocessors; of an H100 for capability 90
@@ -85,7 +86,7 @@ def settings_of(
     if not rounded:
         kernels = _FLOAT32
     elif max(key_size, value_size) > 128:
-        kernels = _LARGE
+        kernels = _LARGE if rule.corrects else _LARGE_SUM
     else:
         kernels = _WIDE.get((compute_capability, decays), _NARROW)
         scores, (num_warps, num_stages, values), *backward = kernels
@@ -99,7 +100,7 @@ def settings_of(
     if channels:
         scores, gradient = _CHANNELS.get(compute_capability, _NARROW_CHANNELS) if rounded else _FLOAT32_CHANNELS
         _, forward, backward, _ = kernels
-        if kernels is _LARGE and compute_capability not in _CHANNELS:
+        if max(key_size, value_size) > 128 and compute_capability not in _CHANNELS:
             forward = (8, 1, 16)  # A second stage of the third array of tokens has no room in 99 KiB.
         kernels = scores, forward, backward, gradient
     return Settings(
