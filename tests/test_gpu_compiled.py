@@ -67,22 +67,37 @@ def test_interpreted_kernels_are_refused():
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "unset it" in result.stderr
 
 
-def test_a_gradient_lowers_to_four_kernels_without_a_gpu():
+def test_a_gradient_lowers_to_kernels_without_a_gpu():
     pytest.importorskip("jax_cuda13_plugin", reason="pip install --no-deps jax-cuda13-plugin")
     program = """
+import functools
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from fwt_jax import fast_weight_attention
 
-def both(query, beta, implementation):
-    def loss(query, beta):
-        return jnp.sum(fast_weight_attention(query, query, query, beta, implementation=implementation)[0])
-    return jax.grad(loss, (0, 1))(query, beta)
+def attend(query, beta, log_decay, implementation):
+    return fast_weight_attention(query, query, query, beta, log_decay, implementation=implementation)[0]
 
-inputs = jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16), jax.ShapeDtypeStruct((2, 256, 4), jnp.float32)
-for implementation in ("triton", None):
-    traced = jax.jit(both, static_argnums=2).trace(*inputs, implementation)
-    print(traced.lower(lowering_platforms=("cuda",)).as_text().count("@triton_kernel_call"))
+def both(implementation, *inputs):
+    reads, pull = jax.vjp(lambda *inputs: attend(*inputs, implementation), *inputs)
+    return pull(reads)
+
+def count(function, *inputs):
+    print(jax.jit(function).trace(*inputs).lower(lowering_platforms=("cuda",)).as_text().count("@triton_kernel_call"))
+
+def inputs(*rows, decay=(4,), sharding=None):
+    array = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
+    beta = array((*rows, 256, 4), jnp.float32)
+    return array((*rows, 256, 4, 64), jnp.bfloat16), beta, array((*rows, 256, *decay), jnp.float32)
+
+count(functools.partial(both, "triton"), *inputs(2))
+count(functools.partial(both, "triton"), *inputs(2, decay=(4, 64)))
+count(functools.partial(both, None), *inputs(2))
+mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+with jax.set_mesh(mesh):
+    sharding = NamedSharding(mesh, PartitionSpec("x", None, None, "y"))
+    count(jax.vmap(functools.partial(both, "triton")), *inputs(4, 1, sharding=sharding))
 """
-    result = run("-c", program)
-    assert result.stdout.split() == ["4", "0"], result.stderr
+    result = run("-c", program, XLA_FLAGS="--xla_force_host_platform_device_count=4")
+    assert result.stdout.split() == ["4", "5", "0", "4"], result.stderr

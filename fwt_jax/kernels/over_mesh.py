@@ -32,13 +32,21 @@ def over_batch_and_mesh(inputs, outputs):
 
             @mapped.def_vmap
             def _(axis_size, batched, *arrays):
-                def merge(x, is_batched):
-                    x = x if is_batched else jnp.broadcast_to(x, (axis_size, *x.shape))
-                    return x.reshape(axis_size * x.shape[1], *x.shape[2:])
+                batched = tuple(batched)
+                first = next(x for x, is_batched in zip(arrays, batched, strict=True) if is_batched is True)
 
-                results = call(static, *jax.tree.map(merge, arrays, tuple(batched)))
-                split = jax.tree.map(lambda x: x.reshape(axis_size, x.shape[0] // axis_size, *x.shape[1:]), results)
-                return split, jax.tree.map(lambda _: True, split)
+                def as_rows(*arrays):
+                    size = next(x for x, is_batched in zip(arrays, batched, strict=True) if is_batched is True).shape[0]
+
+                    def merge(x, is_batched):
+                        x = x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
+                        return x.reshape(size * x.shape[1], *x.shape[2:])
+
+                    results = call(static, *jax.tree.map(merge, arrays, batched))
+                    return jax.tree.map(lambda x: x.reshape(size, x.shape[0] // size, *x.shape[1:]), results)
+
+                results = _over_explicit_axis(as_rows, first, batched)(*arrays)
+                return results, jax.tree.map(lambda _: True, results)
 
             return mapped(*arrays)
 
@@ -95,6 +103,17 @@ def _split(mesh, names, arrays):
 
 def _sharding(mesh, split, axes):
     return NamedSharding(mesh, PartitionSpec(*(split.get(axis) for axis in axes.split())))
+
+
+def _over_explicit_axis(function, first, batched):
+    """``function`` in shard_map over the explicit axes of a mesh, if any, that split the axis of vmap."""
+    kind = jax.typeof(first).sharding
+    parts = kind.spec[0] if AxisType.Explicit in kind.mesh.axis_types else None
+    if parts is None:
+        return function
+    specs = jax.tree.map(lambda is_batched: PartitionSpec(parts if is_batched else None), batched)
+    names = {parts} if isinstance(parts, str) else set(parts)
+    return jax.shard_map(function, in_specs=specs, out_specs=PartitionSpec(parts), axis_names=names)
 
 
 def over_explicit_axes(function, arrays, inputs, outputs):
