@@ -11,8 +11,8 @@ A library that is not installed is a row that says so. These commands install th
 
 Rows: our kernels and our plain JAX ("xla"), jax-linear-attention's kernels ("jla") and its plain JAX ("jla-plain"),
 softmax attention of cuDNN, and flash-linear-attention ("fla", in PyTorch). Query and key have length 1, values are
-normal, β is uniform in (0, 1), the decay per head is exp(−0.05 u) with a uniform u. The sum rule has no β. "both" takes
-the gradient of ⟨y, w⟩ for a normal w in all inputs.
+normal, and β is uniform in (0, 1). A decay is exp(−0.05 u) with a uniform u: one per head for "gated-delta", one per
+key channel for "kda". The sum rule has no β. "both" takes the gradient of ⟨y, w⟩ for a normal w in all inputs.
 
 A time is the median of ``--rounds`` rounds, with minimum and maximum. A round is 3 to 200 calls in a row, about 40 ms,
 by the clock of the host (JAX) or by events (PyTorch). So it is the device's time, unless the host takes longer to start
@@ -82,16 +82,18 @@ CHECKED_LENGTH, CHECKED_HEADS = 330, 2  # are compared with float64
 
 
 class Operation(NamedTuple):
-    """A rule of ours, or None, and the inputs of a call."""
+    """A rule of ours, or None, and the inputs of a call; whether every key channel has a decay of its own."""
 
     rule: str | None
     inputs: tuple[str, ...]
+    channels: bool = False
 
 
 OPERATIONS = {
     "delta": Operation("delta", ("query", "key", "value", "beta")),
     "sum": Operation("sum", ("query", "key", "value")),
     "gated-delta": Operation("delta", ("query", "key", "value", "beta", "log_decay")),
+    "kda": Operation("delta", ("query", "key", "value", "beta", "log_decay"), channels=True),
     "softmax": Operation(None, ("query", "key", "value")),
 }
 
@@ -122,7 +124,7 @@ def _ours(implementation):
 
 
 def _jla(implementation):
-    kinds = {"delta": "deltanet", "gated-delta": "gated_deltanet"}
+    kinds = {"delta": "deltanet", "gated-delta": "gated_deltanet", "kda": "kda"}
     return {name: functools.partial(jla, kind, implementation) for name, kind in kinds.items()}
 
 
@@ -136,6 +138,7 @@ ROWS: dict[str, dict[str, Callable]] = {  # implementation -> operation -> its f
         "delta": functools.partial(fla, "delta_rule", "chunk_delta_rule"),
         "sum": functools.partial(fla, "linear_attn", "chunk_linear_attn", normalize=False),
         "gated-delta": functools.partial(fla, "gated_delta_rule", "chunk_gated_delta_rule"),
+        "kda": functools.partial(fla, "kda", "chunk_kda"),
     },
 }
 
@@ -146,8 +149,8 @@ class Config:
 
     rows: tuple[Literal["kernels", "xla", "jla", "jla-plain", "cudnn", "fla"], ...] = tuple(ROWS)
     """Implementations of the operation, in the order of their measurement."""
-    rules: tuple[Literal["delta", "sum", "gated-delta", "softmax"], ...] = tuple(OPERATIONS)
-    """Rules; gated-delta is delta with a decay per head."""
+    rules: tuple[Literal["delta", "sum", "gated-delta", "kda", "softmax"], ...] = tuple(OPERATIONS)
+    """Rules; gated-delta is delta with a decay per head, kda with one per key channel."""
     shapes: tuple[Literal["s1", "s2", "s3", "s4", "s5", "s6", "long8", "long2"], ...] = tuple(SHAPES)
     """Shapes: the table names their B, T, H and K = V."""
     presets: tuple[
@@ -179,8 +182,8 @@ def with_gradient(attend):
     return both
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "names", "dtype", "correlated"))
-def random_inputs(shape: Shape, names: tuple[str, ...], dtype: str, correlated: bool) -> dict[str, jax.Array]:
+@functools.partial(jax.jit, static_argnames=("shape", "operation", "dtype", "correlated"))
+def random_inputs(shape: Shape, operation: Operation, dtype: str, correlated: bool) -> dict[str, jax.Array]:
     """Inputs by name, and w as "weights". Gates are float32, β rounded to ``dtype``, which PyTorch takes it in.
 
     Correlated keys are non-negative, and the same for every second head, so that float64 is needed for two heads.
@@ -194,14 +197,17 @@ def random_inputs(shape: Shape, names: tuple[str, ...], dtype: str, correlated: 
         arrays[name] = x / jnp.linalg.norm(x, axis=-1, keepdims=True)
     arrays = {name: x.astype(dtype) for name, x in arrays.items()}
     beta, decay = jax.random.uniform(jax.random.key(1), (2, *gates))
+    if operation.channels:
+        decay = jax.random.uniform(jax.random.key(2), (*gates, shape.size))
     arrays |= {"beta": beta.astype(dtype).astype(jnp.float32), "log_decay": -0.05 * decay}
-    return {name: jnp.concatenate([arrays[name]] * (shape.heads // heads), axis=2) for name in (*names, "weights")}
+    names = (*operation.inputs, "weights")
+    return {name: jnp.concatenate([arrays[name]] * (shape.heads // heads), axis=2) for name in names}
 
 
 @functools.cache
 def exact(operation: Operation, dtype: str, shape: Shape) -> dict[str, np.ndarray]:
     """The reads and gradients by name, for correlated inputs, of the recurrent form in float64 on CPU."""
-    inputs = random_inputs(shape, operation.inputs, dtype, correlated=True)
+    inputs = random_inputs(shape, operation, dtype, correlated=True)
     inputs = {name: np.asarray(x).astype(np.float64) for name, x in inputs.items()}
     weights = inputs.pop("weights")
     attend = functools.partial(ours, operation.rule, "xla", form="recurrent")
@@ -267,7 +273,7 @@ class Job:
         return ROWS[self.implementation][self.operation]
 
     def inputs(self, shape: Shape, correlated: bool) -> dict[str, jax.Array]:
-        return random_inputs(shape, OPERATIONS[self.operation].inputs, self.dtype, correlated)
+        return random_inputs(shape, OPERATIONS[self.operation], self.dtype, correlated)
 
     def compile(self) -> dict[str, dict[str, Any]]:
         """The programs of the forward pass, of both passes, and of both for the comparison with float64."""
