@@ -20,6 +20,7 @@ from fwt_jax.attention_arguments import (
     check_like,
     check_memory,
     check_options,
+    check_pieces,
     check_qkv,
     check_step,
     has_chunks,
@@ -29,6 +30,7 @@ from fwt_jax.chunkwise import chunkwise
 from fwt_jax.heads import over_heads, start_of
 from fwt_jax.kernels import gpu, tpu
 from fwt_jax.memory import Memory
+from fwt_jax.pieces import in_pieces, is_axis, of_last, start_of_piece
 from fwt_jax.precision import computation_dtype, products_precision
 from fwt_jax.recurrent import recurrent
 from fwt_jax.rules import Rule, find_rule
@@ -53,6 +55,8 @@ def fast_weight_attention(
     form: Form = None,
     chunk_size: int | None = None,
     implementation: Implementation = None,
+    pieces: int = 1,
+    sequence_axis: str | None = None,
     precision: lax.PrecisionLike = None,
 ) -> tuple[jax.Array, Memory]:
     """Writes T tokens into a fast weight memory and reads it after each of them (causal linear attention).
@@ -103,6 +107,12 @@ def fast_weight_attention(
         On CPU, "pallas" is interpreted, for tests; other platforms refuse a kernel that is not theirs. ``jax.export``
         takes "pallas" for one platform at a time, and "triton" for CUDA alone and if its check of custom calls is
         disabled.
+      pieces: the number of parts that each sequence is cut into, for "sum", "delta" and "oja". All of them advance at
+        once, from the memory that composing the maps of the earlier ones gives: see pieces.py. It takes two to three
+        times the FLOPs. It is for few heads, long sequences and a device that they do not fill; never for a CPU.
+      sequence_axis: the name of an axis of the mesh that splits the tokens of each sequence into such pieces, in order.
+        In ``jax.shard_map`` over it, the arguments are the piece of one device and W_0, and the results are its piece
+        of y and W_T. Elsewhere the operation calls ``jax.shard_map`` itself, with the mesh of ``jax.set_mesh``.
       precision: of the matrix products of the chunkwise and parallel forms, as in ``jax.lax``. None: "default" if
         query, key and value are all bfloat16, else "highest", because TPUs would round float32 to bfloat16 and GPUs to
         TF32. A chunk's triangular system is solved more exactly.
@@ -143,29 +153,39 @@ def fast_weight_attention(
     check_like(log_decay, "log_decay", [(batch, length, heads), (batch, length, heads, key_size)])
     check_memory(memory, key, value)
     check_step(rule, key, value, log_decay, normalize, computation_dtype(query, key, value, memory))
-    return _attend(
-        query,
-        key,
-        value,
-        beta,
-        log_decay,
-        memory,
-        resets(segment_ids, batch, length),
-        rule=rule,
-        normalize=normalize,
-        eps=float(eps),
-        form=form,
-        chunk_size=None if chunk_size is None else int(chunk_size),
-        implementation=implementation,
-        precision=products_precision(precision, query, key, value),
-    )
+    check_pieces(pieces, sequence_axis, rule, log_decay, length)
+    options = {
+        "rule": rule,
+        "normalize": normalize,
+        "eps": float(eps),
+        "form": form,
+        "chunk_size": None if chunk_size is None else int(chunk_size),
+        "implementation": implementation,
+        "precision": products_precision(precision, query, key, value),
+    }
+    if pieces != 1 or (sequence_axis is not None and not is_axis(sequence_axis)):
+        attend = functools.partial(fast_weight_attention, **options)
+        memory = start_of(memory, key, value, computation_dtype(query, key, value, memory))
+        arrays = (query, key, value, beta, log_decay, segment_ids)
+        return in_pieces(attend, arrays, memory, pieces, sequence_axis)
+    reset = resets(segment_ids, batch, length, sequence_axis)
+    return _attend(query, key, value, beta, log_decay, memory, reset, sequence_axis=sequence_axis, **options)
 
 
 # Outside of jax.jit, JAX would dispatch each operation by itself, and would compile each scan again at every call,
 # because its body is a new function. Inside of jax.jit this is a part of the caller's program.
 @functools.partial(
     jax.jit,
-    static_argnames=("rule", "normalize", "eps", "form", "chunk_size", "implementation", "precision"),
+    static_argnames=(
+        "rule",
+        "normalize",
+        "eps",
+        "form",
+        "chunk_size",
+        "implementation",
+        "sequence_axis",
+        "precision",
+    ),
 )
 def _attend(
     query,
@@ -182,6 +202,7 @@ def _attend(
     form,
     chunk_size,
     implementation,
+    sequence_axis,
     precision,
 ):
     """``fast_weight_attention`` of arguments that fit together; ``reset``: bool ``[B, T]`` or None."""
@@ -196,12 +217,19 @@ def _attend(
         query = normalization.scaled_query(query, eps)
         summed = beta[..., None] * key if rule.corrects is False else key
         inputs = (key_sum, summed, log_decay, reset)
-        sums_before, sums = over_heads(normalization.key_sums, inputs, out_axes=1)(*inputs)
+        key_sums = functools.partial(normalization.key_sums, sequence_axis=sequence_axis)
+        sums_before, sums = over_heads(key_sums, inputs, out_axes=1)(*inputs)
         key_sum = sums[:, -1]
     if normalize == "retrieval":
-        recall_scale, beta = normalization.retrieval(memory.key_sum, sums_before, key, beta, log_decay, reset, eps)
+        recall_scale, beta = normalization.retrieval(
+            memory.key_sum, sums_before, key, beta, log_decay, reset, eps, sequence_axis=sequence_axis
+        )
     inputs = (memory.fast_weights, query, key, value, beta, log_decay, reset, recall_scale)
     options = {"rule": rule, "chunk_size": chunk_size, "precision": precision}
+    if sequence_axis is not None:
+        start, _, *tokens = inputs
+        start = start_of_piece(start, *tokens, sequence_axis=sequence_axis, **options)
+        inputs = (start, *inputs[1:])
     by_default = implementation is None and form == "chunkwise" and gpu.is_default(*inputs[:4], **options)
     if implementation == "pallas":
         out, fast_weights = tpu.chunkwise(*inputs, **options)
@@ -215,7 +243,10 @@ def _attend(
         out, fast_weights = over_heads(functools.partial(chunkwise, **options), inputs)(*inputs)
     if normalize:
         out = normalization.divided(out, jnp.sum(sums * query, axis=-1, keepdims=True), eps)
-    return out.astype(out_dtype), Memory(fast_weights, key_sum)
+    end = Memory(fast_weights, key_sum)
+    if sequence_axis is not None:
+        end = of_last(end, sequence_axis)
+    return out.astype(out_dtype), end
 
 
 def _form(rule, key, log_decay, chunk_size, implementation):

@@ -6,10 +6,12 @@ from numbers import Integral, Real
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.core import Tracer
 
 from fwt_jax import arguments
 from fwt_jax.memory import Memory
+from fwt_jax.pieces import from_previous, is_axis
 from fwt_jax.rules import RULES, name_of
 
 LIBRARY_RULES = frozenset(RULES.values())  # without the rows that a caller adds later
@@ -106,6 +108,28 @@ def check_step(rule, key, value, log_decay, normalize, dtype):
         )
 
 
+def check_pieces(pieces, sequence_axis, rule, log_decay, length):
+    if not isinstance(pieces, Integral) or not 1 <= pieces <= length:
+        raise ValueError(f"pieces must be an integer from 1 to T = {length}, got {pieces!r}")
+    if pieces == 1 and sequence_axis is None:
+        return
+    if pieces != 1 and sequence_axis is not None:
+        raise ValueError(f"pieces and sequence_axis exclude each other, got {pieces} and {sequence_axis!r}")
+    if sequence_axis is not None and not isinstance(sequence_axis, str):
+        raise ValueError(f"sequence_axis must be the name of an axis of the mesh, got {sequence_axis!r}")
+    name = name_of(rule)
+    if rule.piece is None:
+        raise ValueError(f"rule {name} is not linear in the memory, so its tokens cannot be divided into pieces")
+    if not has_chunks(rule, log_decay):
+        raise ValueError(f"rule {name} has no chunks with a decay per key channel, and so no pieces")
+    axes = jax.sharding.get_abstract_mesh().axis_names
+    if sequence_axis is not None and sequence_axis not in axes and not is_axis(sequence_axis):
+        raise ValueError(
+            f"sequence_axis must be an axis of the mesh, got {sequence_axis!r} and a mesh of {axes}; call the "
+            "operation in jax.shard_map over that axis, or under jax.set_mesh"
+        )
+
+
 def _per_channel(log_decay):
     return log_decay is not None and log_decay.ndim == 4
 
@@ -156,8 +180,11 @@ def check_key_mask(key_mask, batch, length):
         )
 
 
-def resets(segment_ids, batch, length):
-    """True where a token's segment differs from the one before it; None without segments."""
+def resets(segment_ids, batch, length, sequence_axis=None):
+    """True where a token's segment differs from the one before it; None without segments.
+
+    With ``sequence_axis``, the one before the first token is the last token of the piece before, see pieces.py.
+    """
     if segment_ids is None:
         return None
     if not isinstance(segment_ids, np.ndarray):  # JAX would cast int64 of NumPy to int32, where different ids may agree
@@ -168,4 +195,8 @@ def resets(segment_ids, batch, length):
             f"got {segment_ids.dtype}{list(segment_ids.shape)}"
         )
     changes = segment_ids[:, 1:] != segment_ids[:, :-1]
-    return jnp.concatenate([jnp.zeros_like(segment_ids[:, :1], bool), changes], axis=1)
+    first = jnp.zeros_like(segment_ids[:, :1], bool)
+    if sequence_axis is not None:
+        differs = segment_ids[:, :1] != from_previous(segment_ids[:, -1:], sequence_axis)
+        first = differs & (lax.axis_index(sequence_axis) > 0)
+    return jnp.concatenate([first, changes], axis=1)

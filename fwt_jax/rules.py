@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 from fwt_jax import clipped, memory
 
@@ -55,6 +55,8 @@ class Rule(NamedTuple):
         kernels for TPU and the chunkwise form on a GPU know these two writes, and take W without ``start`` and ``end``.
       unit_values: True if layers scale values to length 1, because the rule looks values up as "delta" does keys.
       chunk_size: the largest size that ``chunk_size=None`` picks.
+      piece: the kind of M in the map W ↦ M W + U of a stretch of tokens, see pieces.py: "diagonal"; "matrix";
+        "transposed" for a map of Wᵀ; None if the rule is not linear in W, or has no chunk.
     """
 
     step: Callable[..., Any]
@@ -68,6 +70,7 @@ class Rule(NamedTuple):
     corrects: bool | None = None
     unit_values: bool = False
     chunk_size: int = 64
+    piece: Literal[None, "diagonal", "matrix", "transposed"] = None
 
 
 def linear(writes: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,6 +87,7 @@ RULES = {
         decay_per_channel=True,
         normalize=(False, "read"),
         corrects=False,
+        piece="diagonal",
     ),
     "delta": Rule(
         memory.delta_step,
@@ -92,8 +96,9 @@ RULES = {
         decay_per_channel=True,
         normalize=(False, "read", "retrieval"),
         corrects=True,
+        piece="matrix",
     ),
-    "oja": Rule(memory.oja_step, linear(memory.oja_writes), parallel=True, unit_values=True),
+    "oja": Rule(memory.oja_step, linear(memory.oja_writes), parallel=True, unit_values=True, piece="transposed"),
     "fwm": Rule(clipped.step, clipped.chunk, clipped.start, clipped.end, chunk_size=32),
 }
 

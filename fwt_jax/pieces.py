@@ -1,0 +1,220 @@
+"""Pieces of a sequence, which run at once: the map of a piece is what its tokens do to any memory.
+
+A rule that is linear in W takes the memory at a stretch's start to that at its end by an affine map
+
+    W_end = M W_start + U
+
+M is ``[K, K]`` for the delta rule, and diagonal for the sum rule: D_T0, the decay of the whole stretch. Oja's rule is
+the delta rule of Wᵀ, so it has such a map for Wᵀ. Maps compose, and the order of grouping does not matter:
+
+    (M₂, U₂) ∘ (M₁, U₁) = (M₂ M₁, M₂ U₁ + U₂)
+
+The pieces of a sequence lie along a named axis of ``jax.shard_map`` (one piece on each device) or of ``jax.vmap``.
+Every piece computes its map, ``before_piece`` composes the maps of all earlier pieces in log₂ P + 1 rounds of messages
+for P pieces, and then each piece starts from its true memory. Running key sums are a sum-ruled memory of their own.
+
+Derivatives are JAX's. That of a message is the message back, so gradients go from later to earlier pieces by Mᵀ in as
+many rounds, and no piece keeps more than log₂ P + 1 maps.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from fwt_jax.chunkwise import chunkwise
+from fwt_jax.heads import over_heads
+from fwt_jax.rules import Rule
+
+HIGHEST = lax.Precision.HIGHEST
+
+
+class Piece(NamedTuple):
+    """The map W ↦ M W + U of a stretch of tokens.
+
+    Attributes:
+      factor: M, ``[..., K, K]``, or its diagonal ``[..., K or 1, 1]``.
+      update: U, ``[..., K, V]``.
+    """
+
+    factor: jax.Array
+    update: jax.Array
+
+
+def advance(piece: Piece, memory: jax.Array) -> jax.Array:
+    """M W + U for W ``[..., K, V]``; 2K²V FLOPs, or 2KV if M is diagonal."""
+    return _times(piece.factor, memory) + piece.update
+
+
+def compose(first: Piece, second: Piece) -> Piece:
+    """The map of ``first`` and then ``second``; 2K²(K + V) FLOPs, or 2KV if M is diagonal."""
+    return Piece(_times(second.factor, first.factor), advance(second, first.update))
+
+
+def _times(factor, x):
+    if factor.shape[-1] == 1:
+        return factor * x
+    return jnp.matmul(factor, x, precision=HIGHEST)
+
+
+def piece_of(
+    fast_weights, key, value, beta, log_decay=None, reset=None, recall_scale=None, *, rule: Rule, chunk_size, precision
+) -> Piece:
+    """The map of a stretch of tokens, or that of Wᵀ if ``rule.piece`` is "transposed".
+
+    A memory's columns do not mix, so M and U come from one pass over the chunks: from the memory [I | 0], whose tokens
+    write [0 | V], to [M | U]. It costs as much as K + V columns that are not read.
+
+    Args:
+      fast_weights: ``[B, H, K, V]``, for its dtype and its varying axes alone.
+      key, value, beta, log_decay, reset, recall_scale: ``[B, T, H, ...]``, else as in ``chunkwise``.
+      rule, chunk_size, precision: see ``chunkwise``. The rule has a ``Rule.piece``.
+
+    Returns:
+      M ``[B, H, K, K]`` and U ``[B, H, K, V]``; diagonal M ``[B, H, K or 1, 1]``; transposed ``[B, H, V, V]`` and
+      ``[B, H, V, K]``.
+    """
+
+    def end(start, key, value):
+        inputs = (start, None, key, value, beta, log_decay, reset, recall_scale)
+        one_head = functools.partial(chunkwise, rule=rule, chunk_size=chunk_size, precision=precision)
+        return over_heads(one_head, inputs)(*inputs)[1]
+
+    def beside(x, size):  # zeros of that size before the last axis of x
+        return jnp.concatenate([jnp.zeros_like(x, shape=(*x.shape[:-1], size)), x], axis=-1)
+
+    key_size, value_size = fast_weights.shape[2:]
+    empty = jnp.zeros_like(fast_weights)
+    if rule.piece == "diagonal":
+        return Piece(_decay_of(beta, log_decay, reset), end(empty, key, value))
+    if rule.piece == "matrix":
+        start = jnp.concatenate([empty[..., :1] + jnp.eye(key_size, dtype=empty.dtype), empty], axis=-1)
+        both = end(start, key, beside(value, key_size))
+        return Piece(both[..., :key_size], both[..., key_size:])
+    start = jnp.concatenate([empty[..., :1, :] + jnp.eye(value_size, dtype=empty.dtype), empty], axis=-2)
+    both = jnp.swapaxes(end(start, beside(key, value_size), value), -1, -2)
+    return Piece(both[..., :value_size], both[..., value_size:])
+
+
+def _decay_of(beta, log_decay, reset):
+    """D_T0 of a stretch, ``[B, H, K or 1, 1]``; 0 if the memory is reset in it."""
+    log_decay = jnp.zeros_like(beta) if log_decay is None else log_decay
+    decay = jnp.exp(jnp.sum(log_decay, axis=1))
+    decay = decay[..., None, None] if decay.ndim == 2 else decay[..., None]
+    return decay if reset is None else jnp.where(jnp.any(reset, axis=1)[:, None, None, None], 0, decay)
+
+
+def start_of_piece(fast_weights, *tokens, sequence_axis: str, rule: Rule, **options):
+    """The memory before the tokens of this piece, if W_0 is the one before the whole sequence; see ``piece_of``."""
+    piece = piece_of(fast_weights, *tokens, rule=rule, **options)
+    earlier = before_piece(compose, piece, identity_like(piece), sequence_axis)
+    if rule.piece == "transposed":
+        return jnp.swapaxes(advance(earlier, jnp.swapaxes(fast_weights, -1, -2)), -1, -2)
+    return advance(earlier, fast_weights)
+
+
+def identity_like(piece: Piece) -> Piece:
+    """The map of no tokens."""
+    factor = jnp.zeros_like(piece.factor)
+    factor += 1 if factor.shape[-1] == 1 else jnp.eye(factor.shape[-1], dtype=factor.dtype)
+    return Piece(factor, jnp.zeros_like(piece.update))
+
+
+def before_piece(combine, piece, identity, axis_name: str):
+    """The composition of all pieces before this one along a named axis, in order; ``identity`` for the first.
+
+    It is a scan by Hillis & Steele: in round r each piece gets what the piece 2ʳ before it has, and composes.
+
+    Args:
+      combine: an associative function of two trees of arrays, the earlier one first, as ``compose``.
+      piece: a tree of arrays.
+      identity: what ``combine`` with any tree leaves unchanged.
+      axis_name: of a mesh axis in ``jax.shard_map``, or of ``jax.vmap``.
+    """
+    size, index = lax.axis_size(axis_name), lax.axis_index(axis_name)
+
+    def from_earlier(tree, distance, otherwise):
+        received = _from_earlier(tree, distance, axis_name)
+        return jax.tree.map(lambda x, y: jnp.where(index >= distance, x, y), received, otherwise)
+
+    total = from_earlier(piece, 1, identity)
+    distance = 1
+    while distance < size - 1:
+        total = combine(from_earlier(total, distance, identity), total)
+        distance *= 2
+    return total
+
+
+def of_last(tree, axis_name: str):
+    """The arrays of the last piece, in every piece."""
+    is_last = lax.axis_index(axis_name) == lax.axis_size(axis_name) - 1
+    return lax.psum(jax.tree.map(lambda x: jnp.where(is_last, x, 0), tree), axis_name)
+
+
+def from_previous(tree, axis_name: str):
+    """The arrays of the piece before this one; those of the last piece for the first."""
+    return _from_earlier(tree, 1, axis_name)
+
+
+def _from_earlier(tree, distance, axis_name):
+    size = lax.axis_size(axis_name)
+    return lax.ppermute(tree, axis_name, [(i, (i + distance) % size) for i in range(size)])  # vmap needs all of them
+
+
+def is_axis(axis_name: str) -> bool:
+    """Whether the caller is in ``jax.shard_map`` or ``jax.vmap`` over an axis of this name."""
+    try:
+        lax.axis_size(axis_name)
+    except NameError:
+        return False
+    return True
+
+
+def in_pieces(attend, arrays, memory, pieces: int, sequence_axis: str | None):
+    """``attend`` of a sequence in pieces: by ``jax.shard_map`` over an axis of the mesh, or by ``jax.vmap``.
+
+    Tokens that write nothing fill the sequence up to a multiple of the number of pieces. Other axes of the mesh stay as
+    they are.
+
+    Args:
+      attend: (query, key, value, beta, log_decay, memory=, segment_ids=, sequence_axis=) -> y and the memory after the
+        last token.
+      arrays: query, key, value, beta, log_decay and segment_ids, ``[B, T, ...]`` or None.
+      memory: the one before the first token.
+      pieces: their number, if ``sequence_axis`` is None.
+      sequence_axis: the name of an axis of the mesh, or None.
+    """
+    axis = "pieces" if sequence_axis is None else sequence_axis
+    pieces = pieces if sequence_axis is None else jax.sharding.get_abstract_mesh().shape[sequence_axis]
+    length = arrays[0].shape[1]
+    padding = -length % pieces
+
+    def padded(x, mode="constant"):
+        if x is None or not padding:
+            return x
+        return jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2)), mode=mode)
+
+    # A normalised read of a query 0 would be 0/0 if eps = 0.
+    query, *others, segment_ids = arrays
+    arrays = (padded(query, "edge"), *map(padded, others), padded(segment_ids, "edge"))
+
+    def of_piece(memory, *arrays):
+        *tokens, segment_ids = arrays
+        return attend(*tokens, memory=memory, segment_ids=segment_ids, sequence_axis=axis)
+
+    if sequence_axis is None:
+        arrays = jax.tree.map(lambda x: x.reshape(x.shape[0], pieces, -1, *x.shape[2:]), arrays)
+        in_axes = (None, *(None if x is None else 1 for x in arrays))
+        y, memory = jax.vmap(of_piece, in_axes, (1, None), axis_name=axis)(memory, *arrays)
+        y = y.reshape(y.shape[0], -1, *y.shape[3:])
+    else:
+        by_token, whole = PartitionSpec(None, axis), PartitionSpec()
+        in_specs = (whole, *(None if x is None else by_token for x in arrays))
+        divided = jax.shard_map(of_piece, in_specs=in_specs, out_specs=(by_token, whole), axis_names={axis})
+        y, memory = divided(memory, *arrays)
+    return y[:, :length], memory

@@ -1,0 +1,150 @@
+"""Pieces of a sequence: their maps, on one device and over the devices of a mesh, against the whole sequence."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import Case, attend, outputs_and_gradients, random_cotangents, random_inputs, random_segments, some
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import fwt_jax
+from fwt_jax import pieces
+from fwt_jax.rules import RULES, Rule
+
+LINEAR = [name for name, rule in RULES.items() if rule.piece]
+DECAYS = (None, "head", "channel")
+CASES = [
+    Case(rule, normalize, decay, "chunkwise", 5, length, packed, start)
+    for rule, normalize, decay, (length, packed, start) in itertools.product(
+        LINEAR, (False, "read", "retrieval"), DECAYS, [(40, False, False), (37, True, True)]
+    )
+    if normalize in RULES[rule].normalize and (decay != "channel" or RULES[rule].decay_per_channel)
+]
+MESHES = {"8": (1, 8), "2 x 4": (2, 4), "4 x 2": (4, 2)}
+
+
+def piece_of(case, arrays, first, last):
+    """The map of the tokens from ``first`` to before ``last``."""
+    inputs = {name: jnp.asarray(x[:, first:last]) for name, x in arrays.items() if x is not None}
+    batch, heads, key_size, value_size = case.sizes
+    empty = jnp.zeros((batch, heads, key_size, value_size))
+    rest = (inputs["beta"], inputs.get("log_decay"), None)
+    options = dict(rule=RULES[case.rule], chunk_size=5, precision="highest")
+    return pieces.piece_of(empty, inputs["key"], inputs["value"], *rest, **options)
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("rule", LINEAR)
+def test_maps_compose_in_any_grouping(rule, decay, x64):
+    if decay == "channel" and not RULES[rule].decay_per_channel:
+        pytest.skip(f"{rule} has no chunks with a decay per channel")
+    case = Case(rule, decay=decay, length=20, start=True)
+    arrays = random_inputs(case)
+    start, _ = jnp.asarray(arrays.pop("fast_weights")), arrays.pop("key_sum")
+    cuts = [0, 1, 2, 9, 20]  # pieces of one token, of less than a chunk, and of several chunks
+    maps = [piece_of(case, arrays, *cut) for cut in itertools.pairwise(cuts)]
+    from_left = functools.reduce(pieces.compose, maps)
+    from_right = functools.reduce(lambda later, earlier: pieces.compose(earlier, later), reversed(maps))
+    want = attend(arrays | {"fast_weights": start, "key_sum": jnp.zeros(start.shape[:-1])}, rule=rule)[1]
+    for whole in (piece_of(case, arrays, 0, 20), from_left, from_right):
+        if rule == "oja":
+            got = jnp.swapaxes(pieces.advance(whole, jnp.swapaxes(start, -1, -2)), -1, -2)
+        else:
+            got = pieces.advance(whole, start)
+        np.testing.assert_allclose(got, want, rtol=1e-11, atol=1e-12)
+
+
+def check(case, divided, tolerance=1e-9):
+    """Outputs and gradients of ``divided``, a function like ``attend``, against one piece."""
+    arrays, cotangents = random_inputs(case), random_cotangents(case)
+    dtype = jnp.zeros(()).dtype
+    arrays = {name: None if x is None else x.astype(dtype) for name, x in arrays.items()}
+    options = dict(rule=case.rule, normalize=case.normalize, chunk_size=case.chunk_size)
+    segment_ids = random_segments(case.length) if case.packed else None
+    want = outputs_and_gradients(arrays, cotangents, segment_ids=segment_ids, **options)
+    got = divided(arrays, cotangents, segment_ids=segment_ids, **options)
+    for x, right in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert np.linalg.norm(x - right) <= tolerance * np.linalg.norm(right)
+
+
+@pytest.mark.parametrize("case", some(5, CASES), ids=str)
+def test_pieces_are_the_whole_sequence(case, x64):
+    check(case, functools.partial(outputs_and_gradients, pieces=3))
+
+
+@pytest.mark.parametrize("number", [2, 40])
+def test_any_number_of_pieces_in_float32(number):
+    check(Case(length=40, decay="head"), functools.partial(outputs_and_gradients, pieces=number), 2e-6)
+
+
+def on_mesh(shape, arrays, cotangents, **options):
+    mesh = jax.make_mesh(shape, ("data", "sequence"), axis_types=(AxisType.Auto,) * 2)
+    by_row = NamedSharding(mesh, P("data" if shape[0] == 2 else None))
+    arrays = {name: None if x is None else jax.device_put(x, by_row) for name, x in arrays.items()}
+    with jax.set_mesh(mesh):
+        return outputs_and_gradients(arrays, cotangents, sequence_axis="sequence", **options)
+
+
+@pytest.mark.parametrize("shape", MESHES)
+@pytest.mark.parametrize("case", some(9, CASES), ids=str)
+def test_the_devices_of_a_mesh_are_one_device(case, shape, x64):
+    check(case, functools.partial(on_mesh, MESHES[shape]))
+
+
+def test_messages_are_maps_and_no_tokens_are_gathered():
+    mesh = jax.make_mesh((8,), ("sequence",), axis_types=(AxisType.Auto,))
+    token = jax.ShapeDtypeStruct((1, 640, 2, 16), jnp.float32, sharding=NamedSharding(mesh, P(None, "sequence")))
+    beta = jax.ShapeDtypeStruct((1, 640, 2), jnp.float32, sharding=token.sharding)
+
+    def gradient(*inputs):
+        def loss(*inputs):
+            return jnp.sum(fwt_jax.fast_weight_attention(*inputs, sequence_axis="sequence")[0])
+
+        return jax.grad(loss, argnums=range(4))(*inputs)
+
+    with jax.set_mesh(mesh):
+        text = jax.jit(gradient).lower(token, token, token, beta).compile().as_text()
+    rounds = 3 + 1  # log₂ 8, and one to the next piece
+    assert text.count(" collective-permute(") + text.count(" collective-permute-start(") <= 2 * 2 * rounds
+    assert "all-gather" not in text and "all-to-all" not in text
+
+
+def test_the_piece_of_a_device_in_shard_map():
+    mesh = jax.make_mesh((4,), ("sequence",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    arrays = {name: jnp.asarray(x, jnp.float32) for name, x in random_inputs(Case(length=40)).items() if x is not None}
+    segment_ids = jnp.asarray(random_segments(40))
+
+    def of_piece(arrays, segment_ids):
+        return fwt_jax.fast_weight_attention(**arrays, segment_ids=segment_ids, sequence_axis="sequence")
+
+    by_token = P(None, "sequence")
+    mapped = jax.shard_map(of_piece, mesh=mesh, in_specs=(by_token, by_token), out_specs=(by_token, P()))
+    y, memory = jax.jit(mapped)(arrays, segment_ids)
+    want, want_memory = fwt_jax.fast_weight_attention(**arrays, segment_ids=segment_ids)
+    np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(memory.fast_weights, want_memory.fast_weights, rtol=1e-5, atol=1e-6)
+
+
+REFUSED = {
+    "fwm": (dict(rule="fwm", pieces=2), 'rule "fwm" is not linear in the memory'),
+    "a step": (dict(rule=Rule(lambda W, k, v, b, a=None: W), pieces=2), "is not linear in the memory"),
+    "oja per channel": (dict(rule="oja", pieces=2, log_decay=np.zeros((2, 6, 3, 8), np.float32)), "per key channel"),
+    "no piece": (dict(pieces=0), "pieces must be an integer from 1 to T = 6, got 0"),
+    "too many": (dict(pieces=7), "pieces must be an integer from 1 to T = 6, got 7"),
+    "both": (dict(pieces=2, sequence_axis="x"), "exclude each other"),
+    "no mesh": (dict(sequence_axis="x"), "sequence_axis must be an axis of the mesh, got 'x' and a mesh of ()"),
+    "no name": (dict(sequence_axis=3), "sequence_axis must be the name of an axis of the mesh, got 3"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_no_pieces_says_so(name):
+    options, words = REFUSED[name]
+    arrays = {n: jnp.asarray(x, jnp.float32) for n, x in random_inputs(Case(length=6)).items() if x is not None}
+    with pytest.raises(ValueError) as error:
+        fwt_jax.fast_weight_attention(**(arrays | options))
+    assert words in str(error.value)
