@@ -88,15 +88,18 @@ def piece_of(
     def beside(x, size):  # zeros of that size before the last axis of x
         return jnp.concatenate([jnp.zeros_like(x, shape=(*x.shape[:-1], size)), x], axis=-1)
 
+    def identity(size):
+        return _identity_like(jnp.zeros_like(fast_weights, shape=(*fast_weights.shape[:2], size, size)))
+
     key_size, value_size = fast_weights.shape[2:]
     empty = jnp.zeros_like(fast_weights)
     if rule.piece == "diagonal":
         return Piece(_decay_of(beta, log_decay, reset), end(empty, key, value))
     if rule.piece == "matrix":
-        start = jnp.concatenate([empty[..., :1] + jnp.eye(key_size, dtype=empty.dtype), empty], axis=-1)
+        start = jnp.concatenate([identity(key_size), empty], axis=-1)
         both = end(start, key, beside(value, key_size))
         return Piece(both[..., :key_size], both[..., key_size:])
-    start = jnp.concatenate([empty[..., :1, :] + jnp.eye(value_size, dtype=empty.dtype), empty], axis=-2)
+    start = jnp.concatenate([identity(value_size), empty], axis=-2)
     both = jnp.swapaxes(end(start, beside(key, value_size), value), -1, -2)
     return Piece(both[..., :value_size], both[..., value_size:])
 
@@ -120,9 +123,14 @@ def start_of_piece(fast_weights, *tokens, sequence_axis: str, rule: Rule, **opti
 
 def identity_like(piece: Piece) -> Piece:
     """The map of no tokens."""
-    factor = jnp.zeros_like(piece.factor)
-    factor += 1 if factor.shape[-1] == 1 else jnp.eye(factor.shape[-1], dtype=factor.dtype)
+    is_diagonal = piece.factor.shape[-1] == 1
+    factor = jnp.ones_like(piece.factor) if is_diagonal else _identity_like(piece.factor)
     return Piece(factor, jnp.zeros_like(piece.update))
+
+
+def _identity_like(x):
+    """Identity matrices of the shape of x ``[..., n, n]``; in shard_map they vary over the axes that x varies over."""
+    return jnp.zeros_like(x) + jnp.eye(x.shape[-1], dtype=x.dtype).reshape((1,) * (x.ndim - 2) + x.shape[-2:])
 
 
 def before_piece(combine, piece, identity, axis_name: str):
