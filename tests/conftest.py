@@ -1,5 +1,6 @@
 """Strict JAX for every test: eight CPU devices, no silent rank promotion; warnings are errors (pyproject.toml)."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import hypothesis
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # of the processes that tests start
 os.environ["TRITON_INTERPRET"] = "1"  # before the kernels for GPUs are imported
@@ -35,6 +37,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker has the flags of the pro
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_traceback_in_locations_limit", 0)  # pytest's stack is deep, and no test looks at it in a program
 
 # Reproducible, and without a time limit per example: the first one compiles.
 hypothesis.settings.register_profile("fwt_jax", deadline=None, derandomize=True, database=None, max_examples=25)
@@ -46,11 +49,41 @@ def pytest_addoption(parser):
     parser.addoption("--fuzz-seed", type=int, help="which ones: call i depends on the seed and i alone")
 
 
+def pytest_collection_finish():
+    """What was imported stays, and tracing makes many objects: to search all of them often took a tenth of the time."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # else libraries report what was not freed when the process ends
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget_what_was_compiled():
     """After each file: a thousand tests compile more than a process may map into its memory."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory):
+    """A program that is compiled again comes from a file: each run of an experiment makes its step anew."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+        "jax_persistent_cache_min_compile_time_secs": 0.3,
+        "jax_persistent_cache_min_entry_size_bytes": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    configure_cache(options)
+    yield
+    configure_cache(before)
+
+
+def configure_cache(options):
+    for name, value in options.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # else JAX goes on with what it read at its first compilation
 
 
 @pytest.fixture

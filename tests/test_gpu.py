@@ -275,6 +275,7 @@ def test_derivatives_of_a_gradient_are_those_of_plain_jax(derivative):
     inputs = arguments((1,), 1)
     directions = arguments((1,), 1, seed=5)
 
+    @functools.partial(jax.jit, static_argnums=0)
     def second(implementation):
         first = functools.partial(gradient, implementation=implementation)
         if derivative == "forward over reverse":

@@ -20,6 +20,8 @@ from fwt_jax import convert, sharding
 from fwt_jax.models import DecoderLM, ModelConfig
 from tests.test_readme import SNIPPETS
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 TINY = ModelConfig(vocab_size=30, cutoffs=(10,), num_layers=2, d_model=16, d_ff=32, num_heads=2, head_size=8)
 
 

@@ -243,6 +243,18 @@ def test_strong_decays_that_are_not_yet_nothing_keep_all_digits(decay, form):
     chex.assert_trees_all_close(np.float64(got_fast_weights), fast_weights, rtol=0, atol=1e-6)
 
 
+@functools.cache
+def gradients_and_retrieved(form, eps):
+    """Compiled once for all strengths of the decay."""
+    options = {"implementation": "pallas"} if form == "pallas" else {"form": form}
+
+    def call(moved, inputs):
+        out, *_ = attend(inputs | moved, normalize="retrieval", eps=eps, **options)
+        return jnp.sum(out), out
+
+    return jax.jit(jax.grad(call, has_aux=True))
+
+
 @pytest.mark.parametrize("form", some(2, ["chunkwise", "recurrent", "pallas", "parallel"]))
 @pytest.mark.parametrize("eps", [1e-6, 0.0])
 @pytest.mark.parametrize("strong", [-30.0, -41.0, -60.0, -80.0, -90.0, -600.0, -1e4])
@@ -251,7 +263,6 @@ def test_retrieval_divides_what_has_decayed_by_what_has_decayed(strong, eps, for
 
     With eps = 0 and below exp(−87) float32 has nothing left to divide, and takes what float64 takes below exp(−745).
     """
-    options = {"implementation": "pallas"} if form == "pallas" else {"form": form}
     keys = np.eye(3)[[0, 1, 0, 0, 2, 1]]
     value = np.random.default_rng(0).normal(size=(6, 2))
     log_decay = np.where(np.arange(6) == 2, strong, -0.1)
@@ -264,14 +275,9 @@ def test_retrieval_divides_what_has_decayed_by_what_has_decayed(strong, eps, for
     if eps == 0:  # the last token reads what only the strong decay left
         want[5] = np.where(np.isfinite(want[5]), want[5], 0)
 
-    def call(value, log_decay):
-        inputs = {name: jnp.asarray(x, jnp.float32)[None, :, None] for name, x in arrays.items()}
-        inputs |= {"value": value, "log_decay": log_decay}
-        out, *_ = attend(inputs, normalize="retrieval", eps=eps, **options)
-        return jnp.sum(out), out
-
-    moved = (jnp.asarray(arrays[name], jnp.float32)[None, :, None] for name in ("value", "log_decay"))
-    gradients, out = jax.jit(jax.grad(call, argnums=(0, 1), has_aux=True))(*moved)
+    inputs = {name: jnp.asarray(x, jnp.float32)[None, :, None] for name, x in arrays.items()}
+    moved = {name: inputs.pop(name) for name in ("value", "log_decay")}
+    gradients, out = gradients_and_retrieved(form, eps)(moved, inputs)
     chex.assert_trees_all_close(np.float64(out[0, :, 0]), want, rtol=1e-5, atol=1e-6)
     chex.assert_tree_all_finite(gradients)
 

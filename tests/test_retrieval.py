@@ -25,6 +25,8 @@ from experiments.retrieval.experiment import Config, Run, load, save, sweep
 from experiments.retrieval.model import Model, Task, batch_loss, params_from_torch
 from fwt_jax import clipped
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 GOLDEN = sorted((pathlib.Path(__file__).parent / "golden" / "retrieval").glob("*.npz"))
 RULES = {"ours": "delta", "cat": "softmax"}
 ALL_MODELS = sorted({*retrieval.CAPACITY_MODELS, *retrieval.UPDATE_RULE_MODELS}, key=lambda m: (m.name, m.rule))

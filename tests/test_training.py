@@ -27,6 +27,8 @@ from experiments.translation import experiment as translation
 from experiments.translation import presets as translation_presets
 from fwt_jax.models import DecoderLM, ModelConfig
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 TINY = ModelConfig(vocab_size=64, num_layers=1, d_model=16, d_ff=32, num_heads=2, head_size=8, positions=None)
 CONFIG = training.TrainConfig(
     steps=12, learning_rate=1e-2, schedule="constant", warmup=3, save_every=4, eval_every=6, log_every=5, seed=3

@@ -27,6 +27,8 @@ from experiments.translation.presets import PAPER, SIZES, find
 from fwt_jax import decode, sharding
 from fwt_jax.models import EncoderDecoder, TranslationConfig
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 ROOT = pathlib.Path(__file__).parent.parent
 WORDS = {"one": "eins", "two": "zwei", "three": "drei", "red": "rot", "blue": "blau", "house": "Haus", "tree": "Baum"}
 
