@@ -163,12 +163,19 @@ def compiled_attend(**options):
 def outputs_and_gradients(arrays, cotangents, compiler_options=None, segment_ids=None, **options):
     """y, fast_weights and key_sum, and the gradient of their inner product with ``cotangents``, by name."""
 
-    def loss(arrays):
+    arrays = {name: jnp.asarray(x) for name, x in arrays.items() if x is not None}
+    cotangents, segment_ids = jax.tree.map(jnp.asarray, (tuple(cotangents), segment_ids))
+    gradient = compiled_gradient(tuple((compiler_options or {}).items()), **options)
+    gradients, outputs = gradient(arrays, cotangents, segment_ids)
+    return outputs, gradients
+
+
+@functools.cache
+def compiled_gradient(compiler_options, **options):
+    """Compiled once per set of options (and per shape)."""
+
+    def loss(arrays, cotangents, segment_ids):
         outputs = attend(arrays, segment_ids=segment_ids, **options)
         return sum(jnp.sum(x.astype(c.dtype) * c) for x, c in zip(outputs, cotangents, strict=True)), outputs
 
-    arrays = {name: jnp.asarray(x) for name, x in arrays.items() if x is not None}
-    cotangents = jax.tree.map(jnp.asarray, cotangents)
-    gradient = jax.jit(jax.grad(loss, has_aux=True), compiler_options=compiler_options)
-    gradients, outputs = gradient(arrays)
-    return outputs, gradients
+    return jax.jit(jax.grad(loss, has_aux=True), compiler_options=dict(compiler_options))

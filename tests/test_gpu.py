@@ -139,13 +139,13 @@ def test_float32_is_the_float64_recurrence(name):
 
 
 ROUNDED = {
-    "delta": dict(shape=(1, 192, 2, 32, 32)),
+    "delta": dict(shape=(1, 128, 2, 32, 32)),
     "a token more than a chunk": dict(shape=(1, 65, 1, 32, 48)),
     "a token less than a chunk": dict(shape=(1, 63, 1, 48, 32), decay=0.05),
-    "correlated keys": dict(shape=(1, 330, 2, 64, 64), keys="correlated"),
-    "correlated keys, decay": dict(shape=(1, 330, 2, 64, 64), keys="correlated", decay=0.05),
+    "correlated keys": dict(shape=(1, 200, 1, 64, 64), keys="correlated"),
+    "correlated keys, decay": dict(shape=(1, 200, 1, 64, 64), keys="correlated", decay=0.05),
     "correlated keys, slow decay and segments": dict(
-        shape=(1, 330, 1, 64, 64), keys="correlated", decay=0.01, packed=True
+        shape=(1, 200, 1, 64, 64), keys="correlated", decay=0.01, packed=True
     ),
     "large": dict(shape=(1, 130, 1, 256, 32), keys="correlated", decay=0.05),
     "large values": dict(shape=(1, 130, 1, 32, 256), keys="correlated"),
