@@ -13,8 +13,9 @@ The pieces of a sequence lie along a named axis of ``jax.shard_map`` (one piece 
 Every piece computes its map, ``before_piece`` composes the maps of all earlier pieces in log₂ P + 1 rounds of messages
 for P pieces, and then each piece starts from its true memory. Running key sums are a sum-ruled memory of their own.
 
-For the delta rule, the map takes 4K(K + V) + 4C(K + V) FLOPs per token and head, in the place of the 6KV + 4C(K + V) of
-the operation, which runs after it. A message has K(K + V) numbers per head, or K(V + 1) for the sum rule.
+For the delta rule, the map costs a pass over K + V columns: 4K(K + V) FLOPs per token and head, and the products within
+chunks. The operation itself, 6KV and the products within chunks, runs after it. A message has K(K + V) numbers per
+head, or K(V + 1) for the sum rule.
 
 Derivatives are JAX's. That of a message is the message back, so gradients go from later to earlier pieces by Mᵀ in as
 many rounds, and no piece keeps more than log₂ P + 1 maps.
