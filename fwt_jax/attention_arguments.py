@@ -109,7 +109,7 @@ def check_step(rule, key, value, log_decay, normalize, dtype):
 
 
 def check_pieces(pieces, sequence_axis, rule, log_decay, length):
-    if not isinstance(pieces, Integral) or not 1 <= pieces <= length:
+    if not isinstance(pieces, Integral) or not 1 <= int(pieces) <= length:
         raise ValueError(f"pieces must be an integer from 1 to T = {length}, got {pieces!r}")
     if pieces == 1 and sequence_axis is None:
         return

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import fwt_jax
-from fwt_jax.kernels import gpu, over_mesh
+from fwt_jax.kernels import gpu, gpu_calls, over_mesh
 from fwt_jax.rules import RULES
 
 pytest.importorskip("jax_triton", reason="pip install jax-triton, for Python 3.12 or later")
@@ -118,14 +118,16 @@ EXACT = {
     for name, options in {
         "one token": dict(shape=(2, 1, 2, 16, 16), decay=0.1),
         "a token less than two chunks": dict(shape=(1, 63, 2, 32, 16), decay=0.1),
+        "sizes that are no power of 2": dict(shape=(1, 40, 2, 24, 20), decay=0.1, packed=True, chunk_size=16),
         "a token more than two chunks": dict(shape=(1, 65, 2, 32, 16), decay=0.1),
-        "sizes that are no power of 2": dict(shape=(2, 70, 2, 24, 40), decay=0.1, packed=True),
-        "blocks of values and of keys": dict(shape=(1, 70, 1, 64, 64), decay=0.1),
-        "sum": dict(shape=(2, 70, 1, 16, 24), rule="sum", decay=0.1, packed=True),
+        "correlated keys": dict(shape=(1, 130, 1, 16, 16), keys="correlated", decay=0.02),
+        "retrieval normalised": dict(
+            shape=(1, 40, 1, 16, 16), keys="correlated", decay=0.1, normalize="retrieval", chunk_size=16
+        ),
         "strong decay": dict(shape=(1, 100, 1, 16, 16), decay=30.0),
         "chunks of 16": dict(shape=(1, 40, 1, 16, 16), decay=0.1, chunk_size=16),
-        "correlated keys": dict(shape=(1, 130, 1, 16, 16), keys="correlated", decay=0.02),
-        "retrieval normalised": dict(shape=(1, 70, 1, 16, 16), keys="correlated", decay=0.1, normalize="retrieval"),
+        "blocks of values and of keys": dict(shape=(1, 40, 1, 64, 32), decay=0.1),
+        "sum": dict(shape=(2, 70, 1, 16, 24), rule="sum", decay=0.1, packed=True),
     }.items()
 }
 # With one key for all tokens and β = 2 the entries of matrices grow, and with them rounding errors.
@@ -150,11 +152,20 @@ ROUNDED = {
     "large": dict(shape=(1, 130, 1, 256, 32), keys="correlated", decay=0.05),
     "large values": dict(shape=(1, 130, 1, 32, 256), keys="correlated"),
     "sum": dict(shape=(1, 192, 1, 64, 64), rule="sum", keys="correlated", decay=0.05),
-    "channels": dict(shape=(1, 129, 2, 48, 32), keys="correlated", decay=0.05, channels=True),
     "channels, slow decay": dict(shape=(1, 192, 1, 64, 64), keys="correlated", decay=0.01, channels=True),
     "channels, strong decay": dict(shape=(1, 100, 1, 32, 64), decay=30.0, channels=True, packed=True),
     "channels, sum": dict(shape=(1, 100, 1, 64, 32), rule="sum", keys="correlated", decay=0.05, channels=True),
+    "channels": dict(shape=(1, 129, 1, 48, 32), keys="correlated", decay=0.05, channels=True),
 }
+
+
+def test_small_gradients_of_decays_keep_their_digits():
+    """As sums of what passes a decay. As differences of sums, some would be wrong by a factor of 500."""
+    arrays = random_arrays((1, 32, 1, 16, 16), decay=3.0, channels=True)
+    with jax.enable_x64(True):
+        want = outputs_and_gradients(arrays, "float64", "float64", form="recurrent")["gradient of log_decay"]
+    got = outputs_and_gradients(arrays, F32, F32, implementation="triton")["gradient of log_decay"]
+    np.testing.assert_array_less(np.abs(got - want), 1e-3 * np.abs(want) + 1e-15)
 
 
 @pytest.mark.parametrize("name", some(4, list(ROUNDED)))
@@ -187,6 +198,21 @@ def test_vmap_is_a_larger_batch():
     got = jax.vmap(gradient)(*inputs)
     want = gradient(*(x.reshape(3, *x.shape[2:]) for x in inputs))
     chex.assert_trees_all_equal(got, jax.tree.map(lambda x: x.reshape(3, 1, *x.shape[1:]), want))
+
+
+@pytest.mark.parametrize("unbatched", [None, 4], ids=["all", "all but the decay"])
+def test_vmap_over_an_axis_that_a_mesh_splits(unbatched):
+    mesh = jax.make_mesh((2, 2), ("rows", "heads"), axis_types=(AxisType.Explicit,) * 2, devices=jax.devices()[:4])
+    inputs = arguments((2, 1))
+    inputs = [x[0] if i == unbatched else x for i, x in enumerate(inputs)]
+    in_axes = [None if i == unbatched else 0 for i in range(5)]
+    want = jax.vmap(gradient, in_axes)(*inputs)
+    specs = [P("rows") if axis == 0 else P() for axis in in_axes]
+    placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(inputs, specs, strict=True)]
+    with jax.set_mesh(mesh):
+        got = jax.jit(jax.vmap(gradient, in_axes))(*placed)
+    assert got[0].sharding.spec[0] == "rows"
+    chex.assert_trees_all_close(got, want, rtol=1e-6, atol=1e-7)
 
 
 def test_vmap_of_a_value_alone():
@@ -234,6 +260,22 @@ def test_shard_map():
     spec = P("rows", None, "heads")
     got = jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=spec, out_specs=spec))(*inputs)
     chex.assert_trees_all_close(got, gradient(*inputs), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("channels", [False, True])
+def test_axes_have_the_names_by_which_a_mesh_splits_them(channels):
+    settings = gpu.settings_of(RULES["delta"], jnp.dtype(F32), (2, 5, 16, 24), decays=True, channels=channels)
+    tokens, log_decay = (2, 70, 5), ((16,) if channels else ())
+    shapes = [(2, 5, 16, 24), (*tokens, 16), (*tokens, 16), (*tokens, 24), tokens, (*tokens, *log_decay)]
+    inputs = [jax.ShapeDtypeStruct(shape, F32) for shape in shapes]
+    inputs += [jax.ShapeDtypeStruct(tokens[:2], bool), jax.ShapeDtypeStruct(tokens, F32)]
+    results = jax.eval_shape(functools.partial(gpu_calls._forward, (settings, True)), *inputs)
+    names = (*gpu_calls.axes_of_inputs(settings), *gpu_calls.OUTPUTS, *gpu_calls._RESIDUALS)
+    sizes = {}
+    for axes, x in zip(names, [*inputs, *results], strict=True):
+        for axis, size in () if x is None else zip(axes.split(), x.shape, strict=True):
+            assert sizes.setdefault(axis, size) == size, axes
+    assert sizes == {"b": 2, "t": 70, "h": 5, "k": 16, "v": 24, "n": 3, "c": 32, "i": 32}
 
 
 SPLIT = {
@@ -309,8 +351,7 @@ def test_the_default_on_a_gpu_is_a_kernel_wherever_it_can(monkeypatch):
     inputs = arguments()
     try:
         of_kernel = jax.jit(functools.partial(attention, implementation=None)).lower(*inputs).as_text()
-        by_channel = (*inputs[:4], jnp.broadcast_to(inputs[4][..., None], inputs[1].shape))
-        plain = jax.jit(functools.partial(attention, implementation=None)).lower(*by_channel).as_text()
+        plain = jax.jit(functools.partial(attention, implementation=None, rule="oja")).lower(*inputs).as_text()
         one_token = jax.jit(functools.partial(attention, implementation=None)).lower(*(x[:, :1] for x in inputs))
     finally:
         jax.clear_caches()

@@ -12,7 +12,7 @@ pytest.importorskip("jax_triton", reason="pip install jax-triton, for Python 3.1
 
 CASE = gpu_kernels.Case(90, "bfloat16", 64, 64, "delta", "none", "exact", 16)
 COMPILED = gpu_kernels.Compiled(registers=255, spilled=0, shared=227 * 1024, counts=(1, 2, 3, 4), seconds=1.0)
-ROW = gpu_kernels.Row(CASE, "forward", 0, 64, 64, 4, 2, COMPILED)
+ROW = gpu_kernels.Row(CASE, "forward", 64, 64, 4, 2, COMPILED)
 
 
 def run(*command, **more):
@@ -25,7 +25,7 @@ def run(*command, **more):
 @pytest.mark.parametrize(
     "options",
     [
-        ["--cards", "90", "--key-sizes", "64", "--dtypes", "bfloat16", "--decays", "none"],
+        ["--cards", "90", "--key-sizes", "64", "--dtypes", "bfloat16", "--decays", "none", "per-channel"],
         pytest.param(["--lengths", "exact", "masked"], marks=pytest.mark.exhaustive),
     ],
     ids=["a card", "all"],
@@ -34,9 +34,13 @@ def test_no_kernel_spills_or_takes_too_much_shared_memory(options):
     result = run("-m", "experiments.benchmarks.gpu_kernels", *options)
     assert result.returncode == 0, result.stdout + result.stderr
     kernels = [line.replace(", ", "-").split() for line in result.stdout.splitlines() if line.startswith("sm_")]
-    for card in {cells[0] for cells in kernels}:
-        names = {cells[1] for cells in kernels if cells[0] == card}
-        assert names == {"scores", "forward", "forward-keep", "backward", "gradient"}
+    all_kinds = {"forward", "forward-keep", "backward"}
+    for card, decays in {(cells[0], cells[6]) for cells in kernels}:
+        names = {cells[1] for cells in kernels if (cells[0], cells[6]) == (card, decays)}
+        others = (
+            ("channel_scores", "inverse", "channel_gradient") if decays == "per-channel" else ("scores", "gradient")
+        )
+        assert names == all_kinds.union(others)
     assert any(int(cells[16]) for cells in kernels if cells[0] == "sm_90")  # wgmma
 
 
@@ -55,7 +59,7 @@ def test_faults_of_exact_lengths_are_named_and_end_the_program(result, fault, ca
     if fault:
         with pytest.raises(SystemExit, match="1"):
             gpu_kernels.report(rows)
-        last = f"1 of 2 kernels must not be used: sm_90 forward bfloat16 64 x 64: {fault}"
+        last = f"1 of 2 kernels must not be used: sm_90 forward bfloat16 64 x 64, decays none: {fault}"
     else:
         gpu_kernels.report(rows)
         last = "2 kernels, and none for exact lengths spills or takes too much shared memory"

@@ -169,7 +169,6 @@ class Row(NamedTuple):
 
     case: Case
     name: str
-    decays: int | None
     values: int | None
     keys: int | None
     num_warps: int
@@ -187,20 +186,20 @@ class Row(NamedTuple):
 
     def cells(self) -> tuple:
         """In the order of ``HEADINGS``."""
-        _, *call, _, length, heads = self.case
-        decays, *settings = ("-" if x is None else x for x in self[2:7])
+        _, *call = self.case
+        settings = ("-" if x is None else x for x in self[2:6])
         if isinstance(self.result, str):
             numbers = ("-",) * (len(INSTRUCTIONS) + 4)
         else:
             registers, spilled, shared, counts, seconds = self.result
             shared = f"{shared / 1024:.0f}/{SHARED_KIB[self.case.card]}"
             numbers = (registers, spilled, shared, *counts, f"{seconds:.0f}")
-        return (f"sm_{self.case.card}", self.name, *call, decays, length, heads, *settings, *numbers, self.fault)
+        return (f"sm_{self.case.card}", self.name, *call, *settings, *numbers, self.fault)
 
 
 COLUMNS = ("card", "kernel", "dtype", "K", "V", "rule", "decays", "length", "heads", "V block", "K block", "warps")
 HEADINGS = (*COLUMNS, "stages", "registers", "spilled", "KiB", *INSTRUCTIONS, "s", "")
-RIGHT = (3, 4, 6, *range(8, len(HEADINGS) - 1))
+RIGHT = (3, 4, *range(8, len(HEADINGS) - 1))
 
 
 def rows_of(case: Case) -> list[Row]:
@@ -214,9 +213,7 @@ def rows_of(case: Case) -> list[Row]:
             result = compiled(call)
         except Exception as error:  # a kernel that does not compile must not end the table
             result = command_line.in_short(error)
-        rows.append(
-            Row(case, name, constants.get("DECAYS"), *blocks, options["num_warps"], options["num_stages"], result)
-        )
+        rows.append(Row(case, name, *blocks, options["num_warps"], options["num_stages"], result))
     return rows
 
 
@@ -292,7 +289,7 @@ def main(config: Config):
     if os.environ.get("TRITON_INTERPRET"):
         raise ValueError("TRITON_INTERPRET is set, and interpreted kernels are not compiled; unset it")
     if not importlib.util.find_spec("jax_triton"):
-        raise ValueError(f"jax-triton is not installed; {gpu.INSTALL}")
+        raise ValueError("jax-triton is not installed; pip install jax-triton, for Python 3.12 or later")
     with concurrent.futures.ProcessPoolExecutor(None, multiprocessing.get_context("spawn"), start) as pool:
         rows = list(itertools.chain(*pool.map(rows_of, cases(config))))
     report(rows)
@@ -306,7 +303,8 @@ def report(rows: list[Row]):
         print(f"{len(rows)} kernels, and none for exact lengths spills or takes too much shared memory")
         return
     names = (
-        f"sm_{row.case.card} {row.name} {row.case.dtype} {row.case.key_size} x {row.case.value_size}: {row.fault}"
+        f"sm_{row.case.card} {row.name} {row.case.dtype} {row.case.key_size} x {row.case.value_size}, "
+        f"decays {row.case.decays}: {row.fault}"
         for row in faults
     )
     print(f"{len(faults)} of {len(rows)} kernels must not be used: {'; '.join(names)}")

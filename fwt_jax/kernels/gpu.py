@@ -52,7 +52,8 @@ def chunkwise(
     with a gradient 6K + 8V + 4KV/C + 2C more. The gradient keeps KV/C + V + 2C numbers per token.
 
     A decay per channel takes 4CK log₂(C) FLOPs for the scores instead of 4CK, and twice as many for their gradient. It
-    moves about 10K numbers more forward and about 25K with a gradient, and keeps 2C more.
+    keeps C float32 numbers more. It moves several float32 arrays as large as the keys: the cumulative decays, and in
+    the backward pass the gradients in a ∘ Q, a ∘ K, e ∘ K and the decays.
 
     Args:
       fast_weights, query, key, value, beta, log_decay, reset, recall_scale, rule, chunk_size, precision: see

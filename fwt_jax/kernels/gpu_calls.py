@@ -5,6 +5,7 @@ Letters: B batch, T tokens, H heads, K key features, V value size, n chunks of C
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -131,56 +132,61 @@ def _gradient(settings, query, key, value, gates, chunks, reads_grad):
 
 def _gradient_per_channel(settings, query, key, value, gates, chunks, reads_grad):
     """As ``_gradient``, by the equations of triton_channels.py: products of XLA, and the kernel for P' and S'."""
-    length, corrects = query.shape[1], settings.rule.corrects
-    precision = lax.Precision.DEFAULT if settings.precision == "tf32" else lax.Precision.HIGHEST
-
-    def product(names, *operands):
-        return jnp.einsum(names, *operands, precision=precision, preferred_element_type=jnp.float32)
-
-    def by_head(x):  # [B, H, T] -> [B, H, n, C]
-        return jnp.moveaxis(_in_chunks(settings, jnp.moveaxis(x, 1, 2)), 3, 1)
+    product = functools.partial(_product, settings)
+    reads_grad, values = (_in_chunks(settings, x) for x in (reads_grad, value))
 
     def tokens(x):  # [B, n, C, H, ...] -> [B, T, H, ...]
-        return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
-
-    def numbers(x):  # [B, H, n, C] -> [B, H, T]
-        return x.reshape(*x.shape[:2], -1)[..., :length]
-
-    similarities, starts, writes, ends_grad, solved = chunks
-    reads_grad = _in_chunks(settings, reads_grad)
-    scores_grad = jnp.tril(product("bnchv,bhnvi->bhnci", reads_grad, writes))  # P'
-    query_grad = product("bnchv,bhnvk->bnchk", reads_grad, starts)  # Y'Wᵀ
-    written_grad = product("bhnvc,bhnvk->bnchk", writes, ends_grad)  # NGᵀ
-    of_start_grad = product("bhnvk,bhnvk->bhnk", starts, ends_grad)  # rowsum(W ∘ G)
-    value_grad = by_head(gates.beta)[..., None, :] * solved.astype(jnp.float32)
-    value_grad = tokens(jnp.moveaxis(value_grad, (1, 4), (3, 2)))
-    values = _in_chunks(settings, value)
-    beta_grad = numbers(product("bhnvc,bnchv->bhnc", solved, values))
+        return x.reshape(x.shape[0], -1, *x.shape[3:])[:, : query.shape[1]]
 
     def tokens_of(query, key, decay, fine):
         scaled = _tokens(settings, query, key, gates._replace(decay=decay, fine=fine), rounded=False)
-        return scaled.query, scaled.key, scaled.written_key, scaled.of_start
+        # Without a gradient in e through g, which is the difference of two of its entries: see ``passing`` below.
+        written_key = _tokens(settings, query, key, gates, rounded=False).written_key
+        return scaled.query, scaled.key, written_key, scaled.of_start
 
-    inputs = (query, key, gates.decay, gates.fine)
-    (_, scaled_key, *_), pull = jax.vjp(tokens_of, *inputs)
-    similarities_grad, correction_grad, key_grad = None, jnp.zeros_like(beta_grad), jnp.zeros_like(scaled_key)
-    if corrects:
-        correction = by_head(gates.correction)
-        recalled_grad = product("bhnvc,bhnvk->bnchk", solved, starts)  # XWᵀ
-        lower_grad = -jnp.tril(product("bhnvc,bhnvi->bhnci", solved, writes), -1)
-        correction_grad = numbers(jnp.sum(lower_grad * similarities, axis=-1))
-        correction_grad -= jnp.moveaxis(jnp.sum(scaled_key * tokens(recalled_grad), axis=-1), 1, 2)
-        key_grad = tokens(-jnp.moveaxis(correction, 1, 3)[..., None] * recalled_grad)
-        lower_grad *= correction[..., None]
-        similarities_grad = (lower_grad + jnp.swapaxes(lower_grad, -1, -2)).astype(query.dtype)
-    query_grad, key_grad, *decays_grad = pull((tokens(query_grad), key_grad, tokens(written_grad), of_start_grad))
+    (_, scaled_key, written_key, _), pull = jax.vjp(tokens_of, query, key, gates.decay, gates.fine)
+    query_grad = tokens(product("bnchv,bhnvk->bnchk", reads_grad, chunks.starts))  # Y'Wᵀ
+    written_grad = tokens(product("bhnvc,bhnvk->bnchk", chunks.writes, chunks.ends_grad))  # NGᵀ
+    of_start_grad = product("bhnvk,bhnvk->bhnk", chunks.starts, chunks.ends_grad)  # rowsum(W ∘ G)
+    scaled_key_grad, correction_grad, pairs_grad = None, jnp.zeros_like(gates.correction), None
+    if scaled_key is not None:
+        recalled_grad = tokens(product("bhnvc,bhnvk->bnchk", chunks.solved, chunks.starts))  # XWᵀ
+        scaled_key_grad = -jnp.moveaxis(gates.correction, 1, 2)[..., None] * recalled_grad
+        correction_grad, pairs_grad = _similarities_gradient(settings, gates, chunks)
+        correction_grad -= jnp.moveaxis(jnp.sum(scaled_key * recalled_grad, axis=-1), 1, 2)
+    query_grad, key_grad, *decays_grad = pull((query_grad, scaled_key_grad, written_grad, of_start_grad))
 
+    scores_grad = jnp.tril(product("bnchv,bhnvi->bhnci", reads_grad, chunks.writes)).astype(query.dtype)  # P'
     like_tokens = jax.ShapeDtypeStruct(query.shape, jnp.float32)
-    inputs = [query, key, gates.decay, gates.fine, scores_grad.astype(query.dtype), similarities_grad]
-    more = _call("channel_gradient", settings, query, value, inputs, [like_tokens] * 3)
-    query_grad, key_grad = query_grad + more[0], key_grad + more[1]
-    tokens_grad = (x.astype(query.dtype) for x in (query_grad, key_grad, value_grad))
-    return *tokens_grad, _Gates(beta_grad, correction_grad, more[2], *decays_grad)
+    inputs = [query, key, gates.decay, gates.fine, scores_grad, pairs_grad]
+    of_pairs = _call("channel_gradient", settings, query, value, inputs, [like_tokens] * 3)
+    # A decay acts on what the tokens before it have written: a running sum of e K ∘ NGᵀ within the chunk.
+    passing = jnp.cumsum(_in_chunks(settings, written_key * written_grad), axis=2)
+    passing = tokens(jnp.pad(passing[:, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0), (0, 0))))
+
+    beta = jnp.moveaxis(_in_chunks(settings, jnp.moveaxis(gates.beta, 1, 2)), 3, 1)
+    value_grad = beta[..., None, :] * chunks.solved.astype(jnp.float32)  # βX
+    value_grad = tokens(jnp.moveaxis(value_grad, (1, 4), (3, 2)))
+    beta_grad = product("bhnvc,bnchv->bhnc", chunks.solved, values).reshape(*gates.beta.shape[:2], -1)
+    beta_grad = beta_grad[..., : query.shape[1]]
+    tokens_grad = (query_grad + of_pairs[0], key_grad + of_pairs[1], value_grad)
+    tokens_grad = (x.astype(query.dtype) for x in tokens_grad)
+    return *tokens_grad, _Gates(beta_grad, correction_grad, of_pairs[2] + passing, *decays_grad)
+
+
+def _similarities_gradient(settings, gates, chunks):
+    """Of A: its part of ρ' ``[B, H, T]``, and S' + S'ᵀ of every chunk."""
+    lower_grad = -jnp.tril(_product(settings, "bhnvc,bhnvi->bhnci", chunks.solved, chunks.writes), -1)  # A'
+    correction_grad = jnp.sum(lower_grad * chunks.similarities, axis=-1)
+    correction_grad = correction_grad.reshape(*correction_grad.shape[:2], -1)[..., : gates.correction.shape[-1]]
+    correction = jnp.moveaxis(_in_chunks(settings, jnp.moveaxis(gates.correction, 1, 2)), 3, 1)
+    lower_grad *= correction[..., None]
+    return correction_grad, (lower_grad + jnp.swapaxes(lower_grad, -1, -2)).astype(chunks.solved.dtype)
+
+
+def _product(settings, names, *operands):
+    precision = lax.Precision.DEFAULT if settings.precision == "tf32" else lax.Precision.HIGHEST
+    return jnp.einsum(names, *operands, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _call(name, settings, query, value, inputs, out_shapes, **constants):
@@ -189,7 +195,7 @@ def _call(name, settings, query, value, inputs, out_shapes, **constants):
 
     batch, length, heads, key_size = query.shape
     num_programs, compiled, constants_of_all = program_of(name, settings, (length, heads, key_size, value.shape[-1]))
-    kernel = getattr(triton_kernels, f"{name}_kernel", None) or getattr(triton_channels, f"{name}_kernel")
+    kernel = (vars(triton_kernels) | vars(triton_channels))[f"{name}_kernel"]
     constants |= {name: x for name, x in constants_of_all.items() if name in kernel.arg_names}
     return triton_call.triton_call(
         kernel,
@@ -234,9 +240,7 @@ def _gates(settings, beta, log_decay, reset, recall_scale):
     by_place = jnp.moveaxis(_in_chunks(settings, log_decay), 2, 0)
     by_place = cumulative_log_decay(by_place)
     coarse, fine = (jnp.moveaxis(x, 0, 2).reshape(shape[0], -1, *log_decay.shape[2:])[:, :length] for x in by_place)
-    if settings.channels:
-        log_decay = jnp.maximum(log_decay, RESET)
-    else:
+    if not settings.channels:
         log_decay, coarse, fine = None, jnp.moveaxis(coarse, 1, 2), jnp.moveaxis(fine, 1, 2)
     if settings.decays == 1:
         return _Gates(beta, correction, log_decay, coarse + fine, None)
@@ -259,13 +263,13 @@ class _Tokens(NamedTuple):
     """What kernels 2 and 3 take: with a decay per channel the products a Q, a K and e K, ρ alone and c; else factors.
 
     Attributes:
-      query, key, written_key: ``[B, T, H, K]``; written_key is None where it is the key.
+      query, key, written_key: ``[B, T, H, K]``; key is None where nothing is recalled, written_key where it is the key.
       recall, from_start, to_end: ρ a, a and e, ``[B, H, T]``, or None where they are 1 or in the products.
       of_start: c, ``[B, H, n, K]``, or None where it is a of the last token.
     """
 
     query: jax.Array
-    key: jax.Array
+    key: jax.Array | None
     written_key: jax.Array | None
     recall: jax.Array
     from_start: jax.Array | None
@@ -277,15 +281,15 @@ def _tokens(settings, query, key, gates, rounded=True):
     """The ``_Tokens``, whose products are rounded to the dtype of the query and the key, or left in float32."""
     if not settings.channels:
         return _Tokens(query, key, None, *_factors(settings, gates), None)
-    from_start, to_end, last = _decays(settings, gates, axis=1)
+    from_start, to_end, of_start = _decays(settings, gates, axis=1)
 
     def scaled(x, factor):
         x = x.astype(jnp.float32) * factor
         return x.astype(query.dtype) if rounded else x
 
-    of_start = jnp.moveaxis(from_start[:, last[:: settings.chunk_size]], 1, 2)
-    products = scaled(query, from_start), scaled(key, from_start), scaled(key, to_end)
-    return _Tokens(*products, gates.correction, None, None, of_start)
+    recalled_key = scaled(key, from_start) if settings.rule.corrects else None
+    products = scaled(query, from_start), recalled_key, scaled(key, to_end)
+    return _Tokens(*products, gates.correction, None, None, jnp.moveaxis(of_start, 1, 2))
 
 
 def _factors(settings, gates):
@@ -297,13 +301,21 @@ def _factors(settings, gates):
 
 
 def _decays(settings, gates, axis):
-    """a, e, and the index of the last token of each token's chunk; ``axis`` is that of the tokens."""
+    """a, e, and c with an axis of chunks in the place of the tokens, whose axis is ``axis``."""
     parts = [x for x in (gates.decay, gates.fine) if x is not None]
-    length, chunk_size = parts[0].shape[axis], settings.chunk_size
-    place = jnp.arange(length)
-    last = jnp.minimum(place // chunk_size * chunk_size + chunk_size, length) - 1
-    to_end = sum(jnp.take(x, last, axis, mode="clip") - x for x in parts)
-    return jnp.exp(sum(parts)), jnp.exp(to_end), last
+    size, length = settings.chunk_size, parts[0].shape[axis]
+    last = [_last_of_chunks(x, size, axis) for x in parts]
+    by_token = (lax.slice_in_dim(jnp.repeat(x, size, axis), 0, length, axis=axis) for x in last)
+    to_end = sum(at_end - x for at_end, x in zip(by_token, parts, strict=True))
+    return jnp.exp(sum(parts)), jnp.exp(to_end), jnp.exp(sum(last))
+
+
+def _last_of_chunks(x, size, axis):
+    """x at the last token of every chunk."""
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, -x.shape[axis] % size)
+    x = jnp.pad(x, padding, mode="edge")
+    return lax.slice_in_dim(x, size - 1, None, stride=size, axis=axis)
 
 
 def _unused(query, dtype):

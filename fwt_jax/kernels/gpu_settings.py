@@ -1,4 +1,4 @@
-"""How the kernels of triton_kernels.py are compiled: blocks, warps and stages by card, dtype and sizes."""
+"""How the kernels for NVIDIA GPUs are compiled: blocks, warps and stages by card, dtype and sizes."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ _LARGE = (1, 1), (8, 2, 16), (8, 1, 32), (8, 1, 64, 32)  # K or V above 128
 _LARGE_SUM = (*_LARGE[:3], (8, 2, 64, 32))  # on 80, the fourth kernel of the sum rule spills with one stage
 _FLOAT32 = (1, 1, 64, 32), (4, 2, 16), (4, 2, 16), (4, 1, 16, 16)  # chunks of 32 tokens
 # With a decay per channel: in the place of the first kernel and of the fourth.
+_WIDE_CHANNELS = (8, 1, 64, 64), (8, 1, 64, 32)
 _NARROW_CHANNELS = (8, 1, 64, 32), (8, 1, 64, 16)
-_CHANNELS = {90: ((8, 1, 64, 64), (8, 1, 64, 32)), 100: ((8, 1, 64, 64), (8, 1, 64, 32))}
 _FLOAT32_CHANNELS = (4, 1, 64, 32), (4, 1, 64, 16)
 _NUM_PROCESSORS = {80: 108, 90: 132, 100: 148}  # streaming multiprocessors; of an H100 for capability 90
 
@@ -98,10 +98,11 @@ def settings_of(
             num_warps = 8  # With four, the sum rule spills a few registers.
         kernels = scores, (num_warps, num_stages, values), *backward
     if channels:
-        scores, gradient = _CHANNELS.get(compute_capability, _NARROW_CHANNELS) if rounded else _FLOAT32_CHANNELS
         _, forward, backward, _ = kernels
-        if max(key_size, value_size) > 128 and compute_capability not in _CHANNELS:
-            forward = (8, 1, 16)  # A second stage of the third array of tokens has no room in 99 KiB.
+        is_wide = compute_capability in (90, 100)
+        scores, gradient = (_WIDE_CHANNELS if is_wide else _NARROW_CHANNELS) if rounded else _FLOAT32_CHANNELS
+        if max(key_size, value_size) > 128 and not is_wide:
+            forward = (8, 1, 16)  # 99 KiB have no room for a second stage of three arrays of tokens.
         kernels = scores, forward, backward, gradient
     return Settings(
         rule=rule,

@@ -36,10 +36,14 @@ def over_batch_and_mesh(inputs, outputs):
                 first = next(x for x, is_batched in zip(arrays, batched, strict=True) if is_batched is True)
 
                 def as_rows(*arrays):
-                    size = next(x for x, is_batched in zip(arrays, batched, strict=True) if is_batched is True).shape[0]
+                    mapped = next(x for x, is_batched in zip(arrays, batched, strict=True) if is_batched is True)
+                    size, varying = len(mapped), jax.typeof(mapped).manual_axis_type.varying
 
                     def merge(x, is_batched):
-                        x = x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
+                        if not is_batched:
+                            x = jnp.broadcast_to(x, (size, *x.shape))
+                            missing = tuple(varying - jax.typeof(x).manual_axis_type.varying)
+                            x = jax.lax.pcast(x, missing, to="varying") if missing else x
                         return x.reshape(size * x.shape[1], *x.shape[2:])
 
                     results = call(static, *jax.tree.map(merge, arrays, batched))

@@ -19,7 +19,7 @@ def triton_call(kernel, grid, inputs, scalars, out_shapes, *, num_warps, num_sta
     """The outputs of a kernel.
 
     Args:
-      kernel: a function of ``triton_kernels``.
+      kernel: a function of ``triton_kernels`` or ``triton_channels``.
       grid: the number of programs.
       inputs: arrays. The kernel gets another input's pointer for one that is None, and must not read it.
       scalars: integers that follow the inputs.

@@ -22,8 +22,8 @@ Backward, with Y', X, N, W and G of triton_kernels.py:
     ρ' = rowsum(A' ∘ S) − rowsum(a ∘ K ∘ XWᵀ),    V' = β X,    β' = rowsum(X ∘ V)
     (a ∘ Q)' = Y'Wᵀ,    (a ∘ K)' = −ρ XWᵀ,    (e ∘ K)' = NGᵀ,    c' = rowsum(W ∘ G)
 
-XLA computes these, and the gradients through a, e and c. The kernel for the gradient of P and S adds for each level,
-with the parts P'_l and S'_l of its pairs:
+XLA computes these, the gradients through a and c, and that through e: log_decay'_t += Σ_j<t (e ∘ K ∘ NGᵀ)_j. The kernel
+for the gradient of P and S adds for each level, with the parts P'_l and S'_l of its pairs:
 
     Q' += E ∘ P'_l (E ∘ K),    K' += E ∘ (P'_lᵀ (E ∘ Q) + (S'_l + S'_lᵀ)(E ∘ K))
 
@@ -31,7 +31,8 @@ and with Z, the sum of Q ∘ (what it adds to Q') and K ∘ (what it adds to K')
 
     log_decay'_t += Σ_i≥t Z_i over t's half, if it is odd;    += Σ_j<t Z_j over t's half, if it is even
 
-since a decay at t counts for the pairs j < t ≤ i. No difference of sums appears, whose digits would cancel.
+since a decay at t counts for the pairs j < t ≤ i. A gradient of a decay is a sum of what passes it. As a difference of
+such sums, it would lose its digits where decays are strong.
 """
 
 import triton

@@ -228,7 +228,8 @@ def forward_kernel(memory_pointer, query_pointer, key_pointer, written_key_point
         memory_rounded = rounded(memory, dtype)
         if KEEP:
             store(starts_pointer + chunk * V * K, memory_rounded, column, feature, K, 1, V, K, MASK_V, MASK_K)
-        key = load(key_pointer + tokens * K, place, feature, heads * K, 1, rest, K, not EXACT, MASK_K)
+        if CORRECTS or not CHANNELS:
+            key = load(key_pointer + tokens * K, place, feature, heads * K, 1, rest, K, not EXACT, MASK_K)
         value = load(value_pointer + tokens * V, column, place, 1, heads * V, V, rest, MASK_V, not EXACT)  # [V, C]
         beta = load_numbers(beta_pointer, start + place, length, EXACT)
         if CORRECTS:  # The product comes first. The other order takes more registers.
@@ -297,9 +298,11 @@ def backward_kernel(query_pointer, key_pointer, written_key_pointer, recall_poin
         reads_grad = load(reads_grad_pointer + tokens * V, place, column, heads * V, 1, rest, V, not EXACT, MASK_V)
         store(ends_grad_pointer + chunk * V * K, memory_grad, column, feature, K, 1, V, K, MASK_V, MASK_K)
 
-        key = load(key_pointer + tokens * K, place, feature, heads * K, 1, rest, K, not EXACT, MASK_K)
-        written_key = key
-        if CHANNELS:
+        if CORRECTS or not CHANNELS:
+            key = load(key_pointer + tokens * K, place, feature, heads * K, 1, rest, K, not EXACT, MASK_K)
+        if not CHANNELS:
+            written_key = key
+        else:
             written_key = load(written_key_pointer + tokens * K, place, feature, heads * K, 1, rest, K, not EXACT,
                                MASK_K)  # fmt: skip
         solved = dot(rounded(memory_grad, dtype), tl.trans(written_key), PRECISION)  # [V, C]
