@@ -138,11 +138,12 @@ def _gradient_per_channel(settings, query, key, value, gates, chunks, reads_grad
     def tokens(x):  # [B, n, C, H, ...] -> [B, T, H, ...]
         return x.reshape(x.shape[0], -1, *x.shape[3:])[:, : query.shape[1]]
 
+    _, to_end, _ = _decays(settings, gates, axis=1)
+
     def tokens_of(query, key, decay, fine):
         scaled = _tokens(settings, query, key, gates._replace(decay=decay, fine=fine), rounded=False)
-        # Without a gradient in e through g, which is the difference of two of its entries: see ``passing`` below.
-        written_key = _tokens(settings, query, key, gates, rounded=False).written_key
-        return scaled.query, scaled.key, written_key, scaled.of_start
+        # e is a constant here. It is a difference of two entries of g, and ``passing`` has its gradient as a sum.
+        return scaled.query, scaled.key, key.astype(jnp.float32) * to_end, scaled.of_start
 
     (_, scaled_key, written_key, _), pull = jax.vjp(tokens_of, query, key, gates.decay, gates.fine)
     query_grad = tokens(product("bnchv,bhnvk->bnchk", reads_grad, chunks.starts))  # Y'Wᵀ
