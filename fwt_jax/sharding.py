@@ -7,11 +7,13 @@
 
 The batch is split over "data" and "fsdp". Parameters are split over "fsdp" and gathered before each use (fully sharded
 data parallel). They are also split over "tensor": the heads, and the hidden units of the feed-forward layer (Shoeybi et
-al. 2019).
+al. 2019). The tokens of each sequence are split over "sequence", for models with ``sequence_axis="sequence"``. Every
+device of that axis has the same parameters and memories.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -22,6 +24,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 BATCH = ("data", "fsdp")  # the axes of the mesh that split the batch
+ROWS = P(BATCH)  # of arrays [B, ...]
+TOKENS = P(BATCH, "sequence")  # of arrays [B, T, ...]
 
 # The first row counts whose expression matches the path of an array, as "params/blocks/0/attention/query/kernel". An
 # array that no row matches is whole on every device. Moments of an optimizer match like their parameters, because
@@ -35,7 +39,7 @@ PARTITION_RULES: tuple[tuple[str, P], ...] = (
     (r"/hidden/bias$", P("tensor")),  # [F]
     (r"/out/kernel$", P("tensor", "fsdp")),  # [F, D]
     (r"/(fast_weights|key_sum)$", P(BATCH, "tensor")),  # memories [B, H, ...]
-    (r"^memory/", P(BATCH)),
+    (r"^memory/", ROWS),
 )
 
 
@@ -43,30 +47,36 @@ def make_mesh(
     data: int | None = None,
     fsdp: int = 1,
     tensor: int = 1,
+    sequence: int = 1,
     *,
     # JAX binds the name Device without a type.
     devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
 ) -> Mesh:
-    """A mesh with the axes "data", "fsdp" and "tensor".
+    """A mesh with the axes "data", "fsdp", "sequence" and "tensor".
 
     Args:
       data: the number of copies of the model, each for a part of the batch; all remaining devices if not given.
       fsdp: the number of parts of each copy's parameters, and of its part of the batch.
       tensor: the number of parts of the heads and of the feed-forward layers.
+      sequence: the number of parts of the tokens of each sequence.
       devices: all of ``jax.devices()`` if not given.
 
     Raises:
       ValueError: sizes below 1, or whose product is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    if min(fsdp, tensor, 1 if data is None else data) < 1:
-        raise ValueError(f"the axes of a mesh must be at least 1, got data={data}, fsdp={fsdp}, tensor={tensor}")
-    data = max(1, len(devices) // (fsdp * tensor)) if data is None else data
-    if data * fsdp * tensor != len(devices):
+    devices_per_copy = fsdp * tensor * sequence
+    if min(fsdp, tensor, sequence, 1 if data is None else data) < 1:
+        sizes = f"data={data}, fsdp={fsdp}, tensor={tensor}, sequence={sequence}"
+        raise ValueError(f"the axes of a mesh must be at least 1, got {sizes}")
+    data = max(1, len(devices) // devices_per_copy) if data is None else data
+    if data * devices_per_copy != len(devices):
         raise ValueError(
-            f"data · fsdp · tensor must be the number of devices, {len(devices)}, got {data} · {fsdp} · {tensor}"
+            f"data · fsdp · tensor · sequence must be the number of devices, {len(devices)}, "
+            f"got {data} · {fsdp} · {tensor} · {sequence}"
         )
-    return jax.make_mesh((data, fsdp, tensor), (*BATCH, "tensor"), (AxisType.Auto,) * 3, devices=devices)
+    shape, names = (data, fsdp, sequence, tensor), (*BATCH, "sequence", "tensor")
+    return jax.make_mesh(shape, names, (AxisType.Auto,) * 4, devices=devices)
 
 
 def partition(mesh: Mesh, tree: Any, rules: Sequence[tuple[str, P]] = PARTITION_RULES) -> Any:
@@ -84,17 +94,18 @@ def partition(mesh: Mesh, tree: Any, rules: Sequence[tuple[str, P]] = PARTITION_
         spec = next((spec for expression, spec in rules if x.ndim and re.search(expression, path)), P())
         if len(spec) > x.ndim:
             raise ValueError(f"{path} is split by {spec}, and has only {x.ndim} axes, {list(x.shape)}; correct its row")
-        divides = [axes and size % _size(mesh, axes) == 0 for axes, size in zip(spec, x.shape, strict=False)]
-        return NamedSharding(mesh, P(*(axes if fits else None for axes, fits in zip(spec, divides, strict=True))))
+        return NamedSharding(mesh, _that_divides(mesh, spec, x.shape))
 
     return jax.tree_util.tree_map_with_path(sharding_of, tree)
 
 
 def batch_partition(mesh: Mesh, tree: Any) -> Any:
-    """The ``NamedSharding`` of the arrays of a batch: their first axis is split, and numbers are on every device.
+    """The ``NamedSharding`` of the arrays of a batch, ``[B]`` or ``[B, T, ...]``; numbers are on every device.
+
+    Rows and tokens are split. A length that "sequence" does not divide stays whole.
 
     Raises:
-      ValueError: data · fsdp does not divide a first axis.
+      ValueError: data · fsdp does not divide the number of rows.
     """
 
     def sharding_of(x):
@@ -103,39 +114,51 @@ def batch_partition(mesh: Mesh, tree: Any) -> Any:
                 f"the batch has {x.shape[0]} rows, which the mesh of data={mesh.shape['data']} and "
                 f"fsdp={mesh.shape['fsdp']} cannot split evenly; take a multiple of {_size(mesh, BATCH)}"
             )
-        return NamedSharding(mesh, P(BATCH) if x.ndim else P())
+        return NamedSharding(mesh, _that_divides(mesh, TOKENS, x.shape))
 
     return jax.tree.map(sharding_of, tree)
 
 
-def over_batch(function, rows, shared):
-    """``function(rows, shared)``; if ``jax.set_mesh`` has set a mesh, each device computes its own rows.
+def over_batch(function, arrays, shared, spec: P = ROWS):
+    """``function(arrays, shared)``; if ``jax.set_mesh`` has set a mesh, each device computes its own part.
 
     The compiler does not split some programs by itself, such as a loop over the tokens of all rows. The gradient of
     ``shared`` is the sum over all devices.
 
     Args:
-      function: (rows, shared) -> arrays ``[B, ...]``. Each row of the result depends on the same row of ``rows`` only.
-      rows: arrays ``[B, ...]``.
+      function: (arrays, shared) -> arrays. Each row of the result depends on the same row of ``arrays`` only; with the
+        spec ``TOKENS``, each token depends on the same token only.
+      arrays: arrays ``[B, ...]``, or ``[B, T, ...]`` for ``TOKENS``.
       shared: arrays that every row needs.
+      spec: ``ROWS`` or ``TOKENS``. What the mesh does not have or does not divide stays whole.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(
-        name
-        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if name in BATCH and kind == AxisType.Auto
-    )
-    if not axes or len(jax.tree.leaves(rows)[0]) % _size(mesh, axes):
-        return function(rows, shared)
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    spec = P(*(tuple(name for name in _names(axes) if kinds.get(name) == AxisType.Auto) for axes in spec))
+    spec = _that_divides(mesh, spec, jax.tree.leaves(arrays)[0].shape)
+    axes = tuple(itertools.chain.from_iterable(map(_names, spec)))
+    if not axes:
+        return function(arrays, shared)
 
-    def on_device(rows, shared):
+    def on_device(arrays, shared):
         # The backward pass sums the gradient over the devices at this pcast. Without it, the sum would be at the first
         # use of ``shared``. In a branch of ``lax.cond`` that only some devices take, the sum would never end.
-        return function(rows, jax.lax.pcast(shared, axes, to="varying"))
+        return function(arrays, jax.lax.pcast(shared, axes, to="varying"))
 
-    return jax.shard_map(on_device, in_specs=(P(axes), P()), out_specs=P(axes), axis_names=set(axes))(rows, shared)
+    return jax.shard_map(on_device, in_specs=(spec, P()), out_specs=spec, axis_names=set(axes))(arrays, shared)
+
+
+def _that_divides(mesh, spec, shape):
+    """A partition of an array of this shape: a dimension that its axes of the mesh do not divide stays whole."""
+    sizes = zip(spec, shape, strict=False)
+    return P(*(axes if axes and size % _size(mesh, axes) == 0 else None for axes, size in sizes))
 
 
 def _size(mesh, axes):
     """The number of parts into which an axis, or several, of the mesh split a dimension."""
-    return math.prod(mesh.shape[name] for name in ((axes,) if isinstance(axes, str) else axes))
+    return math.prod(mesh.shape[name] for name in _names(axes))
+
+
+def _names(axes):
+    """The names in an entry of a ``PartitionSpec``."""
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())

@@ -13,12 +13,13 @@ from jax.sharding import PartitionSpec as P
 
 from experiments.language import text
 from experiments.run import devices, training
-from fwt_jax import sharding
+from fwt_jax import FastWeightAttention, sharding
 from fwt_jax.models import DecoderLM, ModelConfig, output_layer
 
 TINY = ModelConfig(vocab_size=96, cutoffs=(32,), num_layers=2, d_model=32, d_ff=64, num_heads=4, head_size=8, dropout=0)
 CONFIG = training.TrainConfig(steps=5, learning_rate=1e-2, schedule="constant", warmup=1)
 MESHES = [{}, {"fsdp": 8}, {"fsdp": 2, "tensor": 2}, {"data": 2, "tensor": 4}]
+SEQUENCES = [{"sequence": 8}, {"fsdp": 2, "sequence": 2, "tensor": 2}]
 
 
 def loss(model, batch, memory, rngs):
@@ -55,14 +56,68 @@ on_one_device = functools.cache(lambda config: three_steps(config, None))
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize(("axes", "rule"), [(MESHES[2], "softmax"), *((axes, "delta") for axes in MESHES)], ids=str)
+@pytest.mark.parametrize(
+    ("axes", "rule"),
+    [(MESHES[2], "softmax"), (SEQUENCES[1], "softmax"), *((axes, "delta") for axes in MESHES + SEQUENCES)],
+    ids=str,
+)
 def test_eight_devices_train_as_one(axes, rule):
     config = dataclasses.replace(TINY, rule=rule, positions=None)
     want, state = on_one_device(config)
+    config = dataclasses.replace(config, sequence_axis="sequence" if axes in SEQUENCES else None)
     got, sharded = three_steps(config, sharding.make_mesh(**axes))
     chex.assert_trees_all_close(got, want, rtol=1e-5)
     chex.assert_trees_all_close(jax.device_get(sharded.memory), jax.device_get(state.memory), rtol=1e-3, atol=1e-4)
     chex.assert_trees_all_close(jax.device_get(sharded.params), jax.device_get(state.params), atol=1e-3)
+
+
+def test_a_layer_with_split_tokens_is_one_device_in_float64(x64):
+    layer = FastWeightAttention(8, 2, 4, normalize="retrieval", param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+    x, cotangent = jax.random.normal(jax.random.key(1), (2, 4, 12, 8), jnp.float64)
+    memory = layer(x)[1]
+
+    def gradients(layer, x, memory):
+        def total(layer, x, memory):
+            y, after = layer(x, memory)
+            return jnp.sum(cotangent * y) + jnp.sum(jnp.sin(after.fast_weights)), (y, after)
+
+        return nnx.jit(nnx.grad(total, argnums=(0, 1, 2), has_aux=True))(layer, x, memory)
+
+    want = gradients(layer, x, memory)
+    layer.sequence_axis = "sequence"
+    mesh = sharding.make_mesh(data=2, sequence=4)
+    with jax.set_mesh(mesh):
+        got = gradients(layer, jax.device_put(x, sharding.batch_partition(mesh, x)), memory)
+    for ours, right in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert jnp.linalg.norm(ours - right) <= 1e-9 * jnp.linalg.norm(right)
+
+
+def test_a_step_with_split_tokens_is_that_of_one_device_and_gathers_no_tokens():
+    config = dataclasses.replace(TINY, num_layers=1, normalize="retrieval", dropout=0.1)
+    batch, memory = batch_of(0), maker(config)().init_memory(8)
+    memory = jax.tree.map(lambda x: x + jnp.cos(jnp.arange(x.size, dtype=x.dtype).reshape(x.shape)) + 1, memory)
+
+    def gradients(config, mesh):
+        graph, params = nnx.split(maker(config)(), nnx.Param)
+
+        def total(params, batch, memory):
+            losses, _, after = loss(nnx.merge(graph, params), batch, memory, nnx.Rngs(0))
+            return losses, after
+
+        inputs = {"params": nnx.as_pure(params), "memory": memory}
+        if mesh is not None:
+            inputs = jax.device_put(inputs, sharding.partition(mesh, inputs))
+        inputs = (inputs["params"], devices.place(batch, mesh), inputs["memory"])
+        compiled = jax.jit(jax.value_and_grad(total, has_aux=True)).lower(*inputs).compile()
+        return compiled(*inputs), compiled.as_text()
+
+    want, _ = gradients(config, None)
+    mesh = sharding.make_mesh(data=2, sequence=4)
+    with jax.set_mesh(mesh):
+        got, text = gradients(dataclasses.replace(config, sequence_axis="sequence"), mesh)
+    assert "collective-permute" in text and "all-gather" not in text and "all-to-all" not in text
+    for ours, right in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert np.linalg.norm(ours - right) <= 1e-5 * np.linalg.norm(right)
 
 
 def test_parameters_moments_and_memories_are_split_by_the_table():
@@ -154,6 +209,14 @@ def test_devices_may_differ_in_what_they_skip(cutoffs):
 def test_meshes_that_cannot_be(axes, words):
     with pytest.raises(ValueError, match=words):
         sharding.make_mesh(**axes)
+
+
+def test_tokens_are_split_unless_their_number_does_not_divide():
+    mesh = sharding.make_mesh(data=2, sequence=4)
+    batch = {"tokens": np.zeros((2, 8)), "last": np.zeros((2, 6)), "weights": np.zeros(2), "start": np.zeros(())}
+    specs = {name: s.spec for name, s in sharding.batch_partition(mesh, batch).items()}
+    rows = ("data", "fsdp")
+    assert specs == {"tokens": P(rows, "sequence"), "last": P(rows, None), "weights": P(rows), "start": P()}
 
 
 def test_a_batch_that_the_mesh_cannot_split():

@@ -62,6 +62,8 @@ class FastWeightAttention(nnx.Module):
       use_bias: whether the projections, including the one of β, have biases.
       form, chunk_size, implementation, precision: how the memory is advanced. These, rule, normalize and eps are
         arguments of ``fast_weight_attention``. The projections follow ``jax.default_matmul_precision``.
+      sequence_axis: the axis of the mesh that splits the tokens of x, see ``fast_weight_attention``. For one token at a
+        time it only costs messages.
       dtype: of the computation outside the memory; if not given, the common dtype of x and the parameters.
       param_dtype, kernel_init, rngs: of the parameters of the projections; rngs' stream "params" is used.
 
@@ -115,6 +117,7 @@ class FastWeightAttention(nnx.Module):
         chunk_size: int | None = None,
         implementation: Literal[None, "xla", "pallas", "triton"] = None,
         precision: lax.PrecisionLike = None,
+        sequence_axis: str | None = None,
         dtype: jax.typing.DTypeLike | None = None,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         kernel_init: nnx.Initializer = KERNEL_INIT,
@@ -136,6 +139,7 @@ class FastWeightAttention(nnx.Module):
         self.chunk_size = chunk_size
         self.implementation: Literal[None, "xla", "pallas", "triton"] = implementation
         self.precision = precision
+        self.sequence_axis = sequence_axis
         self.memory_dtype = computation_dtype(param_dtype if dtype is None else dtype)
         linear = linear_layers(
             use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, kernel_init=kernel_init, rngs=rngs
@@ -196,6 +200,7 @@ class FastWeightAttention(nnx.Module):
             chunk_size=self.chunk_size,
             implementation=self.implementation,
             precision=self.precision,
+            sequence_axis=self.sequence_axis,
         )
         return self.out(self.output_scale * y), memory
 

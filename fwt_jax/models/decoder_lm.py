@@ -64,6 +64,8 @@ class ModelConfig:
       dtype: of the computation; float32 or bfloat16. Parameters, fast weights, normalisations and losses are float32.
         The cache of softmax attention has this dtype.
       implementation: of the memory, see ``fast_weight_attention``.
+      sequence_axis: the axis of the mesh of ``jax.set_mesh`` that splits the tokens, see ``fast_weight_attention``. The
+        layers of rule "softmax" have no such argument: the compiler gathers their keys and values.
 
     Raises:
       ValueError: an unknown name, a size below 1, an odd d_model, a dropout outside of [0, 1), cutoffs that do not rise
@@ -93,6 +95,7 @@ class ModelConfig:
     scan: bool = False
     dtype: str = "float32"
     implementation: Literal[None, "xla", "pallas", "triton"] = None
+    sequence_axis: str | None = None
 
     def __post_init__(self):
         rule = self.memory_rule
@@ -151,6 +154,7 @@ class ModelConfig:
             eps=self.eps,
             output_scale=self.head_size**-0.5 if self.output_scale is None else self.output_scale,
             implementation=self.implementation,
+            sequence_axis=self.sequence_axis,
             **shared,
         )
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fwt_jax import arguments
-from fwt_jax.sharding import over_batch
+from fwt_jax.sharding import TOKENS, over_batch
 
 # The number of logits that exist together, by the platform that the program is compiled for. On CPU and TPU they stay
 # in fast memory. On GPU, which "default" is, few large products take fewer launches.
@@ -33,7 +33,11 @@ TILE = 128  # the least number of words in a block: the width of a tile of TPU a
 
 def embed(embedding: jax.Array, tokens: jax.Array) -> jax.Array:
     """Rows of the embedding ``[V, D]`` for int32 tokens ``[...]``: ``[..., D]``; NaN for a number that is no word."""
-    return embedding.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+    def of_part(tokens, embedding):
+        return embedding.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+    return over_batch(of_part, tokens, embedding, TOKENS)
 
 
 def losses(x: jax.Array, targets: jax.Array, output: tuple[jax.Array, ...], cutoffs: tuple[int, ...] = ()) -> jax.Array:
@@ -56,8 +60,8 @@ def losses(x: jax.Array, targets: jax.Array, output: tuple[jax.Array, ...], cuto
 # Outside of jax.jit, JAX would compile the scans again at every call.
 @functools.partial(jax.jit, static_argnames="cutoffs")
 def _losses_of_batch(x, targets, output, *, cutoffs):
-    def losses_of_rows(rows, output):
-        x, targets = rows
+    def losses_of_part(part, output):
+        x, targets = part
         options = {"cutoffs": cutoffs, "precision": _precision(x)}
         of_platform = {
             name: functools.partial(_losses, max_logits=number, **options) for name, number in LOGITS.items()
@@ -65,7 +69,7 @@ def _losses_of_batch(x, targets, output, *, cutoffs):
         tokens = x.astype(jnp.float32).reshape(-1, x.shape[-1]), targets.reshape(-1)
         return lax.platform_dependent(*tokens, output, **of_platform).reshape(targets.shape)
 
-    return over_batch(losses_of_rows, (x, targets), output)
+    return over_batch(losses_of_part, (x, targets), output, TOKENS)
 
 
 def log_probabilities(x: jax.Array, output: tuple[jax.Array, ...], cutoffs: tuple[int, ...] = ()) -> jax.Array:
