@@ -16,6 +16,7 @@ from flax import nnx
 from experiments.language import comparison, evaluation, generate, text
 from experiments.language import experiment as lm
 from experiments.language.presets import PRESETS, Preset
+from experiments.run import log
 from fwt_jax import convert, sharding
 from fwt_jax.models import DecoderLM, ModelConfig
 from tests.test_readme import SNIPPETS
@@ -195,6 +196,28 @@ def test_a_run_from_a_text_to_results_plot_sample_and_prompts(small_demo, book, 
 
 
 @pytest.mark.exhaustive
+def test_a_run_with_split_tokens_has_the_losses_of_the_plain_run(small_demo, book, tmp_path, monkeypatch):
+    demo = PRESETS["demo"]
+    training = dataclasses.replace(demo.training, steps=8, accumulate=2, log_every=1)
+    # Ten tokens do not fill four devices. The seventh and last segment of an epoch has nine.
+    options = {"training": training, "length": 10, "batch_size": 8, "carry": True, "evaluation": "carried"}
+    monkeypatch.setitem(PRESETS, "demo", dataclasses.replace(demo, **options))
+    book.write_text(book.read_text()[:600])
+    config = lm.Config(text=(book,), sample=5)
+    plain = lm.run(dataclasses.replace(config, out=tmp_path / "plain"))
+    split = dataclasses.replace(config, out=tmp_path / "split", sequence=4)
+    for results in (lm.run(split), lm.run(dataclasses.replace(split, sequence=1))):  # other devices go on with the run
+        assert results["step"] == plain["step"]
+        for name in lm.EVALUATED:
+            assert results[name]["nats"] == pytest.approx(plain[name]["nats"], rel=1e-5)
+    got, want = (log.read_metrics(tmp_path / name / "metrics.jsonl") for name in ("split", "plain"))
+    losses = [[line.get("loss", line.get("validation_loss")) for line in lines] for lines in (got, want)]
+    assert len(losses[0]) > 8 and None not in losses[0]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    assert (tmp_path / "split" / "samples.txt").read_text() == (tmp_path / "plain" / "samples.txt").read_text()
+
+
+@pytest.mark.exhaustive
 def test_a_run_with_another_vocabulary_is_refused(small_demo, book, tmp_path):
     config = lm.Config(text=(book,), out=tmp_path / "run", sample=0)
     lm.main(config)
@@ -256,7 +279,7 @@ def test_a_folder_of_another_run_says_what_differs(options, words, small_demo, b
     [
         ({"batch_size": 6}, "--batch-size: the batch has 6 rows, which the mesh of data=8"),
         ({"batch_size": 10**6}, "--batch-size: a batch of 1000000 rows needs"),
-        ({"fsdp": 3}, "--fsdp and --tensor: .* must be the number of devices"),
+        ({"fsdp": 3}, "--fsdp, --tensor and --sequence: .* must be the number of devices"),
         ({"accumulate": 3}, r"--accumulate must divide the 8 rows of a batch \(--batch-size\), got 3"),
         ({"steps": 0}, "--steps must be at least 1, got 0"),
         ({"learning_rate": math.inf}, "--learning-rate: .* must be a finite number"),

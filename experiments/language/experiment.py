@@ -108,6 +108,8 @@ class Config:
     """Devices that share the parameters of one copy of the model."""
     tensor: int = 1
     """Devices that share the heads and feed-forward layers of one copy."""
+    sequence: int = 1
+    """Devices that share the tokens of each sequence; for --length beyond the memory of one."""
     distributed: bool = False
     """Several processes, one for each host of a TPU slice or cluster."""
     sample: int = 500
@@ -127,7 +129,7 @@ def settings(config: Config) -> Preset:
     """
     preset = find(config.preset)
     least = {"steps": 1, "learning_rate": 0, "warmup": 0, "batch_size": 1, "length": 1, "layers": 1, "d_model": 2}
-    least |= {"heads": 1, "dropout": 0, "accumulate": 1, "seed": 0, "fsdp": 1, "tensor": 1, "sample": 0}
+    least |= {"heads": 1, "dropout": 0, "accumulate": 1, "seed": 0, "fsdp": 1, "tensor": 1, "sequence": 1, "sample": 0}
     command_line.check_at_least(config, **least, vocabulary_size=0)
     if config.wikitext and (config.text or preset.data == "demo"):
         raise ValueError("--wikitext needs a --preset of the paper's tables, and no --text")
@@ -269,7 +271,10 @@ class Run:
 
     def make_model(self) -> DecoderLM:
         """The model before training."""
-        return DecoderLM(self.preset.model, rngs=nnx.Rngs(self.preset.training.seed))
+        # The axis is not in the settings of the run, which may go on with other devices.
+        axis = "sequence" if self.config.sequence > 1 else None
+        config = dataclasses.replace(self.preset.model, sequence_axis=axis)
+        return DecoderLM(config, rngs=nnx.Rngs(self.preset.training.seed))
 
     def title(self) -> str:
         """The name of the model, and of its text where that is another name."""
@@ -297,8 +302,8 @@ def prepare(config: Config) -> Run:
     """
     preset = settings(config)
     out = folder.folder(config.out or RUNS / _folder_name(config, preset))
-    with _naming("--fsdp and --tensor"):
-        mesh = devices.make_mesh(config.fsdp, config.tensor)
+    with _naming("--fsdp, --tensor and --sequence"):
+        mesh = devices.make_mesh(config.fsdp, config.tensor, config.sequence)
     data = read_data(config, preset, out)
     with _naming("--batch-size"):
         batches = text.Segments(data.train, preset.batch_size, preset.length)
@@ -451,6 +456,7 @@ def _sample(run, model):
         return None
     prompt, vocabulary = run.data.test[:128], run.data.vocabulary
     prompts = devices.place({"prompts": prompt[None]}, run.mesh, whole=True)["prompts"]
+    model = evaluation.with_config(model, run.preset.model)  # single tokens are not split
     tokens = decode.generate(model, prompts, run.config.sample, key=jax.random.key(0), temperature=0.8)
     return f"{vocabulary.decode(prompt)}|{vocabulary.decode(np.asarray(tokens[0]))}\n"
 

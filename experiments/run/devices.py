@@ -13,13 +13,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from fwt_jax import sharding
 
 
-def make_mesh(fsdp: int, tensor: int) -> Mesh | None:
+def make_mesh(fsdp: int, tensor: int, sequence: int = 1) -> Mesh | None:
     """All devices, see ``sharding.make_mesh``; None if there is one.
 
     Raises:
       ValueError: the product of the axes is not the number of devices.
     """
-    return None if jax.device_count() == fsdp == tensor == 1 else sharding.make_mesh(fsdp=fsdp, tensor=tensor)
+    if jax.device_count() == fsdp == tensor == sequence == 1:
+        return None
+    return sharding.make_mesh(fsdp=fsdp, tensor=tensor, sequence=sequence)
 
 
 def place(batch: dict[str, np.ndarray], mesh: Mesh | None, *, whole: bool = False) -> dict[str, jax.Array]:
