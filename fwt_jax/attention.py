@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import operator
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from fwt_jax.attention_arguments import (
     check_step,
     has_chunks,
     resets,
+    tokens_within,
 )
 from fwt_jax.chunkwise import chunkwise
 from fwt_jax.heads import over_heads, start_of
@@ -50,6 +52,7 @@ def fast_weight_attention(
     rule: str | Rule = "delta",
     memory: Memory | None = None,
     segment_ids: jax.Array | None = None,
+    lengths: jax.Array | None = None,
     normalize: Normalize = False,
     eps: float = 1e-6,
     form: Form = None,
@@ -84,6 +87,10 @@ def fast_weight_attention(
       segment_ids: integers ``[B, T]``, for packed sequences. The memory is dropped before each token whose id differs
         from the one before it. The first token of a call always continues ``memory``. (In the recurrent form, a NaN or
         infinite value stays in its segment. In the other forms it reaches its whole chunk and all later ones.)
+      lengths: integers ``[B]`` from 0 to T, for rows that are padded behind; T for all rows if not given. Row b writes
+        and decays its first ``lengths[b]`` tokens, and its memory is that of the row cut there. Of the other tokens y
+        and all gradients are 0, whatever their arrays hold. Numbers that are not traced are checked, which waits for
+        the device; traced ones outside of the range count as 0 or T. Pad in front with ``segment_ids`` instead.
       normalize: attention normalisation, with z_t = α_t z_{t−1} + k_t (+ β_t k_t for "sum"). Only calls that normalise
         advance z, so do not mix them with others.
         "read" divides the read by z_tᵀq_t + eps (eq. 28).
@@ -167,9 +174,14 @@ def fast_weight_attention(
         attend = functools.partial(fast_weight_attention, **options)
         memory = start_of(memory, key, value, computation_dtype(query, key, value, memory))
         arrays = (query, key, value, beta, log_decay, segment_ids)
-        return in_pieces(attend, arrays, memory, pieces, sequence_axis)
+        if lengths is not None:
+            tokens_within(lengths, batch, length)  # refuses what is no length
+            lengths = jnp.asarray(lengths)
+        return in_pieces(attend, arrays, memory, lengths, pieces, sequence_axis)
     reset = resets(segment_ids, batch, length, sequence_axis)
-    return _attend(query, key, value, beta, log_decay, memory, reset, sequence_axis=sequence_axis, **options)
+    written = tokens_within(lengths, batch, length, sequence_axis)
+    inputs = (query, key, value, beta, log_decay, memory, reset, written)
+    return _attend(*inputs, sequence_axis=sequence_axis, **options)
 
 
 # Outside of jax.jit, JAX would dispatch each operation by itself, and would compile each scan again at every call,
@@ -195,6 +207,7 @@ def _attend(
     log_decay,
     memory,
     reset,
+    written,
     *,
     rule,
     normalize,
@@ -205,12 +218,14 @@ def _attend(
     sequence_axis,
     precision,
 ):
-    """``fast_weight_attention`` of arguments that fit together; ``reset``: bool ``[B, T]`` or None."""
+    """``fast_weight_attention`` of arguments that fit together; ``reset`` and ``written``: bool ``[B, T]`` or None."""
     dtype, out_dtype = computation_dtype(query, key, value, memory), value.dtype
     form = _form(rule, key, log_decay, chunk_size, implementation) if form is None else form
     if normalize or form == "parallel":
         query, key, value = (x.astype(dtype) for x in (query, key, value))
-    query, key, value, beta, log_decay, reset = _sharded_alike(query, key, value, beta, log_decay, reset, memory, dtype)
+    tokens = (query, key, value, beta, log_decay, reset)
+    *tokens, written = _sharded_alike(*tokens, written, memory, dtype)
+    query, key, value, beta, log_decay, reset = _without_padding(written, tokens)
     memory = start_of(memory, key, value, dtype)
     key_sum, recall_scale = memory.key_sum, None
     if normalize:
@@ -236,17 +251,30 @@ def _attend(
     elif implementation == "triton" or by_default:
         out, fast_weights = gpu.chunkwise(*inputs, **options, fallback=by_default)
     elif form == "recurrent":
-        out, fast_weights = recurrent(*inputs, step=rule.step)
+        out, fast_weights = recurrent(*inputs, written, step=rule.step)
     elif form == "parallel":
         out, fast_weights = over_heads(functools.partial(rule.chunk, precision=precision), inputs)(*inputs)
     else:
+        inputs = (*inputs, written)
         out, fast_weights = over_heads(functools.partial(chunkwise, **options), inputs)(*inputs)
     if normalize:
-        out = normalization.divided(out, jnp.sum(sums * query, axis=-1, keepdims=True), eps)
+        mass = jnp.sum(sums * query, axis=-1, keepdims=True)
+        mass = mass if written is None else jnp.where(written[..., None, None], mass, 1)  # for eps = 0
+        out = normalization.divided(out, mass, eps)
+    if written is not None:  # "fwm" in chunks clips a large start even if no token follows
+        fast_weights = jnp.where(jnp.any(written, axis=1)[:, None, None, None], fast_weights, inputs[0])
     end = Memory(fast_weights, key_sum)
     if sequence_axis is not None:
         end = of_last(end, sequence_axis)
     return out.astype(out_dtype), end
+
+
+def _without_padding(written, tokens) -> Sequence[Any]:
+    """Arrays ``[B, T, ...]`` (or None) with zeros where ``written`` is False: tokens that change nothing."""
+    if written is None:
+        return tokens
+    masks = {x.ndim: lax.expand_dims(written, range(2, x.ndim)) for x in tokens if x is not None}
+    return [x if x is None else jnp.where(masks[x.ndim], x, jnp.zeros_like(x)) for x in tokens]
 
 
 def _form(rule, key, log_decay, chunk_size, implementation):
@@ -258,7 +286,7 @@ def _form(rule, key, log_decay, chunk_size, implementation):
     return "recurrent" if one_token else "chunkwise"
 
 
-def _sharded_alike(query, key, value, beta, log_decay, reset, memory, dtype):
+def _sharded_alike(query, key, value, beta, log_decay, reset, written, memory, dtype):
     """The arguments, sharded over every axis of a mesh that any of them is sharded over; beta, 1 if None, in dtype.
 
     On a mesh of explicit axes, and in ``jax.shard_map``, some arguments may be sharded and others replicated. The sum
@@ -269,8 +297,7 @@ def _sharded_alike(query, key, value, beta, log_decay, reset, memory, dtype):
         arrays.append(beta)
     if log_decay is not None:
         arrays.append(log_decay if log_decay.ndim == 3 else log_decay[..., 0])
-    if reset is not None:
-        arrays.append(reset[..., None])
+    arrays += [x[..., None] for x in (reset, written) if x is not None]
     if memory is not None:
         arrays.append(memory.key_sum[:, None, :, 0])
     zeros = functools.reduce(operator.add, (jnp.zeros_like(x, dtype) for x in arrays))
@@ -279,6 +306,6 @@ def _sharded_alike(query, key, value, beta, log_decay, reset, memory, dtype):
     beta = zeros + (jnp.ones((), dtype) if beta is None else beta.astype(dtype))
     if log_decay is not None:
         log_decay = log_decay.astype(dtype) + (zeros if log_decay.ndim == 3 else zeros[..., None])
-    if reset is not None:
-        reset = reset | jnp.zeros_like(jnp.sum(zeros, axis=-1), bool)
-    return query, key, value, beta, log_decay, reset
+    never = jnp.zeros_like(jnp.sum(zeros, axis=-1), bool)
+    reset, written = (x if x is None else x | never for x in (reset, written))
+    return query, key, value, beta, log_decay, reset, written

@@ -180,6 +180,20 @@ def check_key_mask(key_mask, batch, length):
         )
 
 
+def tokens_within(lengths, batch, length, sequence_axis=None):
+    """True for the first ``lengths[b]`` tokens of row b, bool ``[B, T]``; None without lengths.
+
+    With ``sequence_axis``, lengths are those of the whole sequences, of which these tokens are a piece.
+    """
+    if lengths is None:
+        return None
+    axes = f"[B] = [{batch}] (of a mask, take jnp.sum(mask, axis=1))"
+    num_pieces = 1 if sequence_axis is None else lax.axis_size(sequence_axis)
+    lengths = arguments.integers("lengths", lengths, num_pieces * length, axes=axes, shape=(batch,))
+    first = 0 if sequence_axis is None else length * lax.axis_index(sequence_axis)
+    return (first + jnp.arange(length)).astype(lengths.dtype)[None] < lengths[:, None]
+
+
 def resets(segment_ids, batch, length, sequence_axis=None):
     """True where a token's segment differs from the one before it; None without segments.
 

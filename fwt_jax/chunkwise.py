@@ -33,6 +33,7 @@ def chunkwise(
     log_decay=None,
     reset=None,
     recall_scale=None,
+    written=None,
     *,
     rule: Rule,
     chunk_size: int | None = None,
@@ -51,6 +52,7 @@ def chunkwise(
       fast_weights: W_0, ``[K, V]``, float32 or float64; everything is computed in its dtype.
       query, key, value, beta, log_decay, reset, recall_scale: see the head of ``memory.py``; without a query nothing is
         read.
+      written: see ``memory.recurrent``; for a rule without a ``chunk``. Other rules take zeros as no token.
       rule: a row of the table of rules. If it has no ``chunk``, tokens go one by one, and each chunk is recomputed.
       chunk_size: C, never more than T. None takes as few chunks as cover T, all of one size, of at most
         ``rule.chunk_size`` tokens (32 if K·V ≤ 1024). If K·V ≤ 4096, a CPU computes those of 64 in two halves, one
@@ -65,7 +67,7 @@ def chunkwise(
     advance_chunk = rule.chunk
     if advance_chunk is None:
         scan = functools.partial(checkpointed_scan, block=chunk_size)
-        tokens = (query, key, value, beta, log_decay, reset, recall_scale)
+        tokens = (query, key, value, beta, log_decay, reset, recall_scale, written)
         reads, fast_weights = memory.recurrent(fast_weights, *_cast(tokens, dtype), step=rule.step, scan=scan)
         return None if reads is None else reads.astype(value.dtype), fast_weights
     num_chunks = -(-length // chunk_size)

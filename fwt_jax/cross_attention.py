@@ -38,7 +38,8 @@ def fast_weight_cross_attention(
       query: φ(q), ``[B, T, H, K]``, floating point.
       key: φ(k), ``[B, S, H, K]``, floating point.
       value: ``[B, S, H, V]``, floating point.
-      key_mask: bool ``[B, S]``, False for padding, which is not written.
+      key_mask: bool ``[B, S]``, False for padding, which is not written; of lengths ``[B]`` it is
+        ``jnp.arange(S)[None] < lengths[:, None]``.
       memory: the start; empty if not given. To read the result again, call ``read``.
       normalize: False, or "read" (eq. 18-19).
       eps: added to the divisor.

@@ -93,6 +93,7 @@ def recurrent(
     log_decay=None,
     reset=None,
     recall_scale=None,
+    written=None,
     *,
     step: Callable,
     scan: Callable = lax.scan,
@@ -106,6 +107,7 @@ def recurrent(
       fast_weights: W_0, ``[K, V]``.
       query, key, value, beta, log_decay, reset, recall_scale: see the head of this file. Without a query nothing is
         read. recall_scale is for ``delta_step``.
+      written: None or bool ``[T]``: W stays as it is where it is False.
       step: ``sum_step``, or a function of the same arguments and result.
       scan: ``lax.scan``, or a function like it.
 
@@ -113,7 +115,7 @@ def recurrent(
       The reads y ``[T, V]``, or None, and W_T ``[K, V]``.
     """
     check_shapes(fast_weights, query, key, value, beta, log_decay, reset, recall_scale)
-    tokens = (query, key, value, beta, log_decay, reset, recall_scale)
+    tokens = (query, key, value, beta, log_decay, reset, recall_scale, written)
     fast_weights, reads = scan(_token_of(step), fast_weights, tokens)
     return reads, fast_weights
 
@@ -124,13 +126,16 @@ def _token_of(step):
 
 
 def _token(step, fast_weights, token):
-    query, key, value, beta, log_decay, reset, recall_scale = token
+    query, key, value, beta, log_decay, reset, recall_scale, written = token
+    before = fast_weights
     if reset is not None:
         fast_weights = jnp.where(reset, 0, fast_weights)
     decay = None if log_decay is None else jnp.exp(log_decay)
     scale = () if recall_scale is None else (recall_scale,)
     with jax.default_matmul_precision("highest"):  # for the products of a caller's own step
         fast_weights = step(fast_weights, key, value, beta, decay, *scale)
+    if written is not None:  # zeros may change W: the step of fwm clips it, and a caller's own may do anything
+        fast_weights = jnp.where(written, fast_weights, before)
     return fast_weights, None if query is None else jnp.matmul(query, fast_weights, precision=HIGHEST)
 
 

@@ -187,17 +187,18 @@ def is_axis(axis_name: str) -> bool:
     return True
 
 
-def in_pieces(attend, arrays, memory, pieces: int, sequence_axis: str | None):
+def in_pieces(attend, arrays, memory, lengths, pieces: int, sequence_axis: str | None):
     """``attend`` of a sequence in pieces: by ``jax.shard_map`` over an axis of the mesh, or by ``jax.vmap``.
 
     Tokens that write nothing fill the sequence up to a multiple of the number of pieces. Other axes of the mesh stay as
     they are.
 
     Args:
-      attend: (query, key, value, beta, log_decay, memory=, segment_ids=, sequence_axis=) -> y and the memory after the
-        last token.
+      attend: (query, key, value, beta, log_decay, memory=, segment_ids=, lengths=, sequence_axis=) -> y and the memory
+        after the last token.
       arrays: query, key, value, beta, log_decay and segment_ids, ``[B, T, ...]`` or None.
       memory: the one before the first token.
+      lengths: ``[B]``, or None.
       pieces: their number, if ``sequence_axis`` is None.
       sequence_axis: the name of an axis of the mesh, or None.
     """
@@ -215,18 +216,18 @@ def in_pieces(attend, arrays, memory, pieces: int, sequence_axis: str | None):
     query, *others, segment_ids = arrays
     arrays = (padded(query, "edge"), *map(padded, others), padded(segment_ids, "edge"))
 
-    def of_piece(memory, *arrays):
+    def of_piece(memory, lengths, *arrays):
         *tokens, segment_ids = arrays
-        return attend(*tokens, memory=memory, segment_ids=segment_ids, sequence_axis=axis)
+        return attend(*tokens, memory=memory, segment_ids=segment_ids, lengths=lengths, sequence_axis=axis)
 
     if sequence_axis is None:
         arrays = jax.tree.map(lambda x: x.reshape(x.shape[0], pieces, -1, *x.shape[2:]), arrays)
-        in_axes = (None, *(None if x is None else 1 for x in arrays))
-        y, memory = jax.vmap(of_piece, in_axes, (1, None), axis_name=axis)(memory, *arrays)
+        in_axes = (None, None, *(None if x is None else 1 for x in arrays))
+        y, memory = jax.vmap(of_piece, in_axes, (1, None), axis_name=axis)(memory, lengths, *arrays)
         y = y.reshape(y.shape[0], -1, *y.shape[3:])
     else:
         by_token, whole = PartitionSpec(None, axis), PartitionSpec()
-        in_specs = (whole, *(None if x is None else by_token for x in arrays))
+        in_specs = (whole, None if lengths is None else whole, *(None if x is None else by_token for x in arrays))
         divided = jax.shard_map(of_piece, in_specs=in_specs, out_specs=(by_token, whole), axis_names={axis})
-        y, memory = divided(memory, *arrays)
+        y, memory = divided(memory, lengths, *arrays)
     return y[:, :length], memory

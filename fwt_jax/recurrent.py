@@ -13,7 +13,7 @@ from fwt_jax.heads import over_heads
 
 
 def recurrent(
-    fast_weights, query, key, value, beta, log_decay=None, reset=None, recall_scale=None, *, step
+    fast_weights, query, key, value, beta, log_decay=None, reset=None, recall_scale=None, written=None, *, step
 ) -> tuple[Any, jax.Array]:
     """Advances the memories of a batch of heads token by token.
 
@@ -23,13 +23,13 @@ def recurrent(
       value: ``[B, T, H, V]``.
       beta, recall_scale: ``[B, T, H]``; recall_scale may be None.
       log_decay: None, ``[B, T, H]`` or ``[B, T, H, K]``.
-      reset: None or bool ``[B, T]``.
+      reset, written: None or bool ``[B, T]``; see ``memory.recurrent``.
       step: the step of a rule, see ``rules.Rule``.
 
     Returns:
       The reads ``[B, T, H, V]`` in value's dtype, or None, and W_T ``[B, H, K, V]``.
     """
-    tokens = (query, key, value, beta, log_decay, reset, recall_scale)
+    tokens = (query, key, value, beta, log_decay, reset, recall_scale, written)
     cast = jax.tree.map(lambda x: x if x.dtype == bool else x.astype(fast_weights.dtype), tokens)
     inputs = (fast_weights, *cast)
     forward = over_heads(functools.partial(memory.recurrent, step=step, scan=lax.scan), inputs)

@@ -42,6 +42,7 @@ class Rule(NamedTuple):
     Attributes:
       step: the definition, (W ``[K, V]``, key ``[K]``, value ``[V]``, beta ``[]``, decay) -> W. The decay α is None,
         ``[]`` or ``[K]``, and the step multiplies W by it before the write. Matrix products in it are exact by default.
+        At padding (``lengths``) its other arguments are 0 and its result is not used.
       chunk: many tokens at once, with the arguments of ``memory.chunk`` except ``writes``; ``linear`` makes one. Tokens
         whose arrays are all 0 must change nothing. None: the chunkwise form takes the step token by token, and the
         backward pass recomputes each chunk.

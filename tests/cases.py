@@ -35,6 +35,7 @@ class Case:
     length: int = 100
     packed: bool = False
     start: bool = False  # from a memory that is not empty
+    padded: bool = False  # behind, see ``row_lengths``
     implementation: str | None = None
     sizes: tuple = (2, 3, 8, 5)  # B, H, K, V: all different, as is T, so that an axis in another's place shows
 
@@ -42,7 +43,13 @@ class Case:
         """The pytest id, e.g. delta-retrieval-channel-chunkwise16-T100-packed-start."""
         form = f"{self.form or 'default form'}{self.chunk_size or ''}"
         words = [self.rule, self.normalize, self.decay and f"{self.decay} decay", form]
-        words += [f"T{self.length}", self.packed and "packed", self.start and "start", self.implementation]
+        words += [
+            f"T{self.length}",
+            self.packed and "packed",
+            self.start and "start",
+            self.padded and "padded",
+            self.implementation,
+        ]
         words += [self.sizes != Case.sizes and "x".join(map(str, self.sizes))]
         return "-".join(str(word).replace(" ", "_") for word in words if word)
 
@@ -69,7 +76,8 @@ def every_case():
     """Iterates over the full product."""
     kinds = itertools.product(NORMALIZED_RULES, DECAYS, FORMS, LENGTHS, (True, False), (True, False))
     for (rule, normalize), decay, (form, chunk_size), length, packed, start in kinds:
-        case = Case(rule, normalize, decay, form, chunk_size, length, packed, start)
+        # Every two of packed, start and padded meet, in half of the product of the three.
+        case = Case(rule, normalize, decay, form, chunk_size, length, packed, start, padded=packed == start)
         if case.defined and (length > 1 or not packed):
             yield case
 
@@ -83,6 +91,7 @@ def pairs(case):
         "length": case.length,
         "packed": case.packed,
         "start": case.start,
+        "padded": case.padded,
     }
     return set(itertools.combinations(choices.items(), 2))
 
@@ -110,6 +119,11 @@ def random_segments(length):
     segments = np.stack(row).astype(np.int32)
     segments[1, -1] += 1
     return segments
+
+
+def row_lengths(case):
+    """Of the two rows of a padded case: 67 and 36 of 100 tokens, 1 and 0 of one; else None."""
+    return np.array([case.length - case.length // 3, max(0, case.length - 64)]) if case.padded else None
 
 
 def random_inputs(case, seed=0):
@@ -160,13 +174,13 @@ def compiled_attend(**options):
     return jax.jit(functools.partial(attend, **options))
 
 
-def outputs_and_gradients(arrays, cotangents, compiler_options=None, segment_ids=None, **options):
+def outputs_and_gradients(arrays, cotangents, compiler_options=None, segment_ids=None, lengths=None, **options):
     """y, fast_weights and key_sum, and the gradient of their inner product with ``cotangents``, by name."""
 
     arrays = {name: jnp.asarray(x) for name, x in arrays.items() if x is not None}
-    cotangents, segment_ids = jax.tree.map(jnp.asarray, (tuple(cotangents), segment_ids))
+    cotangents, segment_ids, lengths = jax.tree.map(jnp.asarray, (tuple(cotangents), segment_ids, lengths))
     gradient = compiled_gradient(tuple((compiler_options or {}).items()), **options)
-    gradients, outputs = gradient(arrays, cotangents, segment_ids)
+    gradients, outputs = gradient(arrays, cotangents, segment_ids, lengths)
     return outputs, gradients
 
 
@@ -174,8 +188,8 @@ def outputs_and_gradients(arrays, cotangents, compiler_options=None, segment_ids
 def compiled_gradient(compiler_options, **options):
     """Compiled once per set of options (and per shape)."""
 
-    def loss(arrays, cotangents, segment_ids):
-        outputs = attend(arrays, segment_ids=segment_ids, **options)
+    def loss(arrays, cotangents, segment_ids, lengths):
+        outputs = attend(arrays, segment_ids=segment_ids, lengths=lengths, **options)
         return sum(jnp.sum(x.astype(c.dtype) * c) for x, c in zip(outputs, cotangents, strict=True)), outputs
 
     return jax.jit(jax.grad(loss, has_aux=True), compiler_options=dict(compiler_options))

@@ -69,7 +69,7 @@ def attention(
             z = z + (strength * k if rule == "sum" else k)  # eq. 26
             y = y / (z @ q + eps)  # eq. 28
         reads.append(y)
-    return np.stack(reads), W.T, z
+    return np.stack(reads) if reads else value, W.T, z
 
 
 def delta_by_replacement(query, key, value, beta):
@@ -95,19 +95,24 @@ def cross_attention(query, key, value, key_mask=None, fast_weights=None, key_sum
     return np.stack(reads), W.T, z
 
 
-def batched(one_head, arrays, segment_ids=None, **options):
-    """``one_head`` over [B, T, H, ·] arrays and [B, H, ·] memories (``fast_weights``, ``key_sum``), by name."""
+def batched(one_head, arrays, segment_ids=None, lengths=None, **options):
+    """``one_head`` over [B, T, H, ·] arrays and [B, H, ·] memories (``fast_weights``, ``key_sum``), by name.
 
-    def pick(name, x, b, h):
-        return x if x is None else x[b, h] if name in ("fast_weights", "key_sum") else x[b, :, h]
+    With lengths ``[B]`` the rows are cut, and their outputs are filled up with zeros.
+    """
 
-    batch, _, heads, _ = arrays["key"].shape
+    def pick(name, x, b, h, stop):
+        return x if x is None else x[b, h] if name in ("fast_weights", "key_sum") else x[b, :stop, h]
+
+    batch, length, heads, _ = arrays["key"].shape
     results = []
     for b in range(batch):
-        segments = {} if segment_ids is None else {"segment_ids": segment_ids[b]}
+        stop = length if lengths is None else lengths[b]
+        segments = {} if segment_ids is None else {"segment_ids": segment_ids[b, :stop]}
         for h in range(heads):
-            inputs = {name: pick(name, x, b, h) for name, x in arrays.items()}
-            results.append(one_head(**inputs, **segments, **options))
+            inputs = {name: pick(name, x, b, h, stop) for name, x in arrays.items()}
+            reads, *memory = one_head(**inputs, **segments, **options)
+            results.append((np.pad(reads, ((0, length - stop), (0, 0))), *memory))
     outputs, *memories = (np.stack(x).reshape(batch, heads, *x[0].shape) for x in zip(*results, strict=True))
     return np.swapaxes(outputs, 1, 2), *memories
 

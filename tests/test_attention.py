@@ -27,6 +27,7 @@ from cases import (
     random_cotangents,
     random_inputs,
     random_segments,
+    row_lengths,
     some,
 )
 
@@ -43,6 +44,7 @@ OUTPUTS = ("y", "fast_weights", "key_sum")
 def reference_outputs(case, arrays):
     segment_ids = random_segments(case.length) if case.packed else None
     options = {"rule": case.rule, "normalize": case.normalize, "segment_ids": segment_ids}
+    options["lengths"] = row_lengths(case)
     return reference.batched(reference.attention, arrays, **options)
 
 
@@ -80,7 +82,12 @@ def check_against_reference(case, dtype, rtol, gradient_rtol, output_rtol=None, 
         rounded[name] = None if arrays[name] is None else jnp.asarray(arrays[name], jnp.promote_types(dtype, "float32"))
     segment_ids = jnp.asarray(random_segments(case.length))[: case.sizes[0]] if case.packed else None
     outputs, gradients = outputs_and_gradients(
-        rounded, random_cotangents(case), segment_ids=segment_ids, **case.options, **options
+        rounded,
+        random_cotangents(case),
+        segment_ids=segment_ids,
+        lengths=row_lengths(case),
+        **case.options,
+        **options,
     )
     assert outputs[0].dtype == dtype and outputs[1].dtype == outputs[2].dtype == jnp.promote_types(dtype, "float32")
     expected_outputs, expected_derivatives = expected(case)
@@ -101,7 +108,7 @@ def assert_relative(name, got, want, rtol):
 
 def test_every_two_choices_meet_in_some_case_of_every_run():
     """Except: a rule without a parallel form does not meet it, and a single token is no second document."""
-    contexts = {"length": LENGTHS, "packed": (True, False), "start": (True, False)}
+    contexts = {"length": LENGTHS} | dict.fromkeys(("packed", "start", "padded"), (True, False))
     choices = {"rule": NORMALIZED_RULES, "decay": DECAYS, "form": FORMS} | contexts
     defined = {
         ((first, x), (second, y))
@@ -191,11 +198,11 @@ def test_large_jitted_gradients_are_the_float64_reference(case):
 KERNELS = [
     Case(*kind, implementation="pallas")
     for kind in [
-        ("sum", False, None, "chunkwise", 16, 100, True, True),
+        ("sum", False, None, "chunkwise", 16, 100, True, True, True),
         ("sum", "read", "head", "chunkwise", 32, 64, False, False),
         ("delta", False, None, "chunkwise", None, 37, False, True),
         ("delta", False, "head", "chunkwise", None, 150, True, True),
-        ("delta", "read", "head", "chunkwise", 16, 100, False, True),
+        ("delta", "read", "head", "chunkwise", 16, 100, False, True, True),
         ("delta", "retrieval", None, "chunkwise", 64, 1, False, True),
         ("delta", "retrieval", "head", "chunkwise", 32, 100, True, False),
     ]

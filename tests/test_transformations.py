@@ -238,11 +238,11 @@ def test_meshes_of_explicit_axes_keep_their_sharding(options, start):
         assert x.sharding.is_equivalent_to(placed[0].sharding, 4)
 
 
-MESH_ARGUMENTS = ("query", "key", "value", "beta", "log_decay", "segment_ids", "fast_weights", "key_sum")
+MESH_ARGUMENTS = ("query", "key", "value", "beta", "log_decay", "segment_ids", "lengths")
 
 
 @pytest.mark.parametrize(
-    "names", [MESH_ARGUMENTS[i : i + 1] for i in (0, 2, 5)] + [("segment_ids", "key_sum")], ids=str
+    "names", [MESH_ARGUMENTS[i : i + 1] for i in (0, 2, 5, 6)] + [("segment_ids", "key_sum")], ids=str
 )
 @pytest.mark.parametrize("replicated", [True, False])
 def test_arguments_may_be_replicated_beside_others_that_are_sharded(replicated, names):
@@ -255,12 +255,15 @@ def test_arguments_may_be_replicated_beside_others_that_are_sharded(replicated, 
     memory = {name: np.concatenate([arrays[name]] * 2)[:, :2] for name in ("fast_weights", "key_sum")}
     arrays = {name: np.float32(x) for name, x in (batch | memory).items()}
     arrays["segment_ids"] = np.broadcast_to(np.arange(6)[None] // 4, (4, 6)).astype(np.int32)
+    arrays["lengths"] = np.array([6, 0, 5, 3], np.int32)
 
     def run(arrays):
         return attend(arrays, form="chunkwise", chunk_size=4)
 
     def place(name, x):
-        heads = {"segment_ids": (), "fast_weights": ("heads",), "key_sum": ("heads",)}.get(name, (None, "heads"))
+        heads = {"segment_ids": (), "lengths": (), "fast_weights": ("heads",), "key_sum": ("heads",)}.get(
+            name, (None, "heads")
+        )
         spec = P() if (name in names) == replicated else P("batch", *heads)
         return jax.device_put(x, NamedSharding(mesh, spec))
 
