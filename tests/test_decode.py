@@ -28,6 +28,9 @@ PROMPTS = jnp.asarray(np.random.default_rng(0).integers(0, 30, (3, 9)), jnp.int3
 def test_the_likeliest_tokens_are_those_of_the_full_forward_pass_whatever_the_prompts_lengths(options):
     model, lengths = sharp(**options), jnp.array([9, 4, 1])
     got = decode.generate(model, PROMPTS, 4, lengths=lengths, temperature=0)
+    behind = jnp.stack([jnp.roll(prompt, length) for prompt, length in zip(PROMPTS, lengths, strict=True)])
+    again = decode.generate(model, behind, 4, lengths=lengths, padding="behind", temperature=0)
+    chex.assert_trees_all_equal(again, got)
     forward = nnx.jit(lambda model, tokens: jnp.argmax(model(tokens)[0][0, -1]))
     for row, (prompt, length) in enumerate(zip(PROMPTS, lengths, strict=True)):
         tokens = prompt[-int(length) :]
@@ -63,6 +66,18 @@ def test_tokens_are_drawn_in_proportion_and_by_the_key():
     want = jax.nn.softmax(model(PROMPTS[:1])[0][0, -1] / 2)
     share = jnp.bincount(first[:, 0], length=30) / 4000
     assert jnp.max(jnp.abs(share - want)) < 5 * (0.25 / 4000) ** 0.5
+
+
+def test_a_row_with_a_key_of_its_own_draws_what_it_draws_alone():
+    model, keys, lengths = sharp(), jax.random.split(jax.random.key(5), 3), [9, 4, 6]
+    options = {"temperature": 3.0, "top_p": 0.9}
+    got = decode.generate(model, PROMPTS, 4, lengths=lengths, padding="behind", key=keys, **options)
+    data = jax.random.key_data(keys)
+    chex.assert_trees_all_equal(
+        decode.generate(model, PROMPTS, 4, lengths=lengths, padding="behind", key=data, **options), got
+    )
+    for key in (keys[1], keys[1:2]):
+        chex.assert_trees_all_equal(decode.generate(model, PROMPTS[1:2, :4], 4, key=key, **options), got[1:2])
 
 
 def test_filters_keep_the_likeliest():
@@ -163,6 +178,8 @@ def test_a_model_that_gives_nan_generates_nothing():
         ({"temperature": -1.0}, "temperature must be at least 0, got -1.0"),
         ({"temperature": 1.0}, "key must be given for a temperature above 0"),
         ({"key": 0}, r"key must be one of jax.random, e.g. jax.random.key\(0\), got 0"),
+        ({"key": jax.random.split(jax.random.key(0))}, r"key must be one, or one for each of 3 rows, got \[2\]"),
+        ({"padding": "left"}, "padding must be one of 'front', 'behind', got 'left'"),
         ({"top_k": 31}, "top_k must be from 1 to 30, got 31"),
         ({"temperature": jnp.nan}, "temperature must be at least 0, got nan"),
         ({"temperature": jnp.ones(3)}, "temperature must be at least 0, got "),

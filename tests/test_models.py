@@ -246,6 +246,27 @@ def test_a_row_that_is_padded_in_front_is_as_it_is_alone(options):
     assert jnp.max(jnp.abs(got[1] - want[1])) > 1e-3
 
 
+@pytest.mark.parametrize(
+    "options",
+    some(3, [{"positions": "descending", "scan": True}, {"rule": "softmax", "remat": True}, {"rule": "softmax"}]),
+    ids=str,
+)
+def test_a_row_that_is_padded_behind_is_as_it_is_alone(options):
+    """With lengths: its losses, and what the next call reads from its memory."""
+    config = dataclasses.replace(TINY, **{"num_layers": 2, "positions": None, "dropout": 0.0} | options)
+    model, rows, lengths = DecoderLM(config, rngs=nnx.Rngs(0)), tokens_of((2, 10)), jnp.array([6, 0])
+    call = nnx.jit(lambda model, *inputs, **options: model.losses(*inputs, **options))
+    targets = jnp.where(jnp.arange(9)[None] < lengths[:, None], rows[:, 1:], -1)
+    got, memory = call(model, rows[:, :9], targets, model.init_memory(2, 12), lengths=lengths)
+    want, want_memory = call(model, rows[:1, :6], targets[:1, :6], model.init_memory(1, 12))
+    chex.assert_trees_all_close(got[:1, :6], want, rtol=1e-5)
+    assert not jnp.any(got[0, 6:]) and not jnp.any(got[1])
+    after, _ = call(model, rows[:, :1], rows[:, 1:2], memory)
+    for row, start in enumerate((want_memory, None)):
+        want, _ = call(model, rows[row : row + 1, :1], rows[row : row + 1, 1:2], start)
+        chex.assert_trees_all_close(after[row : row + 1], want, rtol=1e-5)
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("rule", ["delta", "softmax"])
 def test_remat_and_scan_change_nothing_and_no_token_sees_a_later_one(rule):
@@ -407,10 +428,11 @@ def test_transformer_xl_sees_no_further_than_its_memory_and_learns_nothing_throu
     assert not jnp.any(gradient(memory)[0].hidden)
 
 
-def test_transformer_xl_refuses_segment_ids():
+@pytest.mark.parametrize("options", [{"segment_ids": jnp.zeros((1, 5), jnp.int32)}, {"lengths": [5]}], ids=str)
+def test_transformer_xl_refuses_segment_ids_and_lengths(options):
     model = DecoderLM(XL, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match=r"segment_ids are not for positions=.relative., whose memory is not cut"):
-        model(tokens_of((1, 5)), segment_ids=jnp.zeros((1, 5), jnp.int32))
+    with pytest.raises(ValueError, match=r"segment_ids and lengths are not for positions=.relative., whose memory is"):
+        model(tokens_of((1, 5)), **options)
 
 
 @pytest.mark.parametrize("options", [{"remat": True}, {"scan": True}], ids=str)

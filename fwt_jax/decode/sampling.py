@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ def generate(
     max_new_tokens: int,
     *,
     lengths: jax.Array | None = None,
+    padding: Literal["front", "behind"] = "front",
     key: jax.Array | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
@@ -33,11 +35,13 @@ def generate(
 
     Args:
       model: with ``positions`` None or "relative", because its memory must not depend on later tokens.
-      prompts: integers ``[B, T]`` from 0 to V − 1. Pad shorter ones in front: ``prompts[b, -lengths[b]:]`` counts.
-        Padding behind a prompt would be read as a part of it.
+      prompts: integers ``[B, T]`` from 0 to V − 1, also where they are padding.
       max_new_tokens: at least 1, not traced.
-      lengths: integers ``[B]``, from 1 to T; T if not given.
-      key: of ``jax.random``, for temperatures above 0.
+      lengths: of the prompts, integers ``[B]`` from 1 to T; T if not given. A row goes on as its prompt does alone.
+      padding: where shorter prompts are padded: "front", ``prompts[b, -lengths[b]:]`` counts, or "behind",
+        ``prompts[b, :lengths[b]]`` counts.
+      key: of ``jax.random``, for temperatures above 0: one, or one for each row, ``[B]``. With its own key, a row draws
+        what it draws alone.
       temperature: p ∝ p^(1/temperature). 0 takes the likeliest token, and so does a number below 1.2e-38, the smallest
         by which float32 can divide.
       top_k: draws from the k likeliest tokens, and from those as likely as the k-th.
@@ -56,18 +60,20 @@ def generate(
     vocab_size = model.config.vocab_size
     prompts = arguments.integers("prompts", prompts, vocab_size - 1, axes="[B, T], T ≥ 1")
     batch, length = prompts.shape
-    row_lengths = np.full(batch, length) if lengths is None else lengths
-    row_lengths = arguments.integers("lengths", row_lengths, length, axes=f"[{batch}]", shape=(batch,), least=1)
+    arguments.one_of(("front", "behind"), padding=padding)
+    if lengths is not None:
+        lengths = arguments.integers("lengths", lengths, length, axes=f"[{batch}]", shape=(batch,), least=1)
+        if padding == "front":
+            prompts = jnp.take_along_axis(prompts, (jnp.arange(length)[None] - lengths[:, None]) % length, axis=1)
     count = arguments.static_size("max_new_tokens", max_new_tokens)
     divisor = arguments.number("temperature", temperature, "at least 0", lambda x: x >= 0)
-    _check_key(key, temperature)
-    key = jax.random.key(0) if key is None else key
+    key = _checked_key(key, temperature, batch)
     k = p = None
     if top_k is not None:
         k = arguments.number("top_k", top_k, f"from 1 to {vocab_size}", lambda x: 1 <= x <= vocab_size, jnp.int32)
     if top_p is not None:
         p = arguments.number("top_p", top_p, "in (0, 1]", lambda x: 0 < x <= 1)
-    tokens = _generate(*nnx.split(model), prompts, row_lengths, key, divisor, k, p, max_new_tokens=count)
+    tokens = _generate(*nnx.split(model), prompts, lengths, key, divisor, k, p, max_new_tokens=count)
     arguments.refuse_broken_rows(tokens[:, -1] < 0, "prompts")
     return tokens
 
@@ -80,11 +86,12 @@ def _check_positions(positions, lengths):
         )
     if positions == "relative" and lengths is not None:
         raise ValueError(
-            'lengths are not for positions="relative", whose memory cannot be reset; take prompts of one length'
+            'lengths are not for positions="relative", whose memory is not cut; take prompts of one length'
         )
 
 
-def _check_key(key, temperature):
+def _checked_key(key, temperature, batch) -> Any:
+    """A key ``[]`` or ``[B]`` of JAX's newer kind."""
     if key is None and (isinstance(temperature, Tracer) or np.asarray(temperature) != 0):
         raise ValueError(
             "key must be given for a temperature above 0, or one that is traced, e.g. jax.random.key(0); "
@@ -92,18 +99,22 @@ def _check_key(key, temperature):
         )
     if key is not None and not isinstance(key, (jax.Array, np.ndarray)):
         raise ValueError(f"key must be one of jax.random, e.g. jax.random.key(0), got {key!r}")
+    if key is None:
+        return jax.random.key(0)
+    key = key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(jnp.asarray(key))
+    if key.shape not in ((), (batch,)):
+        raise ValueError(f"key must be one, or one for each of {batch} rows, got {list(key.shape)}")
+    return key
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "max_new_tokens"))
 def _generate(graph, state, prompts, lengths, key, temperature, top_k, top_p, *, max_new_tokens):
     model = nnx.merge(graph, state)
     batch, length = prompts.shape
-    segment_ids = None
-    if model.config.positions != "relative":
-        # Left padding is a segment of its own: the memory resets at the first token of the prompt.
-        segment_ids = (jnp.arange(length, dtype=lengths.dtype)[None] >= length - lengths[:, None]).astype(jnp.int32)
     memory = model.init_memory(batch, length + max_new_tokens)
-    hidden, memory = model.hidden(prompts, memory, segment_ids=segment_ids)
+    hidden, memory = model.hidden(prompts, memory, lengths=lengths)
+    lengths = jnp.full(batch, length) if lengths is None else lengths
+    last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
     in_range = _in_range(lengths, length, temperature, top_k, top_p, model.config.vocab_size)
 
     def choose(hidden, key):
@@ -118,8 +129,9 @@ def _generate(graph, state, prompts, lengths, key, temperature, top_k, top_p, *,
         tokens = choose(hidden[:, -1], key)
         return (tokens, memory), tokens
 
-    keys = jax.random.split(key, max_new_tokens)
-    first = choose(hidden[:, -1], keys[0])
+    split = functools.partial(jax.random.split, num=max_new_tokens)
+    keys = jax.vmap(split, out_axes=1)(key) if key.ndim else split(key)
+    first = choose(last, keys[0])
     if max_new_tokens == 1:
         return first[:, None]
     _, tokens = lax.scan(step, (first, memory), keys[1:])
@@ -143,7 +155,8 @@ def _chosen(scores, key, temperature, top_k, top_p):
     def draw():
         # The likeliest token has 0, so that no quotient overflows to ∞.
         tempered = (scores - highest[:, None]) / temperature
-        return jax.random.categorical(key, filtered(tempered, top_k, top_p)).astype(jnp.int32)
+        draw_one = jax.vmap(jax.random.categorical) if key.ndim else jax.random.categorical
+        return draw_one(key, filtered(tempered, top_k, top_p)).astype(jnp.int32)
 
     def take_likeliest():
         return jnp.argmax(scores, axis=-1).astype(jnp.int32)

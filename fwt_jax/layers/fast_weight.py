@@ -155,6 +155,7 @@ class FastWeightAttention(nnx.Module):
         memory: Memory | None = None,
         *,
         segment_ids: jax.Array | None = None,
+        lengths: jax.Array | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> tuple[jax.Array, Memory]:
         """Writes T tokens into the memory and reads it after each of them.
@@ -163,9 +164,10 @@ class FastWeightAttention(nnx.Module):
           x: ``[B, T, in_features]``, floating point, T ≥ 1.
           memory: what an earlier call returned; empty if not given.
           segment_ids: integers ``[B, T]``, for packed sequences: the memory is dropped where the id changes. The first
-            token of a call always continues ``memory``. Pad shorter rows in front, with an id that the text does not
-            have. The first token of the text then drops the padding, and y and the memory do not depend on it. Do not
-            pad behind: such tokens are written into the memory, whatever their ids are.
+            token of a call always continues ``memory``. For padding in front, take an id that the text does not have.
+            The first token of the text then drops the padding, and y and the memory do not depend on it.
+          lengths: integers ``[B]`` from 0 to T, for padding behind: row b has ``lengths[b]`` tokens, and its memory is
+            that of the row cut there. The reads of the padding are 0. T for all rows if not given.
           rngs: draws a new projection for a random feature map, from the stream "projection" (or "default"). Without
             it the map uses its own projection. Leave it out wherever a memory goes from one call to the next, because
             the features of two projections do not match.
@@ -174,7 +176,7 @@ class FastWeightAttention(nnx.Module):
           y, as x, and the memory after the last token: float32 whatever ``dtype`` is (float64 for float64).
 
         Raises:
-          ValueError: x, memory or segment_ids of the wrong shape or dtype.
+          ValueError: x, memory, segment_ids or lengths of the wrong shape or dtype.
         """
         x, ids = checked_input(x, self.in_features, segment_ids)
         if memory is not None:
@@ -194,6 +196,7 @@ class FastWeightAttention(nnx.Module):
             rule=self.rule,
             memory=memory,
             segment_ids=ids,
+            lengths=lengths,
             normalize=self.normalize,
             eps=self.eps,
             form=self.form,

@@ -13,7 +13,7 @@ from jax import lax
 from jax.core import Tracer
 
 from fwt_jax import arguments
-from fwt_jax.attention_arguments import resets
+from fwt_jax.attention_arguments import resets, tokens_within
 from fwt_jax.layers.common import (
     KERNEL_INIT,
     check_kind,
@@ -101,6 +101,7 @@ class SoftmaxAttention(nnx.Module):
         memory: KeyValueCache | None = None,
         *,
         segment_ids: jax.Array | None = None,
+        lengths: jax.Array | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> tuple[jax.Array, KeyValueCache]:
         """Appends T tokens to the cache and attends from each of them.
@@ -110,20 +111,21 @@ class SoftmaxAttention(nnx.Module):
           memory: a cache with room for T tokens, of ``init_memory`` or of an earlier call. If not given, the call reads
             the tokens of x alone and returns a full cache. To add tokens later, start with ``init_memory``.
           segment_ids: integers ``[B, T]``: a token sees no further back than the last change of the id. The first
-            token of a call always continues ``memory``. Shorter rows may be padded behind: then set the lengths of the
-            cache back, ``cache._replace(length=lengths)``.
+            token of a call always continues ``memory``.
+          lengths: integers ``[B]`` from 0 to T, for padding behind: row b has ``lengths[b]`` tokens, and the next call
+            overwrites the others. The reads of the padding are 0. T for all rows if not given.
           rngs: not used, because nothing in this layer is random.
 
         Returns:
           y, as x, and the cache with the T tokens in it.
 
         Raises:
-          ValueError: x, memory or segment_ids of the wrong shape or dtype, or a full cache. A traced length
-            (``jax.jit``) cannot raise: then y is NaN for the rows whose cache is full.
+          ValueError: x, memory, segment_ids or lengths of the wrong shape or dtype, or a cache without room for T
+            tokens. A traced length (``jax.jit``) cannot raise: then y is NaN for the rows whose cache is full.
         """
         x, ids = checked_input(x, self.in_features, segment_ids)
         batch, num_tokens, _ = x.shape
-        reset = resets(ids, batch, num_tokens)
+        reset, written = resets(ids, batch, num_tokens), tokens_within(lengths, batch, num_tokens)
         query, key, value = self.query(x), self.key(x), self.value(x)
         if memory is None:
             length = jnp.zeros(batch, jnp.int32)
@@ -144,6 +146,9 @@ class SoftmaxAttention(nnx.Module):
         visible = (start[..., None] <= slots) & (slots <= slot[..., None])
         y = softmax_read(query, after.key, after.value, visible, self.precision)
         y = jnp.where((after.length <= after.key.shape[1])[:, None, None, None], y, jnp.nan)
+        if written is not None:
+            y = jnp.where(written[..., None, None], y, 0)
+            after = after._replace(length=length + jnp.sum(written, axis=1, dtype=jnp.int32))
         return self.out(y), after
 
     def init_memory(self, batch_size: int, max_length: int | None) -> KeyValueCache:

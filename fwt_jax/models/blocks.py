@@ -79,9 +79,9 @@ def dropout(x: jax.Array, rate: float, rngs: nnx.Rngs | None) -> jax.Array:
 
 
 def sinusoids(positions: jax.Array, size: int) -> jax.Array:
-    """[sin(t ω); cos(t ω)] ``[T, size]``, float32, of t ``[T]``, ωᵢ = 10000^(−2i/size) (Vaswani et al. 2017)."""
+    """[sin(t ω); cos(t ω)] ``[..., size]``, float32, of t ``[...]``, ωᵢ = 10000^(−2i/size) (Vaswani et al. 2017)."""
     frequencies = 10000.0 ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
-    angles = jnp.outer(positions.astype(jnp.float32), frequencies)
+    angles = jnp.outer(positions.astype(jnp.float32), frequencies).reshape(*positions.shape, -1)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 

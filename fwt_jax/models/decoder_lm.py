@@ -213,17 +213,18 @@ class DecoderLM(nnx.Module):
         self.position_bias = drawn(config.num_heads, config.head_size) if relative else None
         self.blocks = nnx.List([Block(config, rngs) for _ in range(config.num_layers)])
 
-    def __call__(self, tokens, memory=None, *, segment_ids=None, rngs=None):
+    def __call__(self, tokens, memory=None, *, segment_ids=None, lengths=None, rngs=None):
         """Log-probabilities of the token after each.
 
         Args:
           tokens: integers ``[B, T]``, from 0 to V − 1. Numbers that are not traced are checked, which waits for the
             device; of traced ones (``jax.jit``) another number gives NaN.
           memory: the memories of an earlier call, a tuple with one for each block; empty if not given.
-          segment_ids: integers ``[B, T]``, see ``fast_weight_attention``. Positions count on across segments. Pad a
-            shorter row in front, with a segment id of its own, e.g. 0 for padding and 1 for the text. The first token
-            of the text drops the padding, and later results do not depend on it. Never pad behind: there is no mask,
-            and the memory would contain the padding.
+          segment_ids: integers ``[B, T]``, see ``fast_weight_attention``. Positions count on across segments. Padding
+            in front has a segment id of its own, e.g. 0 for padding and 1 for the text. The first token of the text
+            drops the padding, and later results do not depend on it.
+          lengths: integers ``[B]`` from 0 to T, for padding behind: the results of row b's first ``lengths[b]`` tokens
+            and its memories are those of the row cut there. T for all rows if not given. Give padding targets below 0.
           rngs: for dropout and the projections of "favor_plus" (streams "dropout" and "projection", or "default").
             Evaluation leaves it out.
 
@@ -233,10 +234,10 @@ class DecoderLM(nnx.Module):
         Raises:
           ValueError: tokens that are not integers ``[B, T]`` from 0 to V − 1, another number of memories than blocks.
         """
-        x, memory = self.hidden(tokens, memory, segment_ids=segment_ids, rngs=rngs)
+        x, memory = self.hidden(tokens, memory, segment_ids=segment_ids, lengths=lengths, rngs=rngs)
         return self.log_probabilities(x), memory
 
-    def losses(self, tokens, targets, memory=None, *, segment_ids=None, rngs=None):
+    def losses(self, tokens, targets, memory=None, *, segment_ids=None, lengths=None, rngs=None):
         """−log p of ``targets`` after each token: ``[B, T]``, float32, and the memories.
 
         The loss of a negative target (−1, −100) is 0 and has no gradient: a mean over tokens must not count it, as
@@ -244,7 +245,8 @@ class DecoderLM(nnx.Module):
 
         Args:
           targets: integers ``[B, T]``, up to V − 1. Where they are traced, a larger one gives NaN.
-          tokens, memory, segment_ids, rngs: as in ``__call__``. The cost of the output layer: ``output_layer.losses``.
+          tokens, memory, segment_ids, lengths, rngs: as in ``__call__``. For the cost of the output layer see
+            ``output_layer.losses``.
 
         Raises:
           ValueError: targets that are not integers of the shape of tokens, or known to be above V − 1; and as
@@ -254,7 +256,7 @@ class DecoderLM(nnx.Module):
         tokens = arguments.integers("tokens", tokens, last)
         options = {"axes": f"as tokens, {list(tokens.shape)}", "shape": tokens.shape, "least": None}
         targets = arguments.integers("targets", targets, last, **options)
-        x, memory = self.hidden(tokens, memory, segment_ids=segment_ids, rngs=rngs)
+        x, memory = self.hidden(tokens, memory, segment_ids=segment_ids, lengths=lengths, rngs=rngs)
         return self.losses_of(x, targets), memory
 
     def losses_of(self, hidden, targets):
@@ -264,18 +266,24 @@ class DecoderLM(nnx.Module):
         """
         return output_layer.losses(hidden.astype(self.config.dtype), targets, self._output(), self.config.cutoffs)
 
-    def hidden(self, tokens, memory=None, *, segment_ids=None, rngs=None):
+    def hidden(self, tokens, memory=None, *, segment_ids=None, lengths=None, rngs=None):
         """The input of the output layer, ``[B, T, D]``, and the memories. Arguments as in ``__call__``."""
         config = self.config
         tokens = arguments.integers("tokens", tokens, config.vocab_size - 1)
         x = output_layer.embed(self.embedding[...], tokens) * config.d_model**0.5
+        batch, length = tokens.shape
+        if lengths is not None:
+            lengths = arguments.integers("lengths", lengths, length, axes=f"[B] = [{batch}]", shape=(batch,))
         if config.positions == "descending":
-            x = x + sinusoids(jnp.arange(tokens.shape[1])[::-1], config.d_model)[None]
+            followers = jnp.arange(length)[::-1][None]
+            if lengths is not None:
+                followers = jnp.maximum(followers - length + lengths[:, None], 0)
+            x = x + sinusoids(followers, config.d_model)
         x = dropout(x, config.dropout, rngs)
         if config.positions == "relative":
-            options = self._relative_options(tokens.shape[1], segment_ids, rngs)
+            options = self._relative_options(length, segment_ids, lengths, rngs)
         else:
-            options = {"segment_ids": segment_ids}
+            options = {"segment_ids": segment_ids, "lengths": lengths}
         memory = (None,) * config.num_layers if memory is None else memory
         if len(memory) != config.num_layers:
             raise ValueError(f"memory must have one for each of {config.num_layers} blocks, got {len(memory)}")
@@ -293,9 +301,11 @@ class DecoderLM(nnx.Module):
         memories do not need it."""
         return tuple(block.attention.init_memory(batch_size, max_length) for block in self.blocks)
 
-    def _relative_options(self, num_tokens, segment_ids, rngs):
-        if segment_ids is not None:
-            raise ValueError('segment_ids are not for positions="relative", whose memory is not cut; leave them out')
+    def _relative_options(self, num_tokens, segment_ids, lengths, rngs):
+        if segment_ids is not None or lengths is not None:
+            raise ValueError(
+                'segment_ids and lengths are not for positions="relative", whose memory is not cut; leave them out'
+            )
         attention = self.blocks[0].attention
         assert isinstance(attention, RelativeAttention)
         assert self.content_bias is not None and self.position_bias is not None
