@@ -53,6 +53,7 @@ def fast_weight_attention(
     memory: Memory | None = None,
     segment_ids: jax.Array | None = None,
     lengths: jax.Array | None = None,
+    memory_every: int | None = None,
     normalize: Normalize = False,
     eps: float = 1e-6,
     form: Form = None,
@@ -91,6 +92,9 @@ def fast_weight_attention(
         and decays its first ``lengths[b]`` tokens, and its memory is that of the row cut there. Of the other tokens y
         and all gradients are 0, whatever their arrays hold. Numbers that are not traced are checked, which waits for
         the device; traced ones outside of the range count as 0 or T. Pad in front with ``segment_ids`` instead.
+      memory_every: N: returns the memories after every N tokens and after the last one, ``[B, ⌈T/N⌉, H, K, V]`` and
+        ``[B, ⌈T/N⌉, H, K]``, all from one pass. A call goes on from memory i as ``jax.tree.map(lambda x: x[:, i], …)``.
+        A form or a kernel advances N tokens at a time. Not traced.
       normalize: attention normalisation, with z_t = α_t z_{t−1} + k_t (+ β_t k_t for "sum"). Only calls that normalise
         advance z, so do not mix them with others.
         "read" divides the read by z_tᵀq_t + eps (eq. 28).
@@ -125,12 +129,14 @@ def fast_weight_attention(
         TF32. A chunk's triangular system is solved more exactly.
 
     Returns:
-      y ``[B, T, H, V]`` in value's dtype, and the memory after the last token: float32 (float64 for float64 inputs).
+      y ``[B, T, H, V]`` in value's dtype, and the memory after the last token (or several, see ``memory_every``):
+      float32 (float64 for float64 inputs).
 
     Raises:
       ValueError: shapes or dtypes that do not fit together, T = 0, an unknown rule, form, normalisation or
-        implementation, an eps below 0, no beta for a rule that needs it, a combination that the rule does not define
-        (a form, a normalisation, a decay per channel in chunks), or that a kernel does not have.
+        implementation, lengths out of their range, a memory_every below 1, an eps below 0, no beta for a rule that
+        needs it, a combination that the rule does not define (a form, a normalisation, a decay per channel in chunks),
+        or that a kernel does not have.
 
     Example:
       >>> import jax
@@ -160,7 +166,7 @@ def fast_weight_attention(
     check_like(log_decay, "log_decay", [(batch, length, heads), (batch, length, heads, key_size)])
     check_memory(memory, key, value)
     check_step(rule, key, value, log_decay, normalize, computation_dtype(query, key, value, memory))
-    check_pieces(pieces, sequence_axis, rule, log_decay, length)
+    check_pieces(pieces, sequence_axis, rule, log_decay, length, memory_every)
     options = {
         "rule": rule,
         "normalize": normalize,
@@ -181,24 +187,44 @@ def fast_weight_attention(
     reset = resets(segment_ids, batch, length, sequence_axis)
     written = tokens_within(lengths, batch, length, sequence_axis)
     inputs = (query, key, value, beta, log_decay, memory, reset, written)
-    return _attend(*inputs, sequence_axis=sequence_axis, **options)
+    if memory_every is None:
+        return _attend(*inputs, sequence_axis=sequence_axis, **options)
+    return _attend_by_stretches(*inputs, size=arguments.static_size("memory_every", memory_every), **options)
+
+
+OPTIONS = ("rule", "normalize", "eps", "form", "chunk_size", "implementation", "precision")
+
+
+@functools.partial(jax.jit, static_argnames=("size", *OPTIONS))
+def _attend_by_stretches(query, key, value, beta, log_decay, memory, reset, written, *, size, **options):
+    """As ``_attend``, ``size`` tokens at a time, with the memory after each of these stretches."""
+    batch, length = key.shape[:2]
+    size = min(size, length)
+    count = -(-length // size)
+    padding = count * size - length
+    if padding and written is None:
+        written = jnp.ones((batch, length), bool)
+    dtype = computation_dtype(query, key, value, memory)
+    tokens = _sharded_alike(query, key, value, beta, log_decay, reset, written, memory, dtype)
+
+    def split(x):
+        x = jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2)))
+        return jnp.moveaxis(x.reshape(batch, count, size, *x.shape[2:]), 1, 0)
+
+    def advance(memory, tokens):
+        *tokens, reset, written = tokens
+        out, memory = _attend(*tokens, memory, reset, written, sequence_axis=None, **options)
+        return memory, (out, memory)
+
+    start = start_of(memory, tokens[1], tokens[2], dtype)
+    _, (out, memories) = lax.scan(advance, start, jax.tree.map(split, tokens))
+    out, *memories = (jnp.moveaxis(x, 0, 1) for x in (out, *memories))
+    return out.reshape(batch, count * size, *out.shape[3:])[:, :length], Memory(*memories)
 
 
 # Outside of jax.jit, JAX would dispatch each operation by itself, and would compile each scan again at every call,
 # because its body is a new function. Inside of jax.jit this is a part of the caller's program.
-@functools.partial(
-    jax.jit,
-    static_argnames=(
-        "rule",
-        "normalize",
-        "eps",
-        "form",
-        "chunk_size",
-        "implementation",
-        "sequence_axis",
-        "precision",
-    ),
-)
+@functools.partial(jax.jit, static_argnames=("sequence_axis", *OPTIONS))
 def _attend(
     query,
     key,

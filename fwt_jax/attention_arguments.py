@@ -108,7 +108,7 @@ def check_step(rule, key, value, log_decay, normalize, dtype):
         )
 
 
-def check_pieces(pieces, sequence_axis, rule, log_decay, length):
+def check_pieces(pieces, sequence_axis, rule, log_decay, length, memory_every=None):
     if not isinstance(pieces, Integral) or not 1 <= int(pieces) <= length:
         raise ValueError(f"pieces must be an integer from 1 to T = {length}, got {pieces!r}")
     if pieces == 1 and sequence_axis is None:
@@ -117,6 +117,8 @@ def check_pieces(pieces, sequence_axis, rule, log_decay, length):
         raise ValueError(f"pieces and sequence_axis exclude each other, got {pieces} and {sequence_axis!r}")
     if sequence_axis is not None and not isinstance(sequence_axis, str):
         raise ValueError(f"sequence_axis must be the name of an axis of the mesh, got {sequence_axis!r}")
+    if memory_every is not None:
+        raise ValueError(f"memory_every goes with one piece, got pieces={pieces} and sequence_axis={sequence_axis!r}")
     name = name_of(rule)
     if rule.piece is None:
         raise ValueError(f"rule {name} is not linear in the memory, so its tokens cannot be divided into pieces")

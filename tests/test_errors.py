@@ -100,6 +100,8 @@ ATTENTION = {
     "a mask as lengths": ({"lengths": jnp.ones((B, T), bool)}, ["lengths", "jnp.sum(mask, axis=1)", "bool[2, 3]"]),
     "a length above T": ({"lengths": [1, T + 1]}, ["lengths must be from 0 to 3, got 1 to 4"]),
     "a negative length": ({"lengths": jnp.array([-1, 2])}, ["lengths must be from 0 to 3, got -1 to 2"]),
+    "memories of no tokens": ({"memory_every": 0}, ["memory_every must be at least 1, got 0"]),
+    "memories of half a token": ({"memory_every": 0.5}, ["memory_every must be an integer", "not traced", "0.5"]),
     "a list as query": ({"query": QUERY.tolist()}, ["query must be an array, got list", "jnp.asarray"]),
     "a list as segment_ids": ({"segment_ids": [[0] * T] * B}, ["segment_ids must be an array, got list"]),
     "a negative eps": ({"normalize": "read", "eps": -1e-6}, ["eps", "at least 0", "-1e-06"]),

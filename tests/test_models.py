@@ -380,6 +380,22 @@ def test_configuration_mistakes(options, words):
         dataclasses.replace(TINY, **options)
 
 
+@pytest.mark.parametrize("options", some(2, [{"scan": True}, {"remat": True}]), ids=str)
+def test_memories_after_every_few_tokens_come_from_one_pass(options):
+    config = dataclasses.replace(TINY, positions=None, dropout=0.0, **options)
+    model, tokens = DecoderLM(config, rngs=nnx.Rngs(0)), tokens_of((2, 7))
+    call = nnx.jit(lambda model, tokens, every=None: model(tokens, memory_every=every), static_argnames="every")
+    want, last = call(model, tokens)
+    got, memories = call(model, tokens, every=3)
+    _, first = call(model, tokens[:, :3])
+    chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-5)
+    for i, memory in ((0, first), (2, last)):
+        chex.assert_trees_all_close(jax.tree.map(lambda x, i=i: x[:, i], memories), memory, rtol=1e-5, atol=1e-6)
+    softmax = DecoderLM(dataclasses.replace(config, rule="softmax"), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"memory_every is for fast weights, got 3 with rule='softmax'; leave it out"):
+        softmax(tokens, memory_every=3)
+
+
 def test_a_model_needs_rngs():
     with pytest.raises(ValueError, match=r"rngs must be an nnx.Rngs, got int; nnx.Rngs\(0\) makes one"):
         DecoderLM(TINY, rngs=0)

@@ -156,6 +156,7 @@ class FastWeightAttention(nnx.Module):
         *,
         segment_ids: jax.Array | None = None,
         lengths: jax.Array | None = None,
+        memory_every: int | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> tuple[jax.Array, Memory]:
         """Writes T tokens into the memory and reads it after each of them.
@@ -168,6 +169,7 @@ class FastWeightAttention(nnx.Module):
             The first token of the text then drops the padding, and y and the memory do not depend on it.
           lengths: integers ``[B]`` from 0 to T, for padding behind: row b has ``lengths[b]`` tokens, and its memory is
             that of the row cut there. The reads of the padding are 0. T for all rows if not given.
+          memory_every: N: returns the memories after every N tokens and after the last one, ``[B, ⌈T/N⌉, H, K, V]``.
           rngs: draws a new projection for a random feature map, from the stream "projection" (or "default"). Without
             it the map uses its own projection. Leave it out wherever a memory goes from one call to the next, because
             the features of two projections do not match.
@@ -197,6 +199,7 @@ class FastWeightAttention(nnx.Module):
             memory=memory,
             segment_ids=ids,
             lengths=lengths,
+            memory_every=memory_every,
             normalize=self.normalize,
             eps=self.eps,
             form=self.form,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -83,6 +84,14 @@ def sinusoids(positions: jax.Array, size: int) -> jax.Array:
     frequencies = 10000.0 ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
     angles = jnp.outer(positions.astype(jnp.float32), frequencies).reshape(*positions.shape, -1)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """A number on which shapes depend, and which ``jax.jit`` and ``jax.checkpoint`` must not trace."""
+
+    value: int | None
 
 
 def through_blocks(blocks, x, memories, shared, rngs: nnx.Rngs | None, *, scan: bool, remat: bool):

@@ -25,6 +25,7 @@ from fwt_jax.models.blocks import (
     FEATURE_MAPS,
     INIT,
     FeedForward,
+    Static,
     dropout,
     features,
     layer_norm,
@@ -180,7 +181,7 @@ class Block(nnx.Module):
         # The authors' toolkit adds the attention to the normalised x.
         x = sublayer_input(x, self.attention_norm, self.norm)
         if isinstance(self.attention, FastWeightAttention):
-            options = options | {"rngs": rngs}
+            options = options | {"rngs": rngs, "memory_every": options["memory_every"].value}
         y, memory = self.attention(x, memory, **options)
         x = residual(x, y, self.attention_norm, self.norm, self.dropout, rngs)
         y = self.feed_forward(sublayer_input(x, self.feed_forward_norm, self.norm), rngs)
@@ -213,7 +214,7 @@ class DecoderLM(nnx.Module):
         self.position_bias = drawn(config.num_heads, config.head_size) if relative else None
         self.blocks = nnx.List([Block(config, rngs) for _ in range(config.num_layers)])
 
-    def __call__(self, tokens, memory=None, *, segment_ids=None, lengths=None, rngs=None):
+    def __call__(self, tokens, memory=None, *, segment_ids=None, lengths=None, memory_every=None, rngs=None):
         """Log-probabilities of the token after each.
 
         Args:
@@ -225,6 +226,8 @@ class DecoderLM(nnx.Module):
             drops the padding, and later results do not depend on it.
           lengths: integers ``[B]`` from 0 to T, for padding behind: the results of row b's first ``lengths[b]`` tokens
             and its memories are those of the row cut there. T for all rows if not given. Give padding targets below 0.
+          memory_every: N: returns the memories after every N tokens and after the last one, with an axis ⌈T/N⌉ behind
+            B. Not for softmax attention: to take tokens back from its cache, set its lengths back.
           rngs: for dropout and the projections of "favor_plus" (streams "dropout" and "projection", or "default").
             Evaluation leaves it out.
 
@@ -234,7 +237,8 @@ class DecoderLM(nnx.Module):
         Raises:
           ValueError: tokens that are not integers ``[B, T]`` from 0 to V − 1, another number of memories than blocks.
         """
-        x, memory = self.hidden(tokens, memory, segment_ids=segment_ids, lengths=lengths, rngs=rngs)
+        options = {"segment_ids": segment_ids, "lengths": lengths, "memory_every": memory_every}
+        x, memory = self.hidden(tokens, memory, **options, rngs=rngs)
         return self.log_probabilities(x), memory
 
     def losses(self, tokens, targets, memory=None, *, segment_ids=None, lengths=None, rngs=None):
@@ -266,7 +270,7 @@ class DecoderLM(nnx.Module):
         """
         return output_layer.losses(hidden.astype(self.config.dtype), targets, self._output(), self.config.cutoffs)
 
-    def hidden(self, tokens, memory=None, *, segment_ids=None, lengths=None, rngs=None):
+    def hidden(self, tokens, memory=None, *, segment_ids=None, lengths=None, memory_every=None, rngs=None):
         """The input of the output layer, ``[B, T, D]``, and the memories. Arguments as in ``__call__``."""
         config = self.config
         tokens = arguments.integers("tokens", tokens, config.vocab_size - 1)
@@ -280,10 +284,16 @@ class DecoderLM(nnx.Module):
                 followers = jnp.maximum(followers - length + lengths[:, None], 0)
             x = x + sinusoids(followers, config.d_model)
         x = dropout(x, config.dropout, rngs)
+        options: dict[str, Any] = {"segment_ids": segment_ids, "lengths": lengths}
+        if config.memory_rule is not None:
+            options["memory_every"] = Static(memory_every)
+        elif memory_every is not None:
+            raise ValueError(
+                f"memory_every is for fast weights, got {memory_every} with rule={config.rule!r}; "
+                "leave it out, and set the lengths of a cache back to take tokens back"
+            )
         if config.positions == "relative":
             options = self._relative_options(length, segment_ids, lengths, rngs)
-        else:
-            options = {"segment_ids": segment_ids, "lengths": lengths}
         memory = (None,) * config.num_layers if memory is None else memory
         if len(memory) != config.num_layers:
             raise ValueError(f"memory must have one for each of {config.num_layers} blocks, got {len(memory)}")
