@@ -1,0 +1,14 @@
+"""The programs in examples/ run, and what they check holds."""
+
+import pathlib
+import runpy
+
+import pytest
+
+PROGRAMS = sorted((pathlib.Path(__file__).parent.parent / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
+def test_an_example_runs_and_its_assertions_hold(path, capsys):
+    runpy.run_path(str(path), run_name="__main__")
+    assert capsys.readouterr().out
