@@ -54,14 +54,14 @@ def test_maps_compose_in_any_grouping(case, x64):
         np.testing.assert_allclose(jnp.swapaxes(got, -1, -2) if transposed else got, want, rtol=1e-11, atol=1e-12)
 
 
-def check(case, divided, tolerance=1e-9):
+def check(case, divided, tolerance=1e-9, lengths=None):
     """Outputs and gradients of ``divided``, a function like ``attend``, against one piece."""
     arrays, cotangents = random_inputs(case), random_cotangents(case)
     dtype = jnp.zeros(()).dtype
     arrays = {name: None if x is None else x.astype(dtype) for name, x in arrays.items()}
     options = dict(rule=case.rule, normalize=case.normalize, chunk_size=case.chunk_size)
     segment_ids = random_segments(case.length) if case.packed else None
-    want = outputs_and_gradients(arrays, cotangents, segment_ids=segment_ids, **options)
+    want = outputs_and_gradients(arrays, cotangents, segment_ids=segment_ids, lengths=lengths, **options)
     got = divided(arrays, cotangents, segment_ids=segment_ids, **options)
     for x, right in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert np.linalg.norm(x - right) <= tolerance * np.linalg.norm(right)
@@ -153,3 +153,12 @@ def test_what_has_no_pieces_says_so(name):
     with pytest.raises(ValueError) as error:
         fwt_jax.fast_weight_attention(**(arrays | options))
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize("mesh", [None, (2, 4)], ids=["pieces", "mesh"])
+@pytest.mark.parametrize("case", [CASES[17], CASES[27]], ids=str)
+def test_rows_padded_behind_are_cut_in_pieces(case, mesh, x64):
+    """Lengths of no token, of a piece's end, and in the middle of pieces."""
+    divided = functools.partial(on_mesh, mesh) if mesh else functools.partial(outputs_and_gradients, pieces=4)
+    for lengths in ([0, 10], [37, 13]):
+        check(case, functools.partial(divided, lengths=np.asarray(lengths)), lengths=np.asarray(lengths))
