@@ -1,11 +1,11 @@
-"""The programs in examples/ run, and what they check holds."""
+"""The programs in experiments/serving/ run, and what they check holds."""
 
 import pathlib
 import runpy
 
 import pytest
 
-PROGRAMS = sorted((pathlib.Path(__file__).parent.parent / "examples").glob("*.py"))
+PROGRAMS = sorted((pathlib.Path(__file__).parent.parent / "experiments" / "serving").glob("[a-z]*.py"))
 
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)

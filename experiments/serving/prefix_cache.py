@@ -4,7 +4,7 @@ The memories after every N tokens of a prompt come from the pass that reads it. 
 there. A later prompt goes on from the longest prefix that it shares. A stored prefix takes K·V + K numbers for each
 head of each layer, whatever its length.
 
-    python examples/prefix_cache.py
+    python -m experiments.serving.prefix_cache
 """
 
 import functools

@@ -3,7 +3,7 @@
 A memory has one size whatever its row has read, so a new prompt's memory is set into the row of the batch. Prompts are
 padded behind to one length and read with ``lengths``, so that two programs are compiled in all.
 
-    python examples/continuous_batching.py
+    python -m experiments.serving.continuous_batching
 """
 
 from collections import deque

@@ -5,7 +5,7 @@ ones. It is the memory of a model that reads these tokens alone. The price is n 
 head, written token by token. A second call with ``lengths=accepted`` would need none of them, but reads all parameters
 again.
 
-    python examples/speculative_decoding.py
+    python -m experiments.serving.speculative_decoding
 """
 
 import functools
