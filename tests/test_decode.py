@@ -72,15 +72,14 @@ def test_tokens_are_drawn_in_proportion_and_by_the_key():
 
 
 def test_a_row_with_a_key_of_its_own_draws_what_it_draws_alone():
-    model, keys, lengths = sharp(), jax.random.split(jax.random.key(5), 3), [9, 4, 6]
+    model, keys, lengths = sharp(num_layers=1), jax.random.split(jax.random.key(5), 3), [9, 4, 6]
     options = {"temperature": 3.0, "top_p": 0.9}
     got = decode.generate(model, PROMPTS, 4, lengths=lengths, padding="behind", key=keys, **options)
     data = jax.random.key_data(keys)
     chex.assert_trees_all_equal(
         decode.generate(model, PROMPTS, 4, lengths=lengths, padding="behind", key=data, **options), got
     )
-    for key in (keys[1], keys[1:2]):
-        chex.assert_trees_all_equal(decode.generate(model, PROMPTS[1:2, :4], 4, key=key, **options), got[1:2])
+    chex.assert_trees_all_equal(decode.generate(model, PROMPTS[1:2, :4], 4, key=keys[1], **options), got[1:2])
 
 
 def test_filters_keep_the_likeliest():

@@ -417,7 +417,7 @@ def test_rows_are_padded_in_front(name):
         chex.assert_trees_all_close(memory, wanted_memory, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", some(2, ["softmax, bias", "delta, silu, l2", "delta, elu, read", "fwm, tanh"]))
+@pytest.mark.parametrize("name", some(4, ["softmax, bias", "delta, silu, l2", "delta, elu, read", "fwm, tanh"]))
 def test_rows_are_padded_behind(name):
     """With lengths, two calls read and leave what the rows cut at their lengths do: 3 + 3 and 5 + 0 tokens."""
     layer, x = make(name), inputs()

@@ -41,18 +41,15 @@ def test_the_memories_are_those_of_calls_that_end_there(case, x64):
     chex.assert_trees_all_close(y, want_y, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(
-    "options",
-    some(
-        3,
-        [
-            {"rule": "sum", "form": "recurrent", "normalize": "read"},
-            {"rule": "delta", "form": "chunkwise", "chunk_size": 4, "normalize": "retrieval"},
-            {"rule": "fwm", "form": "chunkwise"},
-        ],
-    ),
-    ids=str,
-)
+GRADIENTS = [
+    {"rule": "sum", "form": "recurrent", "normalize": "read"},
+    {"rule": "delta", "form": "chunkwise", "chunk_size": 4, "normalize": "retrieval"},
+    {"rule": "fwm", "form": "chunkwise"},
+]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("options", GRADIENTS, ids=str)
 def test_their_gradients_are_those_of_one_call_after_the_other(options, x64):
     case = Case(normalize=options.get("normalize", False), decay="head", length=LENGTH, start=True)
     arrays = {name: jnp.asarray(x) for name, x in random_inputs(case).items()}
@@ -79,9 +76,11 @@ def test_their_gradients_are_those_of_one_call_after_the_other(options, x64):
     chex.assert_trees_all_close(got, want, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("options", some(2, [{}, {"implementation": "pallas"}]), ids=str)
+@pytest.mark.parametrize("options", some(3, [{}, {"implementation": "pallas"}, {"implementation": "triton"}]), ids=str)
 def test_memories_of_a_shard_and_of_a_kernel(options):
     """β is replicated beside keys that are sharded, so the memory has to become sharded before its first stretch."""
+    if options.get("implementation") == "triton":
+        pytest.importorskip("jax_triton")
     arrays = random_inputs(Case(length=LENGTH))
     tokens = {name: jnp.asarray(arrays[name], jnp.float32) for name in ("query", "key", "value")}
 

@@ -248,12 +248,12 @@ def test_a_row_that_is_padded_in_front_is_as_it_is_alone(options):
 
 @pytest.mark.parametrize(
     "options",
-    some(3, [{"positions": "descending", "scan": True}, {"rule": "softmax", "remat": True}, {"rule": "softmax"}]),
+    some(3, [{"positions": "descending", "num_layers": 1}, {"rule": "softmax", "remat": True}, {"scan": True}]),
     ids=str,
 )
 def test_a_row_that_is_padded_behind_is_as_it_is_alone(options):
     """With lengths: its losses, and what the next call reads from its memory."""
-    config = dataclasses.replace(TINY, **{"num_layers": 2, "positions": None, "dropout": 0.0} | options)
+    config = dataclasses.replace(TINY, **{"positions": None, "dropout": 0.0} | options)
     model, rows, lengths = DecoderLM(config, rngs=nnx.Rngs(0)), tokens_of((2, 10)), jnp.array([6, 0])
     call = nnx.jit(lambda model, *inputs, **options: model.losses(*inputs, **options))
     targets = jnp.where(jnp.arange(9)[None] < lengths[:, None], rows[:, 1:], -1)
@@ -261,10 +261,10 @@ def test_a_row_that_is_padded_behind_is_as_it_is_alone(options):
     want, want_memory = call(model, rows[:1, :6], targets[:1, :6], model.init_memory(1, 12))
     chex.assert_trees_all_close(got[:1, :6], want, rtol=1e-5)
     assert not jnp.any(got[0, 6:]) and not jnp.any(got[1])
-    after, _ = call(model, rows[:, :1], rows[:, 1:2], memory)
-    for row, start in enumerate((want_memory, None)):
-        want, _ = call(model, rows[row : row + 1, :1], rows[row : row + 1, 1:2], start)
-        chex.assert_trees_all_close(after[row : row + 1], want, rtol=1e-5)
+    (after, _), (want, _) = (
+        call(model, rows[:n, :1], rows[:n, 1:2], start) for n, start in ((2, memory), (1, want_memory))
+    )
+    chex.assert_trees_all_close(after[:1], want, rtol=1e-5)
 
 
 @pytest.mark.exhaustive

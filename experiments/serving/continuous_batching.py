@@ -54,7 +54,7 @@ def serve(model, requests, batch_size, max_length):
 
 
 def main():
-    config = ModelConfig(vocab_size=30, num_layers=2, d_model=16, d_ff=32, num_heads=2, head_size=8, positions=None)
+    config = ModelConfig(vocab_size=30, num_layers=1, d_model=16, d_ff=32, num_heads=2, head_size=8, positions=None)
     model, rng = DecoderLM(config, rngs=nnx.Rngs(0)), np.random.default_rng(0)
     # The model is not trained. Large parameters make its likeliest tokens depend on all earlier ones, not on rounding.
     nnx.update(model, jax.tree.map(lambda x: 50 * x, nnx.state(model, nnx.Param)))

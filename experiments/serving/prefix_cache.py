@@ -40,7 +40,7 @@ class PrefixCache:
 
 
 def main():
-    config = ModelConfig(vocab_size=100, num_layers=2, d_model=32, d_ff=64, num_heads=2, positions=None)
+    config = ModelConfig(vocab_size=100, num_layers=1, d_model=32, d_ff=64, num_heads=2, positions=None)
     model = DecoderLM(config, rngs=nnx.Rngs(0))
     cache, words = PrefixCache(model, every=16), np.random.default_rng(0).integers(0, 100, 60).tolist()
     first, second = tuple(words[:45]), tuple(words[:35] + words[50:])  # 35 tokens in common
