@@ -108,6 +108,13 @@ def check_step(rule, key, value, log_decay, normalize, dtype):
         )
 
 
+def check_axis(sequence_axis):
+    if not isinstance(sequence_axis, str) or not is_axis(sequence_axis):
+        raise ValueError(
+            f"sequence_axis must be the name of an axis of the jax.shard_map that the call is in, got {sequence_axis!r}"
+        )
+
+
 def check_pieces(pieces, sequence_axis, rule, log_decay, length, memory_every=None):
     if not isinstance(pieces, Integral) or not 1 <= int(pieces) <= length:
         raise ValueError(f"pieces must be an integer from 1 to T = {length}, got {pieces!r}")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fwt_jax import arguments, normalization
-from fwt_jax.attention_arguments import check_is_memory, check_key_mask, check_memory, check_qkv, check_read
+from fwt_jax.attention_arguments import check_axis, check_is_memory, check_key_mask, check_memory, check_qkv, check_read
 from fwt_jax.heads import start_of
 from fwt_jax.memory import Memory
 from fwt_jax.precision import computation_dtype, products_precision
@@ -24,6 +24,7 @@ def fast_weight_cross_attention(
     memory: Memory | None = None,
     normalize: Literal[False, "read"] = False,
     eps: float = 1e-6,
+    sequence_axis: str | None = None,
     precision: lax.PrecisionLike = None,
 ) -> tuple[jax.Array, Memory]:
     """Non-causal linear attention, for encoders and cross-attention: all keys are written, then every query reads.
@@ -43,6 +44,9 @@ def fast_weight_cross_attention(
       memory: the start; empty if not given. To read the result again, call ``read``.
       normalize: False, or "read" (eq. 18-19).
       eps: added to the divisor.
+      sequence_axis: in ``jax.shard_map``, the name of the axis of the mesh that splits the keys: the memory is that of
+        the keys of all devices, by one all-reduce of K(V + 1) numbers per head. Queries may be split or not. Under jit
+        XLA does the same for keys that are sharded, without this argument.
       precision: of the matrix products, see ``fast_weight_attention``.
 
     Returns:
@@ -64,8 +68,7 @@ def fast_weight_cross_attention(
             f"key and value must have one length S, got key {list(key.shape)} and value {list(value.shape)}"
         )
     dtype = computation_dtype(query, key, value, memory)
-    starts_empty = memory is None
-    memory = start_of(memory, key, value, dtype)
+    start = start_of(memory, key, value, dtype)
     written = key.astype(dtype)
     if key_mask is not None:
         check_key_mask(key_mask, batch, length)
@@ -74,9 +77,16 @@ def fast_weight_cross_attention(
     precision = products_precision(precision, query, key, value)
     query = normalization.scaled_query(query.astype(dtype), eps) if normalize else query
     outer = jnp.einsum("bshk,bshv->bhkv", written, value.astype(dtype), precision=precision)
-    after = Memory(memory.fast_weights + outer, memory.key_sum + jnp.sum(written, axis=1))
+    written_by_all = Memory(outer, jnp.sum(written, axis=1))
+    if sequence_axis is not None:
+        check_axis(sequence_axis)
+        # The same on all devices. The start that is added to it must not vary over the axis, as ``start_of``'s does.
+        written_by_all = lax.psum(written_by_all, sequence_axis)
+        start = jax.tree.map(jnp.zeros_like, written_by_all) if memory is None else memory
+    after = jax.tree.map(lambda x, y: x.astype(dtype) + y, start, written_by_all)
     reads, key_size, value_size = query.shape[1], key.shape[-1], value.shape[-1]
-    if starts_empty and reads * length * (key_size + value_size) < (reads + length) * key_size * value_size:
+    by_scores = reads * length * (key_size + value_size) < (reads + length) * key_size * value_size
+    if by_scores and memory is None and sequence_axis is None:
         scores = jnp.einsum("bthk,bshk->bhts", query.astype(dtype), written, precision=precision)
         out = jnp.einsum("bhts,bshv->bthv", scores, value.astype(dtype), precision=precision)
         if normalize:

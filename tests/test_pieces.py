@@ -134,6 +134,29 @@ def test_the_piece_of_a_device_in_shard_map():
     np.testing.assert_allclose(memory.fast_weights, want_memory.fast_weights, rtol=1e-5, atol=1e-6)
 
 
+def test_keys_of_cross_attention_on_the_devices_of_a_mesh(x64):
+    mesh = jax.make_mesh((4,), ("sequence",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    arrays = random_inputs(Case(rule="sum", normalize="read", length=40, start=True))
+    inputs = [jnp.asarray(arrays[name]) for name in ("query", "key", "value", "fast_weights", "key_sum")]
+
+    def both(attend, *inputs):
+        (y, memory), pull = jax.vjp(attend, *inputs)
+        return y, memory, pull((jnp.sin(y), jax.tree.map(jnp.sin, memory)))
+
+    def attend(query, key, value, *memory, sequence_axis=None):
+        options = dict(normalize="read", sequence_axis=sequence_axis)
+        return fwt_jax.fast_weight_cross_attention(query, key, value, memory=fwt_jax.Memory(*memory), **options)
+
+    by_token = P(None, "sequence")
+    of_piece = functools.partial(attend, sequence_axis="sequence")
+    divided = jax.shard_map(of_piece, mesh=mesh, in_specs=(*(by_token,) * 3, P(), P()), out_specs=(by_token, P()))
+    got, want = (jax.jit(functools.partial(both, function))(*inputs) for function in (divided, attend))
+    for x, right in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(x, right, rtol=1e-9, atol=1e-12)
+    with pytest.raises(ValueError, match="sequence_axis must be the name of an axis"):
+        of_piece(*inputs)
+
+
 REFUSED = {
     "fwm": (dict(rule="fwm", pieces=2), 'rule "fwm" is not linear in the memory'),
     "a step": (dict(rule=Rule(lambda W, k, v, b, a=None: W), pieces=2), "is not linear in the memory"),
