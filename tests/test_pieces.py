@@ -119,7 +119,8 @@ def test_messages_are_maps_and_no_tokens_are_gathered():
 
 
 def test_the_piece_of_a_device_in_shard_map():
-    mesh = jax.make_mesh((4,), ("sequence",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    """Also of a document that begins where a piece does: the second row's, at token 5."""
+    mesh = jax.make_mesh((8,), ("sequence",), axis_types=(AxisType.Auto,))
     arrays = {name: jnp.asarray(x, jnp.float32) for name, x in random_inputs(Case(length=40)).items() if x is not None}
     segment_ids = jnp.asarray(random_segments(40))
 
@@ -132,6 +133,16 @@ def test_the_piece_of_a_device_in_shard_map():
     want, want_memory = fwt_jax.fast_weight_attention(**arrays, segment_ids=segment_ids)
     np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(memory.fast_weights, want_memory.fast_weights, rtol=1e-5, atol=1e-6)
+
+
+def test_a_memory_that_decayed_to_zero_in_an_earlier_piece_is_not_empty():
+    """In float32 the key sum is 0 then, and so a retrieval cannot tell it from an empty one by itself."""
+    arrays = {name: jnp.asarray(x, jnp.float32) for name, x in random_inputs(Case(length=8)).items() if x is not None}
+    arrays["key"] = jnp.abs(arrays["key"])
+    arrays["log_decay"] = jnp.zeros((2, 8, 3), jnp.float32).at[:, 4].set(-110.0)  # the first token of the second piece
+    want, cut = (attend(arrays, normalize="retrieval", pieces=number) for number in (1, 2))
+    for x, right in zip(cut, want, strict=True):
+        np.testing.assert_allclose(x, right, rtol=1e-4, atol=1e-5)
 
 
 def test_keys_of_cross_attention_on_the_devices_of_a_mesh(x64):
