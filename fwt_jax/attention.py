@@ -23,12 +23,14 @@ from fwt_jax.attention_arguments import (
     check_options,
     check_pieces,
     check_qkv,
+    check_segments,
     check_step,
     has_chunks,
     resets,
+    segments_of,
     tokens_within,
 )
-from fwt_jax.chunkwise import chunkwise
+from fwt_jax.chunkwise import chunkwise, size_of_chunks
 from fwt_jax.heads import over_heads, start_of
 from fwt_jax.kernels import gpu, tpu
 from fwt_jax.memory import Memory
@@ -36,6 +38,7 @@ from fwt_jax.pieces import in_pieces, is_axis, of_last, start_of_piece
 from fwt_jax.precision import computation_dtype, products_precision
 from fwt_jax.recurrent import recurrent
 from fwt_jax.rules import Rule, find_rule
+from fwt_jax.segments import by_segment
 
 Form = Literal[None, "chunkwise", "recurrent", "parallel"]
 Normalize = Literal[False, "read", "retrieval"]
@@ -85,9 +88,15 @@ def fast_weight_attention(
         if not given. A value below −200 (float64: −1000) counts as −200: it forgets everything.
       rule: the update rule: a name of the table in ``rules.py``, or a ``Rule`` of your own.
       memory: the start, returned by an earlier call; empty if not given. For "fwm" in chunks ‖W‖ ≤ 1000.
+        N memories for each row, ``[B, N, H, K, V]`` and ``[B, N, H, K]``, give each segment its own, see
+        ``segment_ids``. Empty ones are ``init_memory(B * N, …)``, with arrays reshaped to ``[B, N, …]``.
       segment_ids: integers ``[B, T]``, for packed sequences. The memory is dropped before each token whose id differs
         from the one before it. The first token of a call always continues ``memory``. (In the recurrent form, a NaN or
         infinite value stays in its segment. In the other forms it reaches its whole chunk and all later ones.)
+        With N memories, ids are from 0 to N − 1, in any order: each token advances and reads the memory that its id
+        names, and no other. The memory returned has all N. Known ids are checked, which waits for the device; tokens
+        with a traced id outside of the range count as padding. A form or a kernel takes one chunk of one segment at a
+        time, of at most ⌈T/N⌉ tokens: see segments.py. Not with ``memory_every``, ``pieces`` or ``sequence_axis``.
       lengths: integers ``[B]`` from 0 to T, for rows that are padded behind; T for all rows if not given. Row b writes
         and decays its first ``lengths[b]`` tokens, and its memory is that of the row cut there. Of the other tokens y
         and all gradients are 0, whatever their arrays hold. Numbers that are not traced are checked, which waits for
@@ -129,14 +138,14 @@ def fast_weight_attention(
         TF32. A chunk's triangular system is solved more exactly.
 
     Returns:
-      y ``[B, T, H, V]`` in value's dtype, and the memory after the last token (or several, see ``memory_every``):
-      float32 (float64 for float64 inputs).
+      y ``[B, T, H, V]`` in value's dtype, and the memory after the last token (or several, see ``segment_ids`` and
+      ``memory_every``): float32 (float64 for float64 inputs).
 
     Raises:
       ValueError: shapes or dtypes that do not fit together, T = 0, an unknown rule, form, normalisation or
-        implementation, lengths out of their range, a memory_every below 1, an eps below 0, no beta for a rule that
-        needs it, a combination that the rule does not define (a form, a normalisation, a decay per channel in chunks),
-        or that a kernel does not have.
+        implementation, lengths or ids of N memories out of their range, a memory_every below 1, an eps below 0, no beta
+        for a rule that needs it, a combination that the rule does not define (a form, a normalisation, a decay per
+        channel in chunks), or that a kernel does not have.
 
     Example:
       >>> import jax
@@ -164,7 +173,7 @@ def fast_weight_attention(
     check_options(rule, form, normalize, implementation, beta, log_decay, chunk_size, eps)
     check_like(beta, "beta", [(batch, length, heads)])
     check_like(log_decay, "log_decay", [(batch, length, heads), (batch, length, heads, key_size)])
-    check_memory(memory, key, value)
+    check_memory(memory, key, value, segments=True)
     check_step(rule, key, value, log_decay, normalize, computation_dtype(query, key, value, memory))
     check_pieces(pieces, sequence_axis, rule, log_decay, length, memory_every)
     options = {
@@ -176,6 +185,10 @@ def fast_weight_attention(
         "implementation": implementation,
         "precision": products_precision(precision, query, key, value),
     }
+    if memory is not None and memory.fast_weights.ndim == 5:
+        check_segments(segment_ids, memory_every, pieces, sequence_axis)
+        ids = segments_of(segment_ids, memory.key_sum.shape[1], lengths, batch, length)
+        return _attend_by_segment(query, key, value, beta, log_decay, memory, ids, **options)
     if pieces != 1 or (sequence_axis is not None and not is_axis(sequence_axis)):
         attend = functools.partial(fast_weight_attention, **options)
         memory = start_of(memory, key, value, computation_dtype(query, key, value, memory))
@@ -220,6 +233,26 @@ def _attend_by_stretches(query, key, value, beta, log_decay, memory, reset, writ
     _, (out, memories) = lax.scan(advance, start, jax.tree.map(split, tokens))
     out, *memories = (jnp.moveaxis(x, 0, 1) for x in (out, *memories))
     return out.reshape(batch, count * size, *out.shape[3:])[:, :length], Memory(*memories)
+
+
+@functools.partial(jax.jit, static_argnames=OPTIONS)
+def _attend_by_segment(query, key, value, beta, log_decay, memories, ids, **options):
+    """As ``_attend``, from memories ``[B, N, ...]``. ``ids [B, T]`` name the memory of each token; −1 names none."""
+    length, num_segments = key.shape[1], memories.key_sum.shape[1]
+    dtype = computation_dtype(query, key, value, memories)
+    first = jax.tree.map(lambda x: x[:, 0], memories)
+    *tokens, _, known = _sharded_alike(query, key, value, beta, log_decay, None, ids >= 0, first, dtype)
+    assert known is not None
+    empty = start_of(None, tokens[1], tokens[2], dtype)
+    memories = jax.tree.map(lambda x, zeros: x.astype(dtype) + zeros[:, None], memories, empty)
+    # A stretch that is longer than most documents is mostly padding.
+    numbers = key.shape[-1] * value.shape[-1]
+    size, _ = size_of_chunks(options["chunk_size"], -(-length // num_segments), numbers, options["rule"])
+
+    def attend(tokens, memory, written):
+        return _attend(*tokens, memory, None, written, sequence_axis=None, **options)
+
+    return by_segment(attend, tuple(tokens), memories, jnp.where(known, ids, -1), min(size, length))
 
 
 # Outside of jax.jit, JAX would dispatch each operation by itself, and would compile each scan again at every call,

@@ -169,16 +169,33 @@ def check_is_memory(memory, shape: object = ""):
             raise ValueError(f"{name} of memory must be floating point, got {x.dtype}")
 
 
-def check_memory(memory, key, value):
+def check_memory(memory, key, value, segments=False):
+    """Refuses what is no memory for these keys and values; with ``segments`` it may have an axis N behind B."""
     if memory is None:
         return
     shape = (key.shape[0], *key.shape[2:], value.shape[-1])
     check_is_memory(memory, shape)
+    way_out = f"init_memory{shape} makes an empty one"
     got = (memory.fast_weights.shape, memory.key_sum.shape)
+    if segments and len(got[0]) == 5:
+        shape = (shape[0], max(1, got[0][1]), *shape[1:])
+        way_out += " of one segment"
     if got != (shape, shape[:-1]):
         raise ValueError(
             f"memory must hold fast_weights {list(shape)} and key_sum {list(shape[:-1])}, "
-            f"got {list(got[0])} and {list(got[1])}; init_memory{shape} makes an empty one"
+            f"got {list(got[0])} and {list(got[1])}; {way_out}"
+        )
+
+
+def check_segments(segment_ids, memory_every, pieces, sequence_axis):
+    """Refuses what does not go with a memory for each segment."""
+    way_out = "for one memory per row, take that of segment i as jax.tree.map(lambda x: x[:, i], memory)"
+    if segment_ids is None:
+        raise ValueError(f"a memory [B, N, H, K, V] needs segment_ids [B, T] from 0 to N − 1, got None; {way_out}")
+    if memory_every is not None or pieces != 1 or sequence_axis is not None:
+        raise ValueError(
+            "a memory [B, N, H, K, V] goes without memory_every, pieces and sequence_axis, "
+            f"got {memory_every}, {pieces} and {sequence_axis!r}; {way_out}"
         )
 
 
@@ -201,6 +218,15 @@ def tokens_within(lengths, batch, length, sequence_axis=None):
     lengths = arguments.integers("lengths", lengths, num_pieces * length, axes=axes, shape=(batch,))
     first = 0 if sequence_axis is None else length * lax.axis_index(sequence_axis)
     return (first + jnp.arange(length)).astype(lengths.dtype)[None] < lengths[:, None]
+
+
+def segments_of(segment_ids, num_segments, lengths, batch, length):
+    """The segment of each token, int32 ``[B, T]``; −1 for padding, and where a traced id is not from 0 to N − 1."""
+    axes = f"[B, T] = [{batch}, {length}]"
+    ids = arguments.integers("segment_ids", segment_ids, num_segments - 1, axes=axes, shape=(batch, length))
+    ids = jnp.where(ids < num_segments, jnp.maximum(ids, -1), -1)
+    written = tokens_within(lengths, batch, length)
+    return ids if written is None else jnp.where(written, ids, -1)
 
 
 def resets(segment_ids, batch, length, sequence_axis=None):

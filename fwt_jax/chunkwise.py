@@ -63,7 +63,7 @@ def chunkwise(
       The reads ``[T, V]`` in value's dtype, or None, and W_T ``[K, V]``.
     """
     dtype, length = fast_weights.dtype, key.shape[0]
-    chunk_size, halves = _size_of_chunks(chunk_size, length, fast_weights.size, rule)
+    chunk_size, halves = size_of_chunks(chunk_size, length, fast_weights.size, rule)
     advance_chunk = rule.chunk
     if advance_chunk is None:
         scan = functools.partial(checkpointed_scan, block=chunk_size)
@@ -157,7 +157,7 @@ def _cast(tokens, dtype):
     return jax.tree.map(lambda x: x if x.dtype == bool else x.astype(dtype), tokens)
 
 
-def _size_of_chunks(chunk_size, length, numbers, rule):
+def size_of_chunks(chunk_size, length, numbers, rule):
     """C, and whether a CPU takes each chunk in two halves; ``numbers`` is K·V."""
     if chunk_size is not None:
         return min(chunk_size, length), False

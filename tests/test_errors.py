@@ -1,5 +1,6 @@
 """What a user passes wrongly gets a ValueError that says what came, what was expected and the way out."""
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -10,6 +11,7 @@ QUERY, KEY = jnp.ones((B, T, H, K)), jnp.ones((B, T, H, K))
 VALUE, BETA = jnp.ones((B, T, H, V)), jnp.ones((B, T, H))
 INTEGERS = jnp.ones((B, T, H, K), jnp.int32)
 MEMORY = fwt_jax.init_memory(B, H, K, V)
+MEMORIES = jax.tree.map(lambda x: jnp.stack([x, x], axis=1), MEMORY)  # of two segments
 
 # Name of the case: what is changed in a valid call, and words that the message must hold.
 ATTENTION = {
@@ -93,6 +95,31 @@ ATTENTION = {
         {"memory": MEMORY._replace(key_sum=MEMORY.key_sum[..., :3])},
         ["key_sum", "[2, 2, 4]", "[2, 2, 3]"],
     ),
+    "two memories without segments": ({"memory": MEMORIES}, ["[B, N, H, K, V]", "segment_ids", "got None", "x[:, i]"]),
+    "an id of no memory": (
+        {"memory": MEMORIES, "segment_ids": jnp.array([[0, 1, 2], [0, 0, 0]])},
+        ["segment_ids must be from 0 to 1, got 0 to 2"],
+    ),
+    "ids of another shape than the tokens": (
+        {"memory": MEMORIES, "segment_ids": jnp.zeros((B, T + 1), int)},
+        ["segment_ids must be integers [B, T] = [2, 3], got int32[2, 4]"],
+    ),
+    "memories of segments and of chunks": (
+        {"memory": MEMORIES, "segment_ids": jnp.zeros((B, T), int), "memory_every": 2},
+        ["without memory_every, pieces and sequence_axis, got 2, 1 and None", "x[:, i]"],
+    ),
+    "memories of segments in pieces": (
+        {"memory": MEMORIES, "segment_ids": jnp.zeros((B, T), int), "pieces": 3},
+        ["without memory_every, pieces and sequence_axis, got None, 3 and None"],
+    ),
+    "memories of no segments": (
+        {"memory": jax.tree.map(lambda x: x[:, :0], MEMORIES), "segment_ids": jnp.zeros((B, T), int)},
+        ["fast_weights [2, 1, 2, 4, 5]", "got [2, 0, 2, 4, 5]", "init_memory(2, 2, 4, 5)", "of one segment"],
+    ),
+    "memories of another size": (
+        {"memory": jax.tree.map(lambda x: x[..., :3], MEMORIES), "segment_ids": jnp.zeros((B, T), int)},
+        ["fast_weights [2, 2, 2, 4, 5] and key_sum [2, 2, 2, 4]", "got [2, 2, 2, 4, 3] and [2, 2, 2, 3]"],
+    ),
     "segment_ids per head": ({"segment_ids": jnp.zeros((B, T, H), int)}, ["segment_ids", "[2, 3]", "[2, 3, 2]"]),
     "segment_ids of one row": ({"segment_ids": jnp.zeros((T,), int)}, ["segment_ids", "integers", "[2, 3]", "[3]"]),
     "floating segment_ids": ({"segment_ids": jnp.zeros((B, T))}, ["segment_ids", "integers", "float32"]),
@@ -129,6 +156,7 @@ CROSS = {
     "mask of the queries": ({"key_mask": jnp.ones((B, T + 1), bool)}, ["key_mask", "bool", "[2, 3]", "[2, 4]"]),
     "mask of zeros and ones": ({"key_mask": jnp.ones((B, T))}, ["key_mask", "bool", "float32"]),
     "retrieval": ({"normalize": "retrieval"}, ["normalize", "False", '"read"', "'retrieval'"]),
+    "memories of segments": ({"memory": MEMORIES}, ["fast_weights [2, 2, 4, 5]", "got [2, 2, 2, 4, 5]"]),
     "memory of another size": ({"memory": fwt_jax.init_memory(B, H, K, 6)}, ["memory", "[2, 2, 4, 5]", "init_memory"]),
 }
 

@@ -8,7 +8,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = sorted((ROOT / "fwt_jax").rglob("*.py"))
 ORDER = [
-    ("arguments", "triangular", "decays", "precision"),
+    ("arguments", "triangular", "decays", "precision", "segments"),
     ("feature_maps", "memory", "sharding"),
     ("heads", "clipped"),
     ("recurrent",),

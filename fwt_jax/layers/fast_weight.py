@@ -163,10 +163,11 @@ class FastWeightAttention(nnx.Module):
 
         Args:
           x: ``[B, T, in_features]``, floating point, T ≥ 1.
-          memory: what an earlier call returned; empty if not given.
+          memory: what an earlier call returned; empty if not given. With an axis N behind B, one for each segment.
           segment_ids: integers ``[B, T]``, for packed sequences: the memory is dropped where the id changes. The first
             token of a call always continues ``memory``. For padding in front, take an id that the text does not have.
             The first token of the text then drops the padding, and y and the memory do not depend on it.
+            If there are N memories, a token advances and reads the one that its id names, from 0 to N − 1.
           lengths: integers ``[B]`` from 0 to T, for padding behind: row b has ``lengths[b]`` tokens, and its memory is
             that of the row cut there. The reads of the padding are 0. T for all rows if not given.
           memory_every: N: returns the memories after every N tokens and after the last one, ``[B, ⌈T/N⌉, H, K, V]``.
@@ -183,8 +184,9 @@ class FastWeightAttention(nnx.Module):
         x, ids = checked_input(x, self.in_features, segment_ids)
         if memory is not None:
             way_out = f"layer.init_memory({len(x)}) makes an empty one"
-            shape = (len(x), self.num_heads, self.num_features, self.value_size)
             check_kind(memory, Memory, way_out)
+            segments = memory.key_sum.shape[1:2] if getattr(memory.key_sum, "ndim", 0) == 4 else ()
+            shape = (len(x), *segments, self.num_heads, self.num_features, self.value_size)
             check_shapes(memory, (shape, shape[:-1]), way_out)
         feature_map = draw_once(self.feature_map, rngs)
         value = self.value(x)
