@@ -14,8 +14,8 @@ Every piece computes its map, ``before_piece`` composes the maps of all earlier 
 for P pieces, and then each piece starts from its true memory. Running key sums are a sum-ruled memory of their own.
 
 For the delta rule, the map costs a pass over K + V columns: 4K(K + V) FLOPs per token and head, and the products within
-chunks. The operation itself, 6KV and the products within chunks, runs after it. A message has K(K + V) numbers per
-head, or K(V + 1) for the sum rule.
+chunks. The operation itself, 6KV and the products within chunks, runs after it. A round is one message of K(K + V)
+numbers per head, M and U side by side, or K(V + 1) for the sum rule.
 
 Derivatives are JAX's. That of a message is the message back, so gradients go from later to earlier pieces by Mᵀ in as
 many rounds, and no piece keeps more than log₂ P + 1 maps.
@@ -24,6 +24,7 @@ many rounds, and no piece keeps more than log₂ P + 1 maps.
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -42,7 +43,7 @@ class Piece(NamedTuple):
     """The map W ↦ M W + U of a stretch of tokens.
 
     Attributes:
-      factor: M, ``[..., K, K]``, or its diagonal ``[..., K or 1, 1]``.
+      factor: M, ``[..., K, K]``, or its diagonal ``[..., K, 1]``.
       update: U, ``[..., K, V]``.
     """
 
@@ -80,7 +81,7 @@ def piece_of(
       rule, chunk_size, precision: see ``chunkwise``. The rule has a ``Rule.piece``.
 
     Returns:
-      M ``[B, H, K, K]`` and U ``[B, H, K, V]``; diagonal M ``[B, H, K or 1, 1]``; transposed ``[B, H, V, V]`` and
+      M ``[B, H, K, K]`` and U ``[B, H, K, V]``; diagonal M ``[B, H, K, 1]``; transposed ``[B, H, V, V]`` and
       ``[B, H, V, K]``.
     """
 
@@ -98,7 +99,8 @@ def piece_of(
     key_size, value_size = fast_weights.shape[2:]
     empty = jnp.zeros_like(fast_weights)
     if rule.piece == "diagonal":
-        return Piece(_decay_of(beta, log_decay, reset), end(empty, key, value))
+        factor = _decay_of(beta, log_decay, reset) + jnp.zeros_like(empty[..., :1])
+        return Piece(factor, end(empty, key, value))
     if rule.piece == "matrix":
         start = jnp.concatenate([identity(key_size), empty], axis=-1)
         both = end(start, key, beside(value, key_size))
@@ -144,15 +146,18 @@ def before_piece(combine, piece, identity, axis_name: str):
 
     Args:
       combine: an associative function of two trees of arrays, the earlier one first, as ``compose``.
-      piece: a tree of arrays.
+      piece: a tree of arrays of one dtype and, but for the last axis, of one shape. A message is all of them.
       identity: what ``combine`` with any tree leaves unchanged.
       axis_name: of a mesh axis in ``jax.shard_map``, or of ``jax.vmap``.
     """
     size, index = lax.axis_size(axis_name), lax.axis_index(axis_name)
+    arrays, structure = jax.tree.flatten(piece)
+    ends = list(itertools.accumulate(x.shape[-1] for x in arrays))
 
     def from_earlier(tree, distance, otherwise):
-        received = _from_earlier(tree, distance, axis_name)
-        return jax.tree.map(lambda x, y: jnp.where(index >= distance, x, y), received, otherwise)
+        message = jnp.concatenate(jax.tree.leaves(tree), axis=-1)
+        received = jnp.split(_from_earlier(message, distance, axis_name), ends[:-1], axis=-1)
+        return jax.tree.map(lambda x, y: jnp.where(index >= distance, x, y), structure.unflatten(received), otherwise)
 
     total = from_earlier(piece, 1, identity)
     distance = 1
