@@ -34,7 +34,7 @@ from fwt_jax.chunkwise import chunkwise, size_of_chunks
 from fwt_jax.heads import over_heads, start_of
 from fwt_jax.kernels import gpu, tpu
 from fwt_jax.memory import Memory
-from fwt_jax.pieces import in_pieces, is_axis, of_last, start_of_piece
+from fwt_jax.pieces import in_pieces, is_axis, number_of_pieces, of_last, start_of_piece
 from fwt_jax.precision import computation_dtype, products_precision
 from fwt_jax.recurrent import recurrent
 from fwt_jax.rules import Rule, find_rule
@@ -62,7 +62,7 @@ def fast_weight_attention(
     form: Form = None,
     chunk_size: int | None = None,
     implementation: Implementation = None,
-    pieces: int = 1,
+    pieces: int | None = 1,
     sequence_axis: str | None = None,
     precision: lax.PrecisionLike = None,
 ) -> tuple[jax.Array, Memory]:
@@ -129,7 +129,10 @@ def fast_weight_attention(
         disabled.
       pieces: the number of parts that each sequence is cut into, for "sum", "delta" and "oja". All of them advance at
         once, from the memory that composing the maps of the earlier ones gives: see pieces.py. It takes two to three
-        times the FLOPs. It is for few heads, long sequences and a device that they do not fill; never for a CPU.
+        times the FLOPs and the memory. It is for few heads, long sequences and a device that they do not fill; never
+        for a CPU. None picks a number for plain JAX where JAX's default device is an NVIDIA GPU, by
+        ``pieces.number_of_pieces``, and 1 elsewhere: for a kernel, with a mesh or ``memory_every``, and for what has no
+        pieces. 1 is the default because that number is computed and was never timed.
       sequence_axis: the name of an axis of the mesh that splits the tokens of each sequence into such pieces, in order.
         In ``jax.shard_map`` over it, the arguments are the piece of one device and W_0, and the results are its piece
         of y and W_T. Elsewhere the operation calls ``jax.shard_map`` itself, with the mesh of ``jax.set_mesh``.
@@ -175,7 +178,6 @@ def fast_weight_attention(
     check_like(log_decay, "log_decay", [(batch, length, heads), (batch, length, heads, key_size)])
     check_memory(memory, key, value, segments=True)
     check_step(rule, key, value, log_decay, normalize, computation_dtype(query, key, value, memory))
-    check_pieces(pieces, sequence_axis, rule, log_decay, length, memory_every)
     options = {
         "rule": rule,
         "normalize": normalize,
@@ -189,6 +191,12 @@ def fast_weight_attention(
         check_segments(segment_ids, memory_every, pieces, sequence_axis)
         ids = segments_of(segment_ids, memory.key_sum.shape[1], lengths, batch, length)
         return _attend_by_segment(query, key, value, beta, log_decay, memory, ids, **options)
+    if pieces is None:
+        has_pieces = rule.piece and has_chunks(rule, log_decay) and form in (None, "chunkwise")
+        alone = sequence_axis is None and memory_every is None and jax.sharding.get_abstract_mesh().empty
+        dtype = computation_dtype(query, key, value, memory)
+        pieces = _number_of_pieces(query, key, value, dtype, **options) if has_pieces and alone else 1
+    check_pieces(pieces, sequence_axis, rule, log_decay, length, memory_every)
     if pieces != 1 or (sequence_axis is not None and not is_axis(sequence_axis)):
         attend = functools.partial(fast_weight_attention, **options)
         memory = start_of(memory, key, value, computation_dtype(query, key, value, memory))
@@ -203,6 +211,19 @@ def fast_weight_attention(
     if memory_every is None:
         return _attend(*inputs, sequence_axis=sequence_axis, **options)
     return _attend_by_stretches(*inputs, size=arguments.static_size("memory_every", memory_every), **options)
+
+
+def _number_of_pieces(query, key, value, dtype, *, rule, normalize, implementation, chunk_size, precision, **_):
+    """What ``pieces=None`` picks for a rule that has pieces: 1 for a kernel, and 1 but on an NVIDIA GPU."""
+    batch, length, heads, value_size = value.shape
+    start = jax.ShapeDtypeStruct((batch, heads, key.shape[-1], value_size), dtype)
+    tokens = [jax.ShapeDtypeStruct(x.shape, dtype if normalize else x.dtype) for x in (query, key, value)]
+    by_kernel = gpu.is_default(start, *tokens, rule=rule, chunk_size=chunk_size, precision=precision)
+    units = gpu.num_processors()
+    if not units or implementation not in (None, "xla") or (implementation is None and by_kernel):
+        return 1
+    chunks = -(-length // (chunk_size or rule.chunk_size))
+    return number_of_pieces(batch * heads * -(-value_size // 64), units, chunks)
 
 
 OPTIONS = ("rule", "normalize", "eps", "form", "chunk_size", "implementation", "precision")

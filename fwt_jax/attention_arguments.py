@@ -117,7 +117,7 @@ def check_axis(sequence_axis):
 
 def check_pieces(pieces, sequence_axis, rule, log_decay, length, memory_every=None):
     if not isinstance(pieces, Integral) or not 1 <= int(pieces) <= length:
-        raise ValueError(f"pieces must be an integer from 1 to T = {length}, got {pieces!r}")
+        raise ValueError(f"pieces must be None or an integer from 1 to T = {length}, got {pieces!r}")
     if pieces == 1 and sequence_axis is None:
         return
     if pieces != 1 and sequence_axis is not None:
@@ -192,7 +192,7 @@ def check_segments(segment_ids, memory_every, pieces, sequence_axis):
     way_out = "for one memory per row, take that of segment i as jax.tree.map(lambda x: x[:, i], memory)"
     if segment_ids is None:
         raise ValueError(f"a memory [B, N, H, K, V] needs segment_ids [B, T] from 0 to N − 1, got None; {way_out}")
-    if memory_every is not None or pieces != 1 or sequence_axis is not None:
+    if memory_every is not None or pieces not in (1, None) or sequence_axis is not None:
         raise ValueError(
             "a memory [B, N, H, K, V] goes without memory_every, pieces and sequence_axis, "
             f"got {memory_every}, {pieces} and {sequence_axis!r}; {way_out}"

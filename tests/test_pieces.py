@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import fwt_jax
 from fwt_jax import pieces
+from fwt_jax.kernels import gpu
 from fwt_jax.rules import RULES, Rule
 
 LINEAR = [name for name, rule in RULES.items() if rule.piece]
@@ -75,6 +76,40 @@ def test_pieces_are_the_whole_sequence(case, x64):
 @pytest.mark.parametrize("number", [2, 40])
 def test_any_number_of_pieces_in_float32(number):
     check(Case(length=40, decay="head"), functools.partial(outputs_and_gradients, pieces=number), 2e-6)
+
+
+def program_of(length=64, **options):
+    token = jax.ShapeDtypeStruct((2, length, 3, 8), jnp.float32)
+    beta = jax.ShapeDtypeStruct((2, length, 3), jnp.float32)
+    return jax.jit(functools.partial(fwt_jax.fast_weight_attention, **options)).lower(token, token, token, beta)
+
+
+def test_no_number_of_pieces_is_one_piece_on_a_cpu():
+    assert program_of(pieces=None, chunk_size=1).as_text() == program_of(chunk_size=1).as_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "number"),
+    [
+        ({"chunk_size": 1}, 4),
+        ({"chunk_size": 1, "rule": "oja", "implementation": "xla"}, 4),
+        ({"chunk_size": 4}, 1),  # too few chunks
+        ({"form": "recurrent"}, 1),
+        ({"rule": "fwm", "chunk_size": 1}, 1),
+        ({"memory_every": 64, "chunk_size": 1}, 1),
+    ],
+    ids=str,
+)
+def test_no_number_of_pieces_is_one_where_plain_jax_runs_on_a_gpu(options, number, monkeypatch):
+    monkeypatch.setattr(gpu, "num_processors", lambda: 132)
+    assert program_of(pieces=None, **options).as_text() == program_of(pieces=number, **options).as_text()
+
+
+def test_pieces_are_for_few_programs_and_many_chunks():
+    number = pieces.number_of_pieces
+    assert [number(programs, 132, 512) for programs in (1, 8, 16, 32, 64, 1000)] == [32, 16, 8, 1, 1, 1]
+    assert [number(1, 132, chunks) for chunks in (1, 31, 63, 64, 512)] == [1, 1, 1, 4, 32]
+    assert number(16, 16, 512) == 1 and number(16, 148, 512) >= 8
 
 
 def on_mesh(shape, arrays, cotangents, **options):
@@ -173,8 +208,8 @@ REFUSED = {
     "fwm": (dict(rule="fwm", pieces=2), 'rule "fwm" is not linear in the memory'),
     "a step": (dict(rule=Rule(lambda W, k, v, b, a=None: W), pieces=2), "is not linear in the memory"),
     "oja per channel": (dict(rule="oja", pieces=2, log_decay=np.zeros((2, 6, 3, 8), np.float32)), "per key channel"),
-    "no piece": (dict(pieces=0), "pieces must be an integer from 1 to T = 6, got 0"),
-    "too many": (dict(pieces=7), "pieces must be an integer from 1 to T = 6, got 7"),
+    "no piece": (dict(pieces=0), "pieces must be None or an integer from 1 to T = 6, got 0"),
+    "too many": (dict(pieces=7), "pieces must be None or an integer from 1 to T = 6, got 7"),
     "both": (dict(pieces=2, sequence_axis="x"), "exclude each other"),
     "no mesh": (dict(sequence_axis="x"), "sequence_axis must be an axis of the mesh, got 'x' and a mesh of ()"),
     "no name": (dict(sequence_axis=3), "sequence_axis must be the name of an axis of the mesh, got 3"),

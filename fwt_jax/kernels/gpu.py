@@ -124,8 +124,17 @@ def why_not(fast_weights, query, key, value, *, rule, chunk_size, precision) -> 
 
 def is_default(*arguments, **options) -> bool:
     """Whether JAX's default device is an NVIDIA GPU and ``why_not`` has no reason against these arguments."""
+    return _is_cuda(jax.extend.backend.get_backend()) and not why_not(*arguments, **options)
+
+
+def num_processors() -> int:
+    """The streaming multiprocessors of JAX's default device; 0 if that is no NVIDIA GPU."""
     backend = jax.extend.backend.get_backend()
-    return backend.platform == "gpu" and "cuda" in backend.platform_version and not why_not(*arguments, **options)
+    return backend.local_devices()[0].core_count if _is_cuda(backend) else 0
+
+
+def _is_cuda(backend):
+    return backend.platform == "gpu" and "cuda" in backend.platform_version
 
 
 def _products_dtype(query, key, value, precision):
