@@ -3,12 +3,16 @@
 import dataclasses
 import functools
 import itertools
+import re
 
+import chex
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import Case, attend, outputs_and_gradients, random_cotangents, random_inputs, random_segments
+from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -55,6 +59,24 @@ def test_maps_compose_in_any_grouping(case, x64):
         np.testing.assert_allclose(jnp.swapaxes(got, -1, -2) if transposed else got, want, rtol=1e-11, atol=1e-12)
 
 
+@functools.cache
+def map_of(first, last):
+    case = Case(decay="head", length=7, sizes=(1, 1, 3, 2))
+    return jax.jit(functools.partial(piece_of, case, random_inputs(case), first, last))()
+
+
+@hypothesis.given(st.data())
+def test_any_cut_and_any_order_of_grouping_give_the_map_of_the_whole(data):
+    cuts = [0, *sorted(data.draw(st.sets(st.integers(1, 6)))), 7]
+    with jax.enable_x64(True):
+        maps = [map_of(*cut) for cut in itertools.pairwise(cuts)]
+        while len(maps) > 1:
+            i = data.draw(st.integers(0, len(maps) - 2))
+            maps[i : i + 2] = [pieces.compose(*maps[i : i + 2])]
+        for x, right in zip(maps[0], map_of(0, 7), strict=True):
+            np.testing.assert_allclose(x, right, rtol=1e-12, atol=1e-14)
+
+
 def check(case, divided, tolerance=1e-9, lengths=None):
     """Outputs and gradients of ``divided``, a function like ``attend``, against one piece."""
     arrays, cotangents = random_inputs(case), random_cotangents(case)
@@ -76,6 +98,19 @@ def test_pieces_are_the_whole_sequence(case, x64):
 @pytest.mark.parametrize("number", [2, 40])
 def test_any_number_of_pieces_in_float32(number):
     check(Case(length=40, decay="head"), functools.partial(outputs_and_gradients, pieces=number), 2e-6)
+
+
+def test_derivatives_of_pieces_in_forward_mode_and_of_gradients(x64):
+    arrays = {name: jnp.asarray(x) for name, x in random_inputs(Case(length=9)).items() if x is not None}
+
+    def derivatives(number):
+        def loss(arrays):
+            y, *memory = attend(arrays, pieces=number)
+            return jnp.sum(jnp.sin(y)) + sum(jnp.sum(jnp.sin(x)) for x in memory)
+
+        return jax.jit(lambda: jax.jvp(jax.grad(loss), [arrays], [jax.tree.map(jnp.cos, arrays)]))()
+
+    chex.assert_trees_all_close(derivatives(3), derivatives(1), rtol=1e-9, atol=1e-10)
 
 
 def program_of(length=64, **options):
@@ -110,6 +145,20 @@ def test_pieces_are_for_few_programs_and_many_chunks():
     assert [number(programs, 132, 512) for programs in (1, 8, 16, 32, 64, 1000)] == [32, 16, 8, 1, 1, 1]
     assert [number(1, 132, chunks) for chunks in (1, 31, 63, 64, 512)] == [1, 1, 1, 4, 32]
     assert number(16, 16, 512) == 1 and number(16, 148, 512) >= 8
+
+
+def test_a_kernel_for_tpu_takes_pieces_as_more_heads():
+    """One call with pieces x heads programs, each with fewer chunks in sequence."""
+    token, beta = jnp.zeros((2, 64, 3, 8)), jnp.zeros((2, 64, 3))
+    attention = functools.partial(fwt_jax.fast_weight_attention, implementation="pallas", chunk_size=16)
+
+    def grids(number):  # of the call for a TPU, and of the interpreted one
+        program = jax.make_jaxpr(functools.partial(attention, pieces=number))(token, token, token, beta)
+        return re.findall(r"\bgrid=\(([\d, ]+)\)", str(program))
+
+    heads = grids(1)[0].removesuffix(", 4")  # in blocks
+    assert grids(1) == [f"{heads}, 4"] * 2
+    assert grids(4) == [f"4, {heads}, 1"] * 2
 
 
 def on_mesh(shape, arrays, cotangents, **options):
