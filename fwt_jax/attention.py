@@ -129,10 +129,10 @@ def fast_weight_attention(
         disabled.
       pieces: the number of parts that each sequence is cut into, for "sum", "delta" and "oja". All of them advance at
         once, from the memory that composing the maps of the earlier ones gives: see pieces.py. It takes two to three
-        times the FLOPs and the memory. It is for few heads, long sequences and a device that they do not fill; never
-        for a CPU. None picks a number for plain JAX where JAX's default device is an NVIDIA GPU, by
-        ``pieces.number_of_pieces``, and 1 elsewhere: for a kernel, with a mesh or ``memory_every``, and for what has no
-        pieces. 1 is the default because that number is computed and was never timed.
+        times the FLOPs, and twice the memory or more. It is for few heads, long sequences and a device that they do not
+        fill; never for a CPU. None picks a number for plain JAX where JAX's default device is an NVIDIA GPU: see
+        ``number_of_pieces`` in pieces.py. It is 1 elsewhere, for a kernel, with a mesh or ``memory_every``, and for
+        what has no pieces. 1 is the default because that number is computed and was never timed.
       sequence_axis: the name of an axis of the mesh that splits the tokens of each sequence into such pieces, in order.
         In ``jax.shard_map`` over it, the arguments are the piece of one device and W_0, and the results are its piece
         of y and W_T. Elsewhere the operation calls ``jax.shard_map`` itself, with the mesh of ``jax.set_mesh``.

@@ -3,6 +3,7 @@
     pip install -e '.[experiments,tpu]'
     python -m experiments.benchmarks.tpu                     about a minute on two cores
     python -m experiments.benchmarks.tpu --peers peers       with MaxText's function; see ops.py
+    python -m experiments.benchmarks.tpu --sequence          a sequence of 1,048,576 tokens over 16 v5e or 8 v5p chips
 
 B = 8, H = 16, T = 4096, K = V = 128, bfloat16, one chip. The compiler annotates each of its kernels with an estimate of
 its cycles. This program adds them up, counts the body of a loop once per iteration (``cost_analysis`` counts it once in
@@ -11,12 +12,13 @@ final schedule, one per cycle, and those of the loop over the grid once per iter
 
 The estimates rank programs but are not measurements. Kernels that wait for memory are slower, and loops of small
 kernels have overheads. So no estimate is below the time to move the arguments and the results once. Other custom calls,
-such as MaxText's triangular solve, do not count.
+such as MaxText's triangular solve, do not count. Nor do messages between chips.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import multiprocessing
 import os
 import pathlib
@@ -28,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import tyro
 from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import fwt_jax
 from experiments.benchmarks import ops
@@ -39,6 +41,7 @@ CHIPS = {  # topology, GHz, GB/s
     "v5p": ("v5p:2x2x1", 1.75, 2765),
     "v6e": ("v6e:2x2", 1.75, 1640),
 }
+SLICES = {"v5e": ("v5e:4x4", 16), "v5p": ("v5p:2x2x2", 8)}  # topology and chips that share a sequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +52,12 @@ class Config:
     """v5e, v5p or v6e."""
     peers: pathlib.Path | None = None
     """Folder with other libraries; see ops.py."""
+    sequence: bool = False
+    """B = 1 and 1,048,576 tokens over 16 v5e or 8 v5p chips, and one chip's share of them on one chip."""
 
     def __post_init__(self):
+        if self.sequence and self.chip not in SLICES:
+            raise ValueError(f"--sequence is for {' and '.join(SLICES)}, got {self.chip!r}")
         if self.chip not in CHIPS:
             raise ValueError(f"chip must be one of {', '.join(CHIPS)}, got {self.chip!r}")
 
@@ -104,27 +111,28 @@ def kernel_cycles(folder: pathlib.Path) -> int:
     return result
 
 
-def report(name: str, function, config: Config, folder: pathlib.Path):
-    """Compiles the forward pass, and both passes, and prints a row."""
+def report(name: str, function, config: Config, folder: pathlib.Path, shape=(8, 4096), chips=1):
+    """Compiles the forward pass, and both passes, and prints a row. Chips share the tokens of ``shape`` [B, T]."""
     topology, clock, bandwidth = CHIPS[config.chip]
-    devices = topologies.get_topology_desc(topology, platform="tpu").devices[:1]
-    mesh = jax.make_mesh((1,), ("chip",), devices=devices)
+    topology = topology if chips == 1 else SLICES[config.chip][0]
+    devices = topologies.get_topology_desc(topology, platform="tpu").devices[:chips]
+    mesh = jax.make_mesh((chips,), ("sequence",), (AxisType.Auto,), devices=devices)
 
     def array(*shape, dtype=jnp.bfloat16):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(None, "sequence")))
 
     def both(query, key, value, beta, weights):
         reads, pull = jax.vjp(function, query, key, value, beta)
         return reads, pull(weights)
 
-    tokens = array(8, 4096, 16, 128)
-    inputs = (tokens, tokens, tokens, array(8, 4096, 16, dtype=jnp.float32))
+    tokens = array(*shape, 16, 128)
+    inputs = (tokens, tokens, tokens, array(*shape, 16, dtype=jnp.float32))
     row = f"{name:24}"
     for program, arguments in ((function, inputs), (both, (*inputs, tokens))):
         for path in folder.iterdir():
             path.unlink()
         start = time.perf_counter()
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # it tells Pallas the kind of the TPU
+        with jax.set_mesh(mesh):  # it tells Pallas the kind of the TPU
             compiled = jax.jit(program).lower(*arguments).compile()
         seconds, memory, text = time.perf_counter() - start, compiled.memory_analysis(), compiled.as_text()
         if memory is None or text is None:
@@ -135,6 +143,8 @@ def report(name: str, function, config: Config, folder: pathlib.Path):
             raise RuntimeError(f"libtpu wrote no schedule of our kernels to {folder}")
         milliseconds = max((cycles(text) + ours) / clock / 1e6, transfer)
         row += f"{milliseconds:10.1f} {memory.temp_size_in_bytes / 2**20:8.0f} {seconds:8.0f}"
+        if chips > 1:
+            row += f" ({len(re.findall(r' collective-permute(?:-start)?[(]', text))} messages)"
     print(row, flush=True)
 
 
@@ -152,17 +162,30 @@ def report_ours(implementation, config: Config, folder: pathlib.Path):
     if implementation == "pallas":
         os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
     for precision in ("default", "highest"):
+        attention = functools.partial(_ours, implementation=implementation, precision=precision)
+        report(f"ours, {implementation}, {precision}", attention, config, folder)
 
-        def ours(query, key, value, beta, precision=precision):
-            options = {"implementation": implementation, "precision": precision}
-            return fwt_jax.fast_weight_attention(query, key, value, beta, **options)[0]
 
-        report(f"ours, {implementation}, {precision}", ours, config, folder)
+def report_sequence(config: Config, folder: pathlib.Path):
+    """Prints the row of a sequence over several chips, and that of one chip's share of it."""
+    _no_tpu()
+    chips = SLICES[config.chip][1]
+    for number, axis in ((chips, "sequence"), (1, None)):
+        length = 2**20 * number // chips
+        attention = functools.partial(_ours, sequence_axis=axis)
+        report(f"{number} chips, {length} tokens", attention, config, folder, (1, length), number)
+
+
+def _ours(query, key, value, beta, **options):
+    return fwt_jax.fast_weight_attention(query, key, value, beta, **options)[0]
 
 
 def main(config: Config):
     print(f"{config.chip}, estimates: ms, MiB of temporary memory, s to compile; forward, then forward and backward")
     with tempfile.TemporaryDirectory() as folder:
+        if config.sequence:
+            report_sequence(config, pathlib.Path(folder))
+            return
         for implementation in ("pallas", "xla"):
             arguments = (implementation, config, pathlib.Path(folder))
             process = multiprocessing.get_context("spawn").Process(target=report_ours, args=arguments)
