@@ -43,8 +43,11 @@ def check_qkv(query, key, value):
             f"query and key must agree in B, H and K, got query {list(query.shape)} and key {list(key.shape)}; "
             "with grouped heads, repeat the smaller of them"
         )
-    if value.shape[0] != key.shape[0] or value.shape[2] != key.shape[2]:
-        raise ValueError(f"value must agree with key in B and H, got value {list(value.shape)}, key {list(key.shape)}")
+    if value.shape[0] != key.shape[0] or value.shape[2] % key.shape[2]:
+        raise ValueError(
+            "value must agree with key in B and H, or its heads must be a multiple of key's, got value "
+            f"{list(value.shape)}, key {list(key.shape)}; repeat the heads of value or of query and key"
+        )
 
 
 def check_options(rule, form, normalize, implementation, beta, log_decay, chunk_size, eps=0.0):
@@ -154,7 +157,7 @@ def check_like(x, name, shapes):
     if not hasattr(x, "shape") or x.shape not in shapes:
         expected = " or ".join(str(list(shape)) for shape in shapes)
         got = list(x.shape) if hasattr(x, "shape") else f"{x!r}; jnp.full makes an array of one number"
-        raise ValueError(f"{name} must be {expected} to go with key, got {got}")
+        raise ValueError(f"{name} must be {expected} to go with key and value, got {got}")
     arguments.floating(**{name: x})
 
 
@@ -173,7 +176,7 @@ def check_memory(memory, key, value, segments=False):
     """Refuses what is no memory for these keys and values; with ``segments`` it may have an axis N behind B."""
     if memory is None:
         return
-    shape = (key.shape[0], *key.shape[2:], value.shape[-1])
+    shape = (value.shape[0], value.shape[2], key.shape[3], value.shape[3])
     check_is_memory(memory, shape)
     way_out = f"init_memory{shape} makes an empty one"
     got = (memory.fast_weights.shape, memory.key_sum.shape)

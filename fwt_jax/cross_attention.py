@@ -10,7 +10,7 @@ from jax import lax
 
 from fwt_jax import arguments, normalization
 from fwt_jax.attention_arguments import check_axis, check_is_memory, check_key_mask, check_memory, check_qkv, check_read
-from fwt_jax.heads import start_of
+from fwt_jax.heads import of_value_heads, start_of
 from fwt_jax.memory import Memory
 from fwt_jax.precision import computation_dtype, products_precision
 
@@ -38,7 +38,7 @@ def fast_weight_cross_attention(
     Args:
       query: φ(q), ``[B, T, H, K]``, floating point.
       key: φ(k), ``[B, S, H, K]``, floating point.
-      value: ``[B, S, H, V]``, floating point.
+      value: ``[B, S, HV, V]``, floating point; HV is H, or a multiple as in ``fast_weight_attention``.
       key_mask: bool ``[B, S]``, False for padding, which is not written; of lengths ``[B]`` it is
         ``jnp.arange(S)[None] < lengths[:, None]``.
       memory: the start; empty if not given. To read the result again, call ``read``.
@@ -50,7 +50,7 @@ def fast_weight_cross_attention(
       precision: of the matrix products, see ``fast_weight_attention``.
 
     Returns:
-      y ``[B, T, H, V]`` in value's dtype, and the memory of all keys: float32 (float64 for float64 inputs).
+      y ``[B, T, HV, V]`` in value's dtype, and the memory of all keys: float32 (float64 for float64 inputs).
 
     Raises:
       ValueError: shapes or dtypes that do not fit together, T = 0 or S = 0, an unknown normalisation.
@@ -62,6 +62,7 @@ def fast_weight_cross_attention(
     check_qkv(query, key, value)
     check_read(normalize, eps)
     check_memory(memory, key, value)
+    query, key = (of_value_heads(x, value.shape[2]) for x in (query, key))
     batch, length = key.shape[:2]
     if value.shape[1] != length:
         raise ValueError(

@@ -32,6 +32,15 @@ ATTENTION = {
     "other query length": ({"query": QUERY[:, :2]}, ["query", "key", "one shape", "[2, 2, 2, 4]", "[2, 3, 2, 4]"]),
     "other value length": ({"value": VALUE[:, :2]}, ["value", "length 3", "[2, 2, 2, 5]"]),
     "other value heads": ({"value": VALUE[:, :, :1]}, ["value", "key", "B and H", "[2, 3, 1, 5]", "[2, 3, 2, 4]"]),
+    "value heads in no groups": (
+        {"value": jnp.ones((B, T, 3, V))},
+        ["value", "a multiple of key's", "[2, 3, 3, 5]", "[2, 3, 2, 4]", "repeat"],
+    ),
+    "a beta of key heads": ({"value": jnp.ones((B, T, 4, V))}, ["beta must be [2, 3, 4]", "value", "got [2, 3, 2]"]),
+    "a memory of key heads": (
+        {"value": jnp.ones((B, T, 4, V)), "beta": jnp.ones((B, T, 4)), "memory": MEMORY},
+        ["[2, 4, 4, 5]", "got [2, 2, 4, 5]", "init_memory(2, 4, 4, 5)"],
+    ),
     "unknown rule": ({"rule": "hebb"}, ["rule", "'sum'", "'delta'", "'fwm'", "'hebb'"]),
     "unknown form": ({"form": "scan"}, ["form", "'chunkwise'", "'recurrent'", "'parallel'", "'scan'"]),
     "unknown normalisation": ({"normalize": "sum"}, ["normalize", "False", "'read'", "'retrieval'", "'sum'"]),
