@@ -16,11 +16,13 @@ from cases import (
     row_lengths,
     some,
 )
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import fwt_jax
-from fwt_jax import chunkwise
+from fwt_jax import FastWeightAttention, chunkwise, convert
+from fwt_jax.models import DecoderLM, ModelConfig
 from fwt_jax.rules import Rule
 
 SHARED = ("query", "key")
@@ -229,3 +231,39 @@ def test_cross_attention_takes_groups():
         want = fwt_jax.fast_weight_cross_attention(*whole, value, memory=memory, normalize="read")
         for x, right in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             np.testing.assert_array_equal(x, right)
+
+
+# --- layers and models -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decay", some(2, [(6,), (6, 4)]), ids=["head", "channel"])
+def test_a_layer_of_grouped_heads_with_decays(decay):
+    """In two calls, against the operation between projections in NumPy."""
+    layer = FastWeightAttention(5, 2, 4, num_value_heads=6, value_size=3, feature_map=jnp.tanh, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    x, log_decay = rng.normal(size=(2, 8, 5)), -rng.exponential(size=(2, 8, *decay))
+    x, log_decay = (jnp.asarray(a, jnp.float32) for a in (x, log_decay))
+    call = jax.jit(lambda x, log_decay, memory: layer(x, memory, log_decay=log_decay))
+    first, memory = call(x[:, :4], log_decay[:, :4], layer.init_memory(2))
+    second, memory = call(x[:, 4:], log_decay[:, 4:], memory)
+
+    project = functools.partial(np.einsum, "btd,dhk->bthk", x)
+    query, key, value = (project(linear.kernel[...]) for linear in (layer.query, layer.key, layer.value))
+    query, key = (np.repeat(layer.feature_normalization(np.tanh(a)), 3, axis=2) for a in (query, key))
+    beta = 1 / (1 + np.exp(-np.einsum("btd,dh->bth", x, layer.beta.kernel[...])))
+    inputs = (jnp.asarray(a, jnp.float32) for a in (query, key, value, beta))
+    want, want_memory = fwt_jax.fast_weight_attention(*inputs, log_decay)
+    want = np.einsum("bthv,hvd->btd", want, layer.out.kernel[...])
+    np.testing.assert_allclose(jnp.concatenate([first, second], axis=1), want, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(memory.fast_weights, want_memory.fast_weights, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_of_grouped_heads_is_saved(tmp_path):
+    sizes = {"vocab_size": 9, "num_layers": 1, "d_model": 8, "d_ff": 8, "num_heads": 2, "head_size": 4}
+    model = DecoderLM(ModelConfig(**sizes, num_value_heads=4, positions=None), rngs=nnx.Rngs(0))
+    _, memory = jax.eval_shape(model, jnp.zeros((1, 3), int))
+    assert memory[0].fast_weights.shape == model.init_memory(1)[0].fast_weights.shape == (1, 4, 4, 4)
+    convert.save(model, tmp_path / "model.npz")
+    assert convert.load(tmp_path / "model.npz").config == model.config
+    with pytest.raises(ValueError, match=r"the toolkit has no such model: .*num_value_heads=4"):
+        convert.save(model, tmp_path / "model.npz", toolkit=True)

@@ -14,6 +14,7 @@ import reference
 from cases import some
 from flax import linen, nnx
 from jax import lax
+from jax.sharding import AxisType
 
 from fwt_jax import attention
 from fwt_jax.attention import fast_weight_attention
@@ -676,6 +677,7 @@ SIZES = {
     "trained": lambda: TrainedFeatureMap(t2r, 2, 4, 5.0, rngs=nnx.Rngs(0)),
     "dpfp": lambda: dpfp(jnp.ones(4), nu=1.0),
     "batch": lambda: make("delta, elu").init_memory(2.0),
+    "value heads": lambda: FastWeightAttention(6, 2, 4, num_value_heads=4.0, rngs=nnx.Rngs(0)),
     "cache": lambda: make("softmax").init_memory(2, 8.0),
     "segment memory": lambda: relative().init_memory(2.0),
 }
@@ -685,6 +687,21 @@ SIZES = {
 def test_sizes_are_integers(make_it):
     with pytest.raises(ValueError, match=r"integers|takes nu from 1 to 7, got nu=1.0"):
         make_it()
+
+
+def test_value_heads_are_a_multiple_of_heads():
+    with pytest.raises(ValueError, match=r"num_value_heads must be a multiple of num_heads 3, got 4, .*; leave it out"):
+        FastWeightAttention(D_MODEL, HEADS, HEAD_SIZE, num_value_heads=4, rngs=nnx.Rngs(0))
+    for rule, number in (("delta", 4), ("softmax", 6)):
+        with pytest.raises(ValueError, match=rf"num_value_heads is for .* num_heads 3, got {number} .*{rule}.*leave"):
+            ModelConfig(vocab_size=9, num_heads=3, num_value_heads=number, rule=rule)
+
+
+def test_a_rule_that_is_not_linear_has_no_pieces_on_a_mesh():
+    layer = FastWeightAttention(D_MODEL, HEADS, HEAD_SIZE, rule="fwm", sequence_axis="tokens", rngs=nnx.Rngs(0))
+    mesh = jax.make_mesh((2,), ("tokens",), (AxisType.Auto,), devices=jax.devices()[:2])
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match='"fwm" is not linear in the memory, so its tokens cannot'):
+        layer(inputs())
 
 
 def test_sizes_may_be_of_numpy():

@@ -27,8 +27,15 @@ def check_rngs(rngs):
         raise ValueError(f"rngs must be an nnx.Rngs, got {type(rngs).__name__}; nnx.Rngs(0) makes one")
 
 
-def check_sizes(in_features, num_heads, head_size, value_size):
+def check_sizes(in_features, num_heads, head_size, value_size, num_value_heads=None):
+    num_value_heads = num_heads if num_value_heads is None else num_value_heads
     arguments.sizes(in_features=in_features, num_heads=num_heads, head_size=head_size, value_size=value_size)
+    arguments.sizes(num_value_heads=num_value_heads)
+    if num_value_heads % num_heads:
+        raise ValueError(
+            f"num_value_heads must be a multiple of num_heads {num_heads}, got {num_value_heads}, because each query "
+            "and key head serves as many value heads; leave it out for one each"
+        )
     if num_heads > in_features:
         raise ValueError(
             f"num_heads {num_heads} is larger than in_features {in_features}: the order of the arguments is "
@@ -49,10 +56,14 @@ def linear_layers(*, use_bias, dtype, param_dtype=jnp.float32, kernel_init, rngs
     )
 
 
-def projections(linear, in_features, num_heads, head_size, value_size):
-    """W_q, W_k, W_v: d_model -> [H, ·] and W_o: [H, V] -> d_model; ``linear`` is of ``linear_layers``."""
-    query, key, value = (linear(in_features, (num_heads, size)) for size in (head_size, head_size, value_size))
-    return query, key, value, linear((num_heads, value_size), in_features, axis=(-2, -1))
+def projections(linear, in_features, num_heads, head_size, value_size, num_value_heads=None):
+    """W_q, W_k: d_model -> [H, D], W_v: d_model -> [HV, V] and W_o: [HV, V] -> d_model; HV is H if not given.
+
+    ``linear`` is of ``linear_layers``.
+    """
+    value_heads = (num_heads if num_value_heads is None else num_value_heads, value_size)
+    query, key = (linear(in_features, (num_heads, head_size)) for _ in range(2))
+    return query, key, linear(in_features, value_heads), linear(value_heads, in_features, axis=(-2, -1))
 
 
 # --- features --------------------------------------------------------------------------------------------------------

@@ -44,11 +44,13 @@ class FastWeightAttention(nnx.Module):
 
     A token's value is written under the key of the same token, so the layer alone does not know which tokens are
     neighbours. To bind a value to the key before it, add positions to x, or mix each token with the one before it.
-    The layer has no decay: for gated rules (Gated DeltaNet) pass ``log_decay`` to ``fast_weight_attention``.
+    The layer has no parameters of a decay: gated rules (Gated DeltaNet) pass ``log_decay`` to the call.
 
     Args:
       in_features: d_model, the size of x and y.
       num_heads, head_size: H, and D, the size of a query or key before the feature map.
+      num_value_heads: HV, a multiple of H: the values, β and memories have HV heads, and HV/H of them share a query and
+        a key head, see ``fast_weight_attention``. H if not given.
       value_size: V, the size of a value per head; head_size if not given.
       feature_map: φ, a callable ``[..., H, D] -> [..., H, K]``: a function of ``feature_maps``, a
         ``functools.partial`` of one (``partial(dpfp, nu=2)``), or a module, as ``FavorPlus``, of this layer alone.
@@ -68,15 +70,16 @@ class FastWeightAttention(nnx.Module):
       param_dtype, kernel_init, rngs: of the parameters of the projections; rngs' stream "params" is used.
 
     Attributes:
-      query, key, value: projections with kernels ``[in_features, H, D or V]`` and biases ``[H, D or V]``.
-      beta: None for a rule that needs none ("sum"), else kernel ``[in_features, H]``, bias ``[H]``.
-      out: kernel ``[H, V, in_features]``, bias ``[in_features]``.
+      query, key: projections with kernels ``[in_features, H, D]`` and biases ``[H, D]``.
+      value: kernel ``[in_features, HV, V]``, bias ``[HV, V]``.
+      beta: None for a rule that needs none ("sum"), else kernel ``[in_features, HV]``, bias ``[HV]``.
+      out: kernel ``[HV, V, in_features]``, bias ``[in_features]``.
       num_features: K.
 
     Raises:
       ValueError: sizes that are not integers of at least 1, more heads than features (probably the order of
-        ``nnx.MultiHeadAttention``), rngs that are no ``nnx.Rngs``, a feature map that is no callable or gives
-        features that are not finite, options that ``fast_weight_attention`` refuses.
+        ``nnx.MultiHeadAttention``), num_value_heads that H does not divide, rngs that are no ``nnx.Rngs``, a feature
+        map that is no callable or gives features that are not finite, options that ``fast_weight_attention`` refuses.
 
     Example:
       >>> import functools, jax
@@ -105,6 +108,7 @@ class FastWeightAttention(nnx.Module):
         num_heads: int,
         head_size: int,
         *,
+        num_value_heads: int | None = None,
         value_size: int | None = None,
         feature_map: FeatureMap = feature_maps.elu_plus_one,
         feature_normalization: FeatureMap | None = feature_maps.sum_normalize,
@@ -124,10 +128,12 @@ class FastWeightAttention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         value_size = head_size if value_size is None else value_size
-        check_sizes(in_features, num_heads, head_size, value_size)
+        num_value_heads = num_heads if num_value_heads is None else num_value_heads
+        check_sizes(in_features, num_heads, head_size, value_size, num_value_heads)
         row = find_rule(rule)
         self.in_features = in_features
         self.num_heads = num_heads
+        self.num_value_heads = num_value_heads
         self.value_size = value_size
         self.feature_map = feature_map
         self.feature_normalization = feature_maps.identity if feature_normalization is None else feature_normalization
@@ -144,8 +150,9 @@ class FastWeightAttention(nnx.Module):
         linear = linear_layers(
             use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, kernel_init=kernel_init, rngs=rngs
         )
-        self.query, self.key, self.value, self.out = projections(linear, in_features, num_heads, head_size, value_size)
-        self.beta = linear(in_features, num_heads) if row.needs_beta else None
+        sizes = (in_features, num_heads, head_size, value_size)
+        self.query, self.key, self.value, self.out = projections(linear, *sizes, num_value_heads)
+        self.beta = linear(in_features, num_value_heads) if row.needs_beta else None
         check_options(row, form, normalize, implementation, self.beta, None, chunk_size, eps)
         self.num_features = count_features(feature_map, self.feature_normalization, num_heads, head_size)
 
@@ -154,6 +161,7 @@ class FastWeightAttention(nnx.Module):
         x: jax.Array,
         memory: Memory | None = None,
         *,
+        log_decay: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
         lengths: jax.Array | None = None,
         memory_every: int | None = None,
@@ -164,13 +172,15 @@ class FastWeightAttention(nnx.Module):
         Args:
           x: ``[B, T, in_features]``, floating point, T ≥ 1.
           memory: what an earlier call returned; empty if not given. With an axis N behind B, one for each segment.
+          log_decay: log α ≤ 0, ``[B, T, HV]`` or ``[B, T, HV, K]``: W_{t−1} is α_t W_{t−1} in the equations above. No
+            decay if not given. See ``fast_weight_attention``.
           segment_ids: integers ``[B, T]``, for packed sequences: the memory is dropped where the id changes. The first
             token of a call always continues ``memory``. For padding in front, take an id that the text does not have.
             The first token of the text then drops the padding, and y and the memory do not depend on it.
             If there are N memories, a token advances and reads the one that its id names, from 0 to N − 1.
           lengths: integers ``[B]`` from 0 to T, for padding behind: row b has ``lengths[b]`` tokens, and its memory is
             that of the row cut there. The reads of the padding are 0. T for all rows if not given.
-          memory_every: N: returns the memories after every N tokens and after the last one, ``[B, ⌈T/N⌉, H, K, V]``.
+          memory_every: N: returns the memories after every N tokens and after the last one, ``[B, ⌈T/N⌉, HV, K, V]``.
           rngs: draws a new projection for a random feature map, from the stream "projection" (or "default"). Without
             it the map uses its own projection. Leave it out wherever a memory goes from one call to the next, because
             the features of two projections do not match.
@@ -179,14 +189,14 @@ class FastWeightAttention(nnx.Module):
           y, as x, and the memory after the last token: float32 whatever ``dtype`` is (float64 for float64).
 
         Raises:
-          ValueError: x, memory, segment_ids or lengths of the wrong shape or dtype.
+          ValueError: x, memory, log_decay, segment_ids or lengths of the wrong shape or dtype.
         """
         x, ids = checked_input(x, self.in_features, segment_ids)
         if memory is not None:
             way_out = f"layer.init_memory({len(x)}) makes an empty one"
             check_kind(memory, Memory, way_out)
             segments = memory.key_sum.shape[1:2] if getattr(memory.key_sum, "ndim", 0) == 4 else ()
-            shape = (len(x), *segments, self.num_heads, self.num_features, self.value_size)
+            shape = (len(x), *segments, self.num_value_heads, self.num_features, self.value_size)
             check_shapes(memory, (shape, shape[:-1]), way_out)
         feature_map = draw_once(self.feature_map, rngs)
         value = self.value(x)
@@ -197,6 +207,7 @@ class FastWeightAttention(nnx.Module):
             features(self.key(x), feature_map, self.feature_normalization),
             value,
             None if self.beta is None else jax.nn.sigmoid(at_least_float32(self.beta(x))),
+            log_decay,
             rule=self.rule,
             memory=memory,
             segment_ids=ids,
@@ -213,9 +224,10 @@ class FastWeightAttention(nnx.Module):
         return self.out(self.output_scale * y), memory
 
     def init_memory(self, batch_size: int, max_length: int | None = None) -> Memory:
-        """An empty memory, with which a call without one starts: W ``[B, H, K, V]`` and z ``[B, H, K]``.
+        """An empty memory, with which a call without one starts: W ``[B, HV, K, V]`` and z ``[B, HV, K]``.
 
         ``max_length`` is an argument of ``SoftmaxAttention.init_memory``. It has no effect on fast weights.
         """
         arguments.sizes(batch_size=batch_size)
-        return heads.init_memory(batch_size, self.num_heads, self.num_features, self.value_size, self.memory_dtype)
+        sizes = (self.num_value_heads, self.num_features, self.value_size)
+        return heads.init_memory(batch_size, *sizes, self.memory_dtype)

@@ -45,6 +45,7 @@ class ModelConfig:
       vocab_size: V.
       num_layers, d_model, d_ff: of the decoder; ``d_model`` is even.
       num_heads, head_size: of the attention.
+      num_value_heads: of fast weights, a multiple of num_heads, see ``FastWeightAttention``; num_heads if None.
       rule: "softmax", or the rule of a fast weight memory: a name of ``RULES``, or a ``Rule`` of your own.
       feature_map: φ, the name of a function of ``feature_maps``; "favor_plus" with the authors' constants.
       feature_size: ν of "dpfp", M (half the number of features) of "favor_plus".
@@ -79,6 +80,7 @@ class ModelConfig:
     d_ff: int = 2048
     num_heads: int = 8
     head_size: int = 16
+    num_value_heads: int | None = None
     rule: str | Rule = "delta"
     feature_map: str = "elu_plus_one"
     feature_size: int = 1
@@ -110,6 +112,11 @@ class ModelConfig:
         if min(self.memory_length, self.clamp_length) < 0:
             raise ValueError(
                 f"memory_length and clamp_length must not be negative, got {self.memory_length}, {self.clamp_length}"
+            )
+        if self.num_value_heads is not None and (rule is None or self.num_value_heads % self.num_heads):
+            raise ValueError(
+                f"num_value_heads is for fast weights, and a multiple of num_heads {self.num_heads}, got "
+                f"{self.num_value_heads} with rule={self.rule!r}; leave it out for num_heads"
             )
         if self.positions == "relative":
             fits = rule is None and self.norm == "post"
@@ -149,6 +156,7 @@ class ModelConfig:
             return SoftmaxAttention(*sizes, **shared)
         return FastWeightAttention(
             *sizes,
+            num_value_heads=self.num_value_heads,
             **features(self, self.head_size, rngs),
             rule=self.rule,
             normalize=self.normalize,
