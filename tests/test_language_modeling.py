@@ -16,7 +16,7 @@ from flax import nnx
 from experiments.language import comparison, evaluation, generate, text
 from experiments.language import experiment as lm
 from experiments.language.presets import PRESETS, Preset
-from experiments.run import log
+from experiments.run import folder, log
 from fwt_jax import convert, sharding
 from fwt_jax.models import DecoderLM, ModelConfig
 from tests.test_readme import SNIPPETS
@@ -248,6 +248,26 @@ def test_another_preset_in_the_folder_is_refused_in_the_words_of_the_command_lin
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match=words):
         patch.setitem(PRESETS, "demo", dataclasses.replace(demo, model=dataclasses.replace(demo.model, d_ff=64)))
         lm.main(dataclasses.replace(config, batch_size=16, steps=9))
+
+
+def test_a_run_that_lacks_a_later_option_has_its_default(small_demo, book, tmp_path):
+    """As a run of before ``sequence_axis``. An option that this version does not have is refused."""
+    config = lm.Config(text=(book,), out=tmp_path / "run")
+    saved_run(config)
+    run, path = lm.prepare(config), tmp_path / "run" / "run.json"
+    settings, saved = json.loads(path.read_text()), {"training": dataclasses.asdict(run.preset.training)}
+    later = [settings["model"].pop(name) for name in ("sequence_axis", "num_value_heads")]
+    assert later == [None, None]
+    path.write_text(json.dumps(settings))
+    folder.check_identity(path, saved | lm.prepare(config).identity())
+    run.data.vocabulary.save(tmp_path / "run" / "vocabulary.json")
+    with pytest.raises(ValueError, match="has no checkpoints"):  # The configuration is read, and only the weights lack.
+        generate.load(tmp_path / "run")
+    path.write_text(json.dumps(settings | {"model": settings["model"] | {"warp": 9}}))
+    with pytest.raises(ValueError, match=r"holds another run: model.warp was 9 and is None"):
+        folder.check_identity(path, saved | run.identity())
+    with pytest.raises(ValueError, match=r"is not one of this version: .*warp"):
+        generate.load(tmp_path / "run")
 
 
 @pytest.mark.parametrize(
