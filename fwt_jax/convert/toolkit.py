@@ -120,7 +120,7 @@ def arguments_of(config: ModelConfig) -> dict[str, Any]:
         **{name: config.feature_size for name, _ in FEATURE_SIZES.values()},
     }
     compared = ("rule", "normalize", "feature_map", "feature_normalization", "output_scale", "eps", "norm")
-    compared = (*compared, "num_value_heads")
+    compared = (*compared, "num_value_heads", "conv_size")
     if config.memory_rule is None:
         compared = ("rule", "norm", "positions")
     for attn_type in sorted(ATTENTION, key=lambda attn_type: (attn_type < 20, attn_type)):
@@ -138,7 +138,7 @@ def arguments_of(config: ModelConfig) -> dict[str, Any]:
 def _effective(config, name):
     """An option, so that options with the same effect are equal."""
     value = getattr(config, name)
-    if name == "num_value_heads" and value is None:
+    if name in ("num_value_heads", "conv_size") and value is None:
         return config.num_heads
     if name == "output_scale" and value is None:
         return config.head_size**-0.5

@@ -10,20 +10,38 @@ Every leaf of a memory leads with the batch axis, so ``jax.tree.map(lambda leaf:
 Letters: B batch, T tokens, H heads, D head size, K key features, V value size, S capacity of a cache.
 """
 
+from fwt_jax.layers.cache import KeyValueCache
+from fwt_jax.layers.convolution import ConvolvedMemory, ShortConvolution
 from fwt_jax.layers.cross import CrossAttention, Source
+from fwt_jax.layers.delta_net import Decay, DeltaNet, GatedDeltaNet, KimiDeltaAttention, OutputGate
 from fwt_jax.layers.fast_weight import FastWeightAttention
 from fwt_jax.layers.feature_maps import FavorPlus, RandomProjection, TrainedFeatureMap
+from fwt_jax.layers.grouped import GroupedQueryAttention
+from fwt_jax.layers.latent import LatentAttention
+from fwt_jax.layers.linear_attention import LinearAttention
+from fwt_jax.layers.norms import RMSNorm
 from fwt_jax.layers.relative import RelativeAttention, SegmentMemory
-from fwt_jax.layers.softmax import KeyValueCache, SoftmaxAttention
+from fwt_jax.layers.softmax import SoftmaxAttention
 
 __all__ = [
+    "ConvolvedMemory",
     "CrossAttention",
+    "Decay",
+    "DeltaNet",
     "FastWeightAttention",
     "FavorPlus",
+    "GatedDeltaNet",
+    "GroupedQueryAttention",
     "KeyValueCache",
+    "KimiDeltaAttention",
+    "LatentAttention",
+    "LinearAttention",
+    "OutputGate",
+    "RMSNorm",
     "RandomProjection",
     "RelativeAttention",
     "SegmentMemory",
+    "ShortConvolution",
     "SoftmaxAttention",
     "Source",
     "TrainedFeatureMap",

@@ -124,21 +124,25 @@ def _check_finite(feature_map, feature_normalization, num_heads, head_size):
 def softmax_read(query, key, value, visible, precision=None, added_scores=None):
     """o_t = Σ_i softmax_i((kᵢᵀq_t + added_ti) / √D) vᵢ over the visible tokens i, in value's dtype.
 
-    Scores and softmax are float32 (float64 for float64).
+    Scores and softmax are float32 (float64 for float64). With H/G query heads to a head of keys and values, query head
+    h reads head ⌊hG/H⌋ of them (Ainslie et al. 2023).
 
     Args:
-      query, key, value: ``[B, T, H, D]``, ``[B, S, H, D]`` and ``[B, S, H, V]``.
+      query, key, value: ``[B, T, H, D]``, ``[B, S, G, D]`` and ``[B, S, G, V]``, where G divides H.
       visible: bool ``[B or 1, T or 1, S]``.
       precision: of the products, see ``fast_weight_attention``.
       added_scores: None or ``[B, H, T, S]``.
     """
     precision = products_precision(precision, query, key, value)
-    scores = jnp.einsum("bthd,bshd->bhts", at_least_float32(query), at_least_float32(key), precision=precision)
-    scores = scores if added_scores is None else scores + added_scores
+    (batch, num_tokens, num_heads, head_size), num_groups = query.shape, key.shape[2]
+    query = at_least_float32(query).reshape(batch, num_tokens, num_groups, -1, head_size)
+    scores = jnp.einsum("btghd,bsgd->bghts", query, at_least_float32(key), precision=precision)
+    scores = scores if added_scores is None else scores + added_scores.reshape(scores.shape)
     # The least float, not −∞: a query that sees no token then reads the mean of all values, not NaN.
-    scores = jnp.where(visible[:, None], scores * query.shape[-1] ** -0.5, jnp.finfo(scores.dtype).min)
+    scores = jnp.where(visible[:, None, None], scores * head_size**-0.5, jnp.finfo(scores.dtype).min)
     weights = jax.nn.softmax(scores, axis=-1)
-    return jnp.einsum("bhts,bshv->bthv", weights, at_least_float32(value), precision=precision).astype(value.dtype)
+    y = jnp.einsum("bghts,bsgv->btghv", weights, at_least_float32(value), precision=precision)
+    return y.reshape(batch, num_tokens, num_heads, -1).astype(value.dtype)
 
 
 def at_least_float32(x):

@@ -15,8 +15,6 @@ from fwt_jax.layers.common import (
     KERNEL_INIT,
     FeatureMap,
     at_least_float32,
-    check_kind,
-    check_shapes,
     check_sizes,
     checked_input,
     count_features,
@@ -25,6 +23,7 @@ from fwt_jax.layers.common import (
     linear_layers,
     projections,
 )
+from fwt_jax.layers.convolution import Convolutions, ConvolvedMemory, check_memory
 from fwt_jax.memory import Memory
 from fwt_jax.precision import computation_dtype
 from fwt_jax.rules import Rule, find_rule
@@ -43,7 +42,8 @@ class FastWeightAttention(nnx.Module):
     (4KV for "sum", in recurrent form). The memory is K·V numbers per head, however many tokens were read.
 
     A token's value is written under the key of the same token, so the layer alone does not know which tokens are
-    neighbours. To bind a value to the key before it, add positions to x, or mix each token with the one before it.
+    neighbours. To bind a value to the key before it, add positions to x, or take ``conv_size=4``: queries, keys and
+    values are then mixed over the last 4 tokens before φ, as in DeltaNet (Yang et al. 2024).
     The layer has no parameters of a decay: gated rules (Gated DeltaNet) pass ``log_decay`` to the call.
 
     Args:
@@ -61,6 +61,7 @@ class FastWeightAttention(nnx.Module):
         ``Rule`` of your own.
       normalize, eps: attention normalisation: False, "read" (eq. 28) or "retrieval" (eq. 27-28).
       output_scale: s. The authors' language models have head_size**-0.5.
+      conv_size: the number of tokens that a ``ShortConvolution`` of W_q x, W_k x and W_v x mixes; None: no convolution.
       use_bias: whether the projections, including the one of β, have biases.
       form, chunk_size, implementation, precision: how the memory is advanced. These, rule, normalize and eps are
         arguments of ``fast_weight_attention``. The projections follow ``jax.default_matmul_precision``.
@@ -72,6 +73,7 @@ class FastWeightAttention(nnx.Module):
     Attributes:
       query, key: projections with kernels ``[in_features, H, D]`` and biases ``[H, D]``.
       value: kernel ``[in_features, HV, V]``, bias ``[HV, V]``.
+      convolutions: None without ``conv_size``, else three of type ``ShortConvolution``: query, key and value.
       beta: None for a rule that needs none ("sum"), else kernel ``[in_features, HV]``, bias ``[HV]``.
       out: kernel ``[HV, V, in_features]``, bias ``[in_features]``.
       num_features: K.
@@ -116,6 +118,7 @@ class FastWeightAttention(nnx.Module):
         normalize: attention.Normalize = False,
         eps: float = 1e-6,
         output_scale: float = 1.0,
+        conv_size: int | None = None,
         use_bias: bool = False,
         form: attention.Form = None,
         chunk_size: int | None = None,
@@ -146,27 +149,31 @@ class FastWeightAttention(nnx.Module):
         self.implementation: Literal[None, "xla", "pallas", "triton"] = implementation
         self.precision = precision
         self.sequence_axis = sequence_axis
-        self.memory_dtype = computation_dtype(param_dtype if dtype is None else dtype)
+        self.dtype = jnp.dtype(param_dtype if dtype is None else dtype)
+        self.memory_dtype = computation_dtype(self.dtype)
         linear = linear_layers(
             use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, kernel_init=kernel_init, rngs=rngs
         )
         sizes = (in_features, num_heads, head_size, value_size)
         self.query, self.key, self.value, self.out = projections(linear, *sizes, num_value_heads)
         self.beta = linear(in_features, num_value_heads) if row.needs_beta else None
+        convolution_options = {"sequence_axis": sequence_axis, "param_dtype": param_dtype, "rngs": rngs}
+        channels = (num_heads, head_size), (num_value_heads, value_size)
+        self.convolutions = None if conv_size is None else Convolutions(*channels, conv_size, **convolution_options)
         check_options(row, form, normalize, implementation, self.beta, None, chunk_size, eps)
         self.num_features = count_features(feature_map, self.feature_normalization, num_heads, head_size)
 
     def __call__(
         self,
         x: jax.Array,
-        memory: Memory | None = None,
+        memory: Memory | ConvolvedMemory | None = None,
         *,
         log_decay: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
         lengths: jax.Array | None = None,
         memory_every: int | None = None,
         rngs: nnx.Rngs | None = None,
-    ) -> tuple[jax.Array, Memory]:
+    ) -> tuple[jax.Array, Memory | ConvolvedMemory]:
         """Writes T tokens into the memory and reads it after each of them.
 
         Args:
@@ -186,30 +193,34 @@ class FastWeightAttention(nnx.Module):
             the features of two projections do not match.
 
         Returns:
-          y, as x, and the memory after the last token: float32 whatever ``dtype`` is (float64 for float64).
+          y, as x, and the memory after the last token: float32 whatever ``dtype`` is (float64 for float64). With
+          convolutions it is a ``ConvolvedMemory``, which also holds their last inputs.
 
         Raises:
           ValueError: x, memory, log_decay, segment_ids or lengths of the wrong shape or dtype.
         """
         x, ids = checked_input(x, self.in_features, segment_ids)
         if memory is not None:
-            way_out = f"layer.init_memory({len(x)}) makes an empty one"
-            check_kind(memory, Memory, way_out)
-            segments = memory.key_sum.shape[1:2] if getattr(memory.key_sum, "ndim", 0) == 4 else ()
+            key_sum = getattr(memory, "key_sum", None)
+            segments = getattr(key_sum, "shape", ())[1:2] if getattr(key_sum, "ndim", 0) == 4 else ()
+            segments = segments if self.convolutions is None else ()
             shape = (len(x), *segments, self.num_value_heads, self.num_features, self.value_size)
-            check_shapes(memory, (shape, shape[:-1]), way_out)
+            check_memory(memory, shape, self.convolutions, f"layer.init_memory({len(x)}) makes an empty one")
         feature_map = draw_once(self.feature_map, rngs)
-        value = self.value(x)
+        query, key, value = self.query(x), self.key(x), self.value(x)
+        inputs = ()
+        if self.convolutions is not None:
+            (query, key, value), inputs = self.convolutions(query, key, value, memory, ids, lengths, memory_every)
         if find_rule(self.rule).unit_values:
             value = feature_maps.l2_normalize(at_least_float32(value)).astype(value.dtype)
-        y, memory = attention.fast_weight_attention(
-            features(self.query(x), feature_map, self.feature_normalization),
-            features(self.key(x), feature_map, self.feature_normalization),
+        y, after = attention.fast_weight_attention(
+            features(query, feature_map, self.feature_normalization),
+            features(key, feature_map, self.feature_normalization),
             value,
             None if self.beta is None else jax.nn.sigmoid(at_least_float32(self.beta(x))),
             log_decay,
             rule=self.rule,
-            memory=memory,
+            memory=None if memory is None else Memory(*memory[:2]),
             segment_ids=ids,
             lengths=lengths,
             memory_every=memory_every,
@@ -221,13 +232,16 @@ class FastWeightAttention(nnx.Module):
             precision=self.precision,
             sequence_axis=self.sequence_axis,
         )
-        return self.out(self.output_scale * y), memory
+        return self.out(self.output_scale * y), ConvolvedMemory(*after, *inputs) if inputs else after
 
-    def init_memory(self, batch_size: int, max_length: int | None = None) -> Memory:
+    def init_memory(self, batch_size: int, max_length: int | None = None) -> Memory | ConvolvedMemory:
         """An empty memory, with which a call without one starts: W ``[B, HV, K, V]`` and z ``[B, HV, K]``.
 
         ``max_length`` is an argument of ``SoftmaxAttention.init_memory``. It has no effect on fast weights.
         """
         arguments.sizes(batch_size=batch_size)
         sizes = (self.num_value_heads, self.num_features, self.value_size)
-        return heads.init_memory(batch_size, *sizes, self.memory_dtype)
+        memory = heads.init_memory(batch_size, *sizes, self.memory_dtype)
+        if self.convolutions is None:
+            return memory
+        return ConvolvedMemory(*memory, *self.convolutions.init_memory(batch_size, self.dtype))

@@ -2,44 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import lax
-from jax.core import Tracer
 
-from fwt_jax import arguments
-from fwt_jax.attention_arguments import resets, tokens_within
+from fwt_jax.layers.cache import KeyValueCache, appended, empty_cache, finished, places, visible_slots
 from fwt_jax.layers.common import (
     KERNEL_INIT,
-    check_kind,
-    check_shapes,
     check_sizes,
     checked_input,
     linear_layers,
     projections,
     softmax_read,
 )
-
-
-class KeyValueCache(NamedTuple):
-    """The memory of softmax attention: all keys and values, up to a capacity S.
-
-    Attributes:
-      key, value: ``[B, S, H, D]`` and ``[B, S, H, V]``, in the dtype of the computation.
-      start: the slot in which each token's segment began, int32 ``[B, S]``. The token sees no slot before it.
-      length: the number of tokens written, int32 ``[B]``. To take tokens back, set it back: the next call overwrites
-        them.
-    """
-
-    key: jax.Array
-    value: jax.Array
-    start: jax.Array
-    length: jax.Array
 
 
 class SoftmaxAttention(nnx.Module):
@@ -124,70 +100,12 @@ class SoftmaxAttention(nnx.Module):
             tokens. A traced length (``jax.jit``) cannot raise: then y is NaN for the rows whose cache is full.
         """
         x, ids = checked_input(x, self.in_features, segment_ids)
-        batch, num_tokens, _ = x.shape
-        reset, written = resets(ids, batch, num_tokens), tokens_within(lengths, batch, num_tokens)
-        query, key, value = self.query(x), self.key(x), self.value(x)
-        if memory is None:
-            length = jnp.zeros(batch, jnp.int32)
-            last_start = length
-        else:
-            self._check_cache(memory, batch, num_tokens)
-            length = memory.length.astype(jnp.int32)
-            last_start = _last_start(memory.start, length)
-
-        slot = length[:, None] + jnp.arange(num_tokens, dtype=jnp.int32)[None]
-        start = jnp.broadcast_to(last_start[:, None], slot.shape)
-        if reset is not None:
-            start = lax.cummax(jnp.where(reset, slot, start), axis=1)
-        after = KeyValueCache(key, value, start, length + num_tokens)
-        if memory is not None:
-            after = _appended(memory, after, length)
-        slots = jnp.arange(after.key.shape[1], dtype=jnp.int32)[None, None]
-        visible = (start[..., None] <= slots) & (slots <= slot[..., None])
-        y = softmax_read(query, after.key, after.value, visible, self.precision)
-        y = jnp.where((after.length <= after.key.shape[1])[:, None, None, None], y, jnp.nan)
-        if written is not None:
-            y = jnp.where(written[..., None, None], y, 0)
-            after = after._replace(length=length + jnp.sum(written, axis=1, dtype=jnp.int32))
+        place = places(x, memory, self.key_shape, self.value_shape, ids, lengths)
+        after = appended(memory, self.key(x), self.value(x), place)
+        y = softmax_read(self.query(x), after.key, after.value, visible_slots(after, place), self.precision)
+        y, after = finished(y, after, place)
         return self.out(y), after
 
     def init_memory(self, batch_size: int, max_length: int | None) -> KeyValueCache:
         """An empty cache with room for ``max_length`` tokens."""
-        arguments.sizes(batch_size=batch_size, max_length=max_length)
-        slots = (batch_size, max_length)
-        return KeyValueCache(
-            key=jnp.zeros((*slots, *self.key_shape), self.memory_dtype),
-            value=jnp.zeros((*slots, *self.value_shape), self.memory_dtype),
-            start=jnp.zeros(slots, jnp.int32),
-            length=jnp.zeros(batch_size, jnp.int32),
-        )
-
-    def _check_cache(self, memory, batch, num_tokens):
-        way_out = f"layer.init_memory({batch}, max_length) makes an empty one"
-        check_kind(memory, KeyValueCache, way_out)
-        capacity = (*np.shape(memory.key), 0, 0)[1]
-        slots = (batch, capacity)
-        check_shapes(memory, ((*slots, *self.key_shape), (*slots, *self.value_shape), slots, (batch,)), way_out)
-        used = 0 if isinstance(memory.length, Tracer) else np.asarray(memory.length).max()
-        if used + num_tokens > capacity:
-            raise ValueError(
-                f"the cache holds {used} of at most {capacity} tokens and has no room for {num_tokens} more; "
-                "start with layer.init_memory(batch_size, max_length) and a larger max_length"
-            )
-
-
-def _last_start(start, length):
-    """The start of the segment of the newest token, int32 ``[B]``; 0 if there is no token."""
-    newest = jnp.take_along_axis(start, jnp.maximum(length - 1, 0)[:, None], axis=1)[:, 0]
-    return jnp.where(length == 0, 0, newest)
-
-
-def _appended(memory, new, length):
-    """The cache with the tokens of ``new`` from slot ``length`` ``[B]`` on."""
-    append = jax.vmap(functools.partial(lax.dynamic_update_slice_in_dim, axis=0))
-    return KeyValueCache(
-        key=append(memory.key, new.key.astype(memory.key.dtype), length),
-        value=append(memory.value, new.value.astype(memory.value.dtype), length),
-        start=append(memory.start, new.start, length),
-        length=new.length,
-    )
+        return empty_cache(batch_size, max_length, self.key_shape, self.value_shape, self.memory_dtype)

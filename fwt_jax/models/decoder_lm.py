@@ -51,6 +51,7 @@ class ModelConfig:
       feature_size: ν of "dpfp", M (half the number of features) of "favor_plus".
       feature_normalization: None, "sum" (eq. 29; features that are all zero stay zero) or "l2".
       normalize, eps: attention normalisation, see ``fast_weight_attention``.
+      conv_size: of the short convolutions of a fast weight layer, see ``FastWeightAttention``; None: none.
       output_scale: a factor of the reads; None: head_size**-0.5, as in the authors' kernels.
       positions: "descending" adds sinusoids of the number of tokens that follow in the call, as the authors do. None
         adds nothing: a memory that is carried from call to call needs this. "relative" is Transformer-XL (Dai et al.
@@ -88,6 +89,7 @@ class ModelConfig:
     normalize: Literal[False, "read", "retrieval"] = False
     eps: float = 1e-5
     output_scale: float | None = None
+    conv_size: int | None = None
     positions: Literal[None, "descending", "relative"] = "descending"
     memory_length: int = 0
     clamp_length: int = 0
@@ -162,6 +164,7 @@ class ModelConfig:
             normalize=self.normalize,
             eps=self.eps,
             output_scale=self.head_size**-0.5 if self.output_scale is None else self.output_scale,
+            conv_size=self.conv_size,
             implementation=self.implementation,
             sequence_axis=self.sequence_axis,
             **shared,
