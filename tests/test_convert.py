@@ -273,6 +273,9 @@ def test_files_that_are_none(tmp_path, capsys):
 def test_folders_in_the_place_of_files(tmp_path):
     with pytest.raises(ValueError, match=r"is a folder; name a file in \.pt, \.npz or \.safetensors"):
         convert.load(tmp_path)
+    (tmp_path / "config.json").touch()
+    with pytest.raises(ValueError, match=r"is a public checkpoint; load it with fwt_jax\.convert\.from_pretrained\('"):
+        convert.load(tmp_path)
     (tmp_path / "run.json").touch()
     with pytest.raises(ValueError, match=r"is the folder of a run; .*experiments\.language\.generate"):
         convert.load(tmp_path)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from fwt_jax.convert.checkpoint import CONFIG, parse_object
 from fwt_jax.convert.toolkit import (
     arguments_of,
     check_names,
@@ -159,6 +160,8 @@ def _folder_message(path):
             f"experiments.language.generate.load(pathlib.Path({str(path)!r})); fwt_jax.convert.save(model, "
             "'model.safetensors')"
         )
+    if (path / CONFIG).exists():
+        return f"{path} is a public checkpoint; load it with fwt_jax.convert.from_pretrained({str(path)!r})"
     return f"{path} is a folder; name a file in .pt, .npz or .safetensors"
 
 
@@ -198,13 +201,7 @@ def parse_json(text, where):
       ValueError: the text is not JSON, holds NaN or an infinity, or a value of the wrong type.
     """
 
-    def refuse(name):
-        raise ValueError(f"{name} is no number of JSON")
-
-    try:
-        config = json.loads(text, parse_constant=refuse)
-    except ValueError as error:
-        raise ValueError(f"{where} is not whole JSON: {error}") from error
+    config = parse_object(text, where)
     check_types(config, where)
     return config
 
