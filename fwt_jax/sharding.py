@@ -29,7 +29,7 @@ TOKENS = P(BATCH, "sequence")  # of arrays [B, T, ...]
 
 # The first row counts whose expression matches the path of an array, as "params/blocks/0/attention/query/kernel". An
 # array that no row matches is whole on every device. Moments of an optimizer match like their parameters, because
-# their paths end alike.
+# their paths end alike. An Ellipsis stands for any number of axes that are whole.
 PARTITION_RULES: tuple[tuple[str, P], ...] = (
     (r"(^|/)embedding$", P("tensor", "fsdp")),  # [V, D]
     (r"/(query|key|value|position)/kernel$", P("fsdp", "tensor", None)),  # [D, H, K]
@@ -44,7 +44,8 @@ PARTITION_RULES: tuple[tuple[str, P], ...] = (
     (r"/hidden/kernel$", P("fsdp", "tensor")),  # [D, F]
     (r"/hidden/bias$", P("tensor")),  # [F]
     (r"/out/kernel$", P("tensor", "fsdp")),  # [F, D]
-    (r"/(fast_weights|key_sum)$", P(BATCH, "tensor")),  # memories [B, H, ...]
+    (r"/fast_weights$", P(BATCH, ..., "tensor", None, None)),  # [B, H, K, V], several memories [B, N, H, K, V]
+    (r"/key_sum$", P(BATCH, ..., "tensor", None)),  # [B, H, K] or [B, N, H, K]
     (r"^memory/", ROWS),
 )
 
@@ -98,6 +99,7 @@ def partition(mesh: Mesh, tree: Any, rules: Sequence[tuple[str, P]] = PARTITION_
     def sharding_of(path, x):
         path = jax.tree_util.keystr(path, simple=True, separator="/")
         spec = next((spec for expression, spec in rules if x.ndim and re.search(expression, path)), P())
+        spec = _without_ellipsis(spec, x.ndim)
         if len(spec) > x.ndim:
             raise ValueError(f"{path} is split by {spec}, and has only {x.ndim} axes, {list(x.shape)}; correct its row")
         return NamedSharding(mesh, _that_divides(mesh, spec, x.shape))
@@ -152,6 +154,15 @@ def over_batch(function, arrays, shared, spec: P = ROWS):
         return function(arrays, jax.lax.pcast(shared, axes, to="varying"))
 
     return jax.shard_map(on_device, in_specs=(spec, P()), out_specs=spec, axis_names=set(axes))(arrays, shared)
+
+
+def _without_ellipsis(spec, ndim):
+    """A partition of an array of so many axes, with None for each that the Ellipsis stands for."""
+    axes = list(spec)
+    if ... in axes:
+        first = axes.index(...)
+        axes[first : first + 1] = [None] * (ndim - len(axes) + 1)
+    return P(*axes)
 
 
 def _that_divides(mesh, spec, shape):

@@ -132,10 +132,20 @@ def test_parameters_moments_and_memories_are_split_by_the_table():
     assert feed_forward["hidden"]["kernel"] == P("fsdp", "tensor")
     assert feed_forward["out"]["kernel"] == P("tensor", "fsdp")
     assert specs["params"]["embedding"] == P("tensor", "fsdp")
-    assert specs["memory"][0].fast_weights == P(("data", "fsdp"), "tensor")
+    assert specs["memory"][0].fast_weights == P(("data", "fsdp"), "tensor", None, None)
+    assert specs["memory"][0].key_sum == P(("data", "fsdp"), "tensor", None)
     assert sharding.partition(mesh, {"memory": {"position": jnp.zeros(())}})["memory"]["position"].spec == P()
     moments = [s for s in jax.tree.leaves(specs["optimizer"], is_leaf=lambda s: isinstance(s, P)) if s != P()]
     assert len(moments) == 2 * sum(s != P() for s in jax.tree.leaves(specs["params"]))
+
+
+def test_several_memories_of_a_row_are_split_by_heads_as_one_is():
+    """What a call with ``memory_every`` returns, whose axis of the memories lies between rows and heads."""
+    mesh, model = sharding.make_mesh(fsdp=2, tensor=2), maker(TINY)()
+    shapes = jax.eval_shape(lambda tokens: model(tokens, memory_every=8)[1], batch_of(0)["tokens"])
+    memory = sharding.partition(mesh, {"memory": shapes})["memory"][0]
+    assert memory.fast_weights.spec == P(("data", "fsdp"), None, "tensor", None, None)
+    assert memory.key_sum.spec == P(("data", "fsdp"), None, "tensor", None)
 
 
 def test_what_is_trained_stays_split_by_the_table_and_a_step_is_compiled_once(tmp_path, monkeypatch):
