@@ -91,8 +91,8 @@ def test_a_derivative_program_may_leave_the_axis_of_a_vmap_elsewhere(wrapper):
 def test_no_wrapper_changes_values_gradients_or_tangents(options, x64):
     arrays, directions = (float64_inputs(options, length=14, seed=seed) for seed in (0, 4))
 
-    def attention(arrays, segment_ids):
-        return attend(arrays, segment_ids=segment_ids, **options)
+    def attention(arrays, context):
+        return attend(arrays, **options)
 
     def push(f):
         return jax.jvp(lambda arrays: f(arrays, None), (arrays,), (directions,))

@@ -1,6 +1,7 @@
 """JAX's transformations as functions from an attention to an attention that must give the same numbers.
 
-An attention is a function of arrays by name and of segment ids (or None) that returns y, the fast weights and key_sum.
+An attention is a function of arrays by name and of integers by name, or None: segment_ids [B, T] and lengths [B]. It
+returns y, the fast weights and key_sum.
 """
 
 import jax
@@ -72,9 +73,9 @@ def _conditional(attention):
         outputs = jax.eval_shape(attention, *inputs)
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) + zero.astype(x.dtype), outputs)
 
-    def call(arrays, segment_ids):
+    def call(arrays, context):
         always = jnp.isfinite(jnp.sum(arrays["value"]))
-        return jax.lax.cond(always, attention, nothing, arrays, segment_ids)
+        return jax.lax.cond(always, attention, nothing, arrays, context)
 
     return call
 
@@ -82,8 +83,8 @@ def _conditional(attention):
 def _mapped(attention, parts):
     """One batch after the other."""
 
-    def call(arrays, segment_ids):
-        inputs = jax.tree.map(lambda x: _split(x, 0, parts), (arrays, segment_ids))
+    def call(arrays, context):
+        inputs = jax.tree.map(lambda x: _split(x, 0, parts), (arrays, context))
         return jax.tree.map(lambda x: _join(x, 0), jax.lax.map(lambda part: attention(*part), inputs))
 
     return call
@@ -97,22 +98,27 @@ def _sharded(attention, parts):
 def _scanned(attention, parts):
     """One call after the other, each with a part of the tokens and the memory that the last one left."""
 
-    def call(arrays, segment_ids):
+    def call(arrays, context):
         tokens = {name: x for name, x in arrays.items() if name not in MEMORY}
         if "key_sum" in arrays:
             memory = tuple(arrays[name] for name in MEMORY)
         else:
-            like = jax.eval_shape(attention, arrays, segment_ids)[1:]
+            like = jax.eval_shape(attention, arrays, context)[1:]
             zero = jnp.zeros_like(arrays["value"][0, 0, 0, 0])  # in shard_map varying over the mesh, as what is written
             memory = tuple(jnp.zeros(x.shape, x.dtype) + zero.astype(x.dtype) for x in like)
 
         def body(memory, part):
-            tokens, segment_ids = part
-            y, *memory = attention(tokens | dict(zip(MEMORY, memory, strict=True)), segment_ids)
+            tokens, context = part
+            y, *memory = attention(tokens | dict(zip(MEMORY, memory, strict=True)), context)
             return tuple(memory), y
 
-        inputs = jax.tree.map(lambda x: _split(x, 1, parts), (tokens, segment_ids))
-        memory, y = jax.lax.scan(body, memory, inputs)
+        context = dict(context or {})
+        lengths = context.pop("lengths", None)
+        inputs, context = jax.tree.map(lambda x: _split(x, 1, parts), (tokens, context))
+        if lengths is not None:  # of each part; below 0 and above its tokens they count as 0 and as all of them
+            size = arrays["value"].shape[1] // parts
+            context["lengths"] = jnp.stack([lengths - i * size for i in range(parts)])
+        memory, y = jax.lax.scan(body, memory, (inputs, context or None))
         return _join(y, 1), *memory
 
     return call
@@ -120,23 +126,23 @@ def _scanned(attention, parts):
 
 def _vectorized(attention, cut, parts, shared, rng):
     """Over a new axis, but for the arguments that are shared."""
-    names = ("query", "key", "value", "beta", "log_decay", *MEMORY, "segment_ids", "y")
+    names = ("query", "key", "value", "beta", "log_decay", *MEMORY, "segment_ids", "lengths", "y")
     where = {name: 0 if rng is None else rng.random() for name in names}
 
     def place(name, ndim):
         return int(where[name] * (ndim + 1))
 
-    def call(arrays, segment_ids):
+    def call(arrays, context):
         places = {name: place(name, x.ndim) for name, x in arrays.items()}
         inputs = {name: _split(x, axis_of(name, cut), parts, places[name]) for name, x in arrays.items()}
         for name in set(shared) & set(arrays):
             inputs[name], places[name] = jnp.take(inputs[name], 0, places[name]), None
-        ids_place = None
-        if cut == "batch" and segment_ids is not None:
-            ids_place = place("segment_ids", 2)
-            segment_ids = _split(segment_ids, 0, parts, ids_place)
+        context_places = None
+        if cut == "batch" and context is not None:
+            context_places = {name: place(name, x.ndim) for name, x in context.items()}
+            context = {name: _split(x, 0, parts, context_places[name]) for name, x in context.items()}
         out_places = tuple(place(name, ndim) for name, ndim in zip(OUTPUTS, (4, 4, 3), strict=True))
-        outputs = jax.vmap(attention, (places, ids_place), out_places)(inputs, segment_ids)
+        outputs = jax.vmap(attention, (places, context_places), out_places)(inputs, context)
         axes = [axis_of(name, cut) for name in OUTPUTS]
         return tuple(_join(x, axis, place) for x, axis, place in zip(outputs, axes, out_places, strict=True))
 
