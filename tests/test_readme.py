@@ -8,7 +8,8 @@ import re
 
 import pytest
 
-README = pathlib.Path(__file__).parent.parent / "README.md"
+ROOT = pathlib.Path(__file__).parent.parent
+README = ROOT / "README.md"
 SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
@@ -21,5 +22,7 @@ def name(snippet):
 
 
 @pytest.mark.parametrize("snippet", [snippet for snippet in SNIPPETS if "runs/" not in snippet], ids=name)
-def test_a_snippet_runs_as_it_stands(snippet):
+def test_a_snippet_runs_as_it_stands(snippet, tmp_path, monkeypatch):
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    monkeypatch.chdir(tmp_path)  # where it may write
     exec(compile(snippet, "README.md", "exec"), {"__name__": "readme"})
