@@ -137,13 +137,13 @@ def test_the_full_product_of_forms_rules_and_contexts_is_the_reference(case, x64
 ROUNDED = [
     Case(*kind, length=100, packed=True, start=True)
     for kind in [
-        ("sum", False, None, "chunkwise", 16),
         ("sum", "read", "channel", "recurrent", None),
-        ("delta", False, "head", "chunkwise", None),
-        ("delta", False, None, "parallel", None),
-        ("delta", "retrieval", None, "chunkwise", 16),
+        ("sum", False, None, "chunkwise", 16),
         ("fwm", False, "head", "chunkwise", None),
+        ("delta", False, "head", "chunkwise", None),
+        ("delta", "retrieval", None, "chunkwise", 16),
         ("fwm", False, None, "recurrent", None),
+        ("delta", False, None, "parallel", None),
     ]
 ]
 
@@ -154,7 +154,8 @@ def test_float32_is_the_float64_reference_to_its_own_rounding(case):
     check_against_reference(case, jnp.float32, rtol=5e-6, gradient_rtol=2e-5)
 
 
-@pytest.mark.parametrize("case", ROUNDED, ids=str)
+# The cases that are left out have a form, and a normalisation or none, of which another case is rounded alike.
+@pytest.mark.parametrize("case", some(2, ROUNDED), ids=str)
 def test_bfloat16_loses_no_more_than_the_rounding_of_inputs_and_outputs(case):
     """Tolerances: inputs, outputs and gradients carry 2⁻⁹ = 0.2 % each; what lies between is float32."""
     check_against_reference(case, jnp.bfloat16, rtol=3e-2, gradient_rtol=6e-2)
@@ -224,7 +225,7 @@ def test_a_kernel_loses_no_more_in_bfloat16_than_inputs_outputs_and_operands(cas
 
 def test_bfloat16_inputs_are_computed_in_float32():
     """Without the rounding of the inputs themselves what remains is float32, and one rounding of y."""
-    case = ROUNDED[2]
+    case = ROUNDED[3]
     arrays = {name: jnp.asarray(x, jnp.bfloat16) for name, x in random_inputs(case).items() if x is not None}
     exact = {name: x.astype(jnp.float32) for name, x in arrays.items()}
     out, *memory = compiled_attend(**case.options)(arrays)

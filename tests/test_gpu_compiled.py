@@ -25,7 +25,7 @@ def run(*command, **more):
 @pytest.mark.parametrize(
     "options",
     [
-        ["--cards", "90", "--key-sizes", "64", "--dtypes", "bfloat16", "--decays", "none", "per-channel"],
+        ["--cards", "90", "--key-sizes", "64", "--dtypes", "bfloat16", "--decays", "none"],
         pytest.param(["--lengths", "exact", "masked"], marks=pytest.mark.exhaustive),
     ],
     ids=["a card", "all"],
