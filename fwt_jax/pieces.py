@@ -260,6 +260,7 @@ def in_pieces(attend, arrays, memory, lengths, pieces: int, sequence_axis: str |
         return attend(*tokens, memory=memory, segment_ids=segment_ids, lengths=lengths, sequence_axis=axis)
 
     if sequence_axis is None:
+        _check_not_varying(arrays, pieces)
         arrays = jax.tree.map(lambda x: x.reshape(x.shape[0], pieces, -1, *x.shape[2:]), arrays)
         in_axes = (None, None, *(None if x is None else 1 for x in arrays))
         y, memory = jax.vmap(of_piece, in_axes, (1, None), axis_name=axis)(memory, lengths, *arrays)
@@ -270,3 +271,13 @@ def in_pieces(attend, arrays, memory, lengths, pieces: int, sequence_axis: str |
         divided = jax.shard_map(of_piece, in_specs=in_specs, out_specs=(by_token, whole), axis_names={axis})
         y, memory = divided(memory, lengths, *arrays)
     return y[:, :length], memory
+
+
+def _check_not_varying(arrays, pieces):
+    """Refuses ``pieces`` in ``jax.shard_map``, whose check does not know messages along an axis of ``jax.vmap``."""
+    axes = sorted({str(axis) for x in jax.tree.leaves(arrays) for axis in jax.typeof(x).manual_axis_type.varying})
+    if axes:
+        raise ValueError(
+            f"pieces={pieces} is not for arrays that vary over axes of a mesh, got {', '.join(axes)}; in jax.shard_map "
+            "pass check_vma=False, or take pieces=1"
+        )

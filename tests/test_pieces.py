@@ -119,6 +119,21 @@ def program_of(length=64, **options):
     return jax.jit(functools.partial(fwt_jax.fast_weight_attention, **options)).lower(token, token, token, beta)
 
 
+def test_pieces_in_a_shard_map_over_the_batch():
+    """JAX's check of varying axes knows no messages along an axis of vmap."""
+    x = jax.random.normal(jax.random.key(0), (2, 8, 1, 4))
+    beta = jnp.full((2, 8, 1), 0.5)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+
+    def y(x, beta, pieces=2):
+        return fwt_jax.fast_weight_attention(x, x, x, beta, pieces=pieces)[0]
+
+    with pytest.raises(ValueError, match="vary over axes of a mesh, got data; in jax.shard_map pass check_vma=False"):
+        jax.shard_map(y, mesh=mesh, in_specs=P("data"), out_specs=P("data"))(x, beta)
+    unchecked = jax.shard_map(y, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=False)
+    np.testing.assert_allclose(jax.jit(unchecked)(x, beta), y(x, beta, 1), rtol=1e-5, atol=1e-5)
+
+
 def test_no_number_of_pieces_is_one_piece_on_a_cpu():
     assert program_of(pieces=None, chunk_size=1).as_text() == program_of(chunk_size=1).as_text()
 
