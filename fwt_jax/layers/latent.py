@@ -112,14 +112,30 @@ class LatentAttention(nnx.Module):
         place = places(x, memory, self.latent_shape, self.shared_shape, ids, lengths)
         latent = self.latent_norm(self.latent(x))
         after = appended(memory, latent[:, :, None], self.shared_key(x)[:, :, None], place)
-        latent = after.key[:, :, 0]
-        key = self.key(latent)
-        shared_key = jnp.broadcast_to(after.value, (*key.shape[:-1], after.value.shape[-1]))
-        key = jnp.concatenate([key, shared_key.astype(key.dtype)], axis=-1)
-        visible = visible_slots(after, place)
-        y = softmax_read(self.query(x), key, self.value(latent), visible, self.precision)
-        y, after = finished(y, after, place)
+        read = self._read_latents if x.shape[1] == 1 else self._read_heads
+        y, after = finished(read(self.query(x), after, visible_slots(after, place)), after, place)
         return self.out(y), after
+
+    def _read_heads(self, query, cache, visible):
+        """Reads ``[B, T, H, V]`` by the keys and values of all heads, which are made from the latents."""
+        latent = cache.key[:, :, 0]
+        key = self.key(latent)
+        shared_key = jnp.broadcast_to(cache.value, (*key.shape[:-1], cache.value.shape[-1]))
+        key = jnp.concatenate([key, shared_key.astype(key.dtype)], axis=-1)
+        return softmax_read(query, key, self.value(latent), visible, self.precision)
+
+    def _read_latents(self, query, cache, visible):
+        """As ``_read_heads``: W_k goes to the query and W_v to the read, so that no token of the cache is expanded.
+
+        For one token this takes a third of the time (CPU, S = 1024), for many tokens twice as much.
+        """
+        head_size = self.key.kernel.shape[-1]
+        own = jnp.einsum("bthk,rhk->bthr", query[..., :head_size], self.key.kernel[...].astype(query.dtype))
+        absorbed = jnp.concatenate([own, query[..., head_size:]], axis=-1)
+        scale = (absorbed.shape[-1] / query.shape[-1]) ** 0.5  # softmax_read divides by the root of the size it sees
+        key = jnp.concatenate([cache.key, cache.value.astype(cache.key.dtype)], axis=-1)
+        latent = softmax_read(scale * absorbed, key, cache.key, visible, self.precision)
+        return jnp.einsum("bthr,rhv->bthv", latent, self.value.kernel[...].astype(latent.dtype))
 
     def init_memory(self, batch_size: int, max_length: int | None) -> KeyValueCache:
         """An empty cache with room for ``max_length`` tokens."""

@@ -18,7 +18,7 @@ FEATURE_MAPS = ("identity", "relu", "relu_squared", "tanh", "elu_plus_one", "sof
 INIT = nnx.initializers.normal(0.02)
 TOOLKIT_FAVOR_PLUS = functools.partial(FavorPlus, orthogonal="columns", eps=1e-4)
 # Equal partials must be one object, so that equal models are compiled once.
-_partial = functools.cache(functools.partial)
+partial = functools.cache(functools.partial)
 
 
 def features(
@@ -33,7 +33,7 @@ def features(
     """
     feature_map = getattr(feature_maps, options.feature_map)
     if options.feature_map == "dpfp":
-        feature_map = _partial(feature_map, nu=options.feature_size)
+        feature_map = partial(feature_map, nu=options.feature_size)
     elif options.feature_map == "favor_plus":
         feature_map = favor_plus(head_size, options.feature_size, rngs=rngs)
     normalizations = {None: None, "sum": feature_maps.sum_normalize, "l2": feature_maps.l2_normalize}

@@ -23,9 +23,7 @@ from fwt_jax.layers import (
     OutputGate,
 )
 from fwt_jax.models import BlockConfig, HybridConfig, HybridLM, SwiGLU
-
-# Equal layers must be made by one function, so that equal models are compiled once.
-partial = functools.cache(functools.partial)
+from fwt_jax.models.blocks import partial
 
 REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads")
 DEFAULTS = {

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fwt_jax.convert.families.fla import partial
 from fwt_jax.convert.families.names import Shapes, joined, joined_by_head, one_to_one, rows
 from fwt_jax.convert.families.options import read_options
 from fwt_jax.convert.families.qwen import expert_entries, layer_types
 from fwt_jax.convert.families.table import Entry, Family, Tensors
 from fwt_jax.layers import KimiDeltaAttention, LatentAttention
 from fwt_jax.models import BlockConfig, HybridConfig, HybridLM, MixtureOfExperts, SwiGLU
+from fwt_jax.models.blocks import partial
 
 REQUIRED = (
     "vocab_size",

@@ -10,12 +10,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from fwt_jax.convert.families.fla import partial
 from fwt_jax.convert.families.names import Shapes, joined, joined_by_head, one_to_one, rows, stacked
 from fwt_jax.convert.families.options import read_options
 from fwt_jax.convert.families.table import Entry, Family, Tensors
 from fwt_jax.layers import GatedDeltaNet, GroupedQueryAttention
 from fwt_jax.models import BlockConfig, HybridConfig, HybridLM, MixtureOfExperts, SwiGLU
+from fwt_jax.models.blocks import partial
 
 REQUIRED = (
     "vocab_size",
