@@ -185,7 +185,7 @@ def test_a_run_from_a_text_to_results_plot_sample_and_prompts(small_demo, book, 
     lm.main(config)  # nothing is trained again
     assert (out / "metrics.jsonl").read_text() == before
     capsys.readouterr()
-    generate.main(generate.Config(out, "the 7 cats", tokens=9, top_p=0.9))
+    generate.main(generate.Config(str(out), ("the 7 cats",), tokens=9, top_p=0.9))
     assert capsys.readouterr().out.startswith("the 7 cats")
     (tmp_path / "runs" / "language").mkdir(parents=True)
     out.rename(tmp_path / "runs" / "language" / "demo")
@@ -323,7 +323,7 @@ def test_a_text_that_the_steps_read_too_often_is_warned_of(small_demo, book, tmp
 
 def test_a_folder_that_holds_no_run_cannot_generate(tmp_path):
     with pytest.raises(ValueError, match=r"holds no run: .*run.json is not there; train one with"):
-        generate.main(generate.Config(tmp_path, "The"))
+        generate.main(generate.Config(str(tmp_path), ("The",)))
     (tmp_path / "run.json").write_text('{"model": {}, "subwords": {}}')
     with pytest.raises(ValueError, match=r"is not a run of python -m experiments.language; it has no vocabulary.json"):
         generate.load(tmp_path)

@@ -4,11 +4,13 @@
     python -m experiments.language --text book.txt             the same model on your own text
     python -m experiments.language --preset small-delta --wikitext DIR        a row of the paper's table 2
     python -m experiments.language --table                     the results of all finished runs
-    python -m experiments.language generate RUN --prompt "..."                a trained run continues a text
+    python -m experiments.language --from FOLDER --text book.txt              a public checkpoint trains on your text
+    python -m experiments.language generate RUN --prompt "..."                a run, or a checkpoint, continues a text
 
 A run is a folder, runs/language/<preset or text>/ or --out. Nothing is written outside of it. The same command
 continues an interrupted run. The folder has checkpoints/, metrics.jsonl, tensorboard/, run.json, vocabulary.json,
-loss.png, samples.txt and results.json. Times and results: experiments/language/README.md.
+loss.png, samples.txt and results.json. With --from it also has pretrained/, the model in the format of FOLDER. Times
+and results: experiments/language/README.md.
 
 Options that are None are the preset's own.
 """
@@ -22,20 +24,21 @@ import json
 import math
 import pathlib
 import sys
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 from flax import nnx
 from jax.sharding import Mesh
 
-from experiments.language import evaluation, text, wikitext
-from experiments.language.presets import PRESETS, Preset, describe, find
+from experiments.language import evaluation, pretrained, text, wikitext
+from experiments.language.presets import PRESETS, Checkpoint, Preset, describe, find
 from experiments.run import command_line, devices, files, folder, loss_curve, tables, training
 from experiments.run.log import read_metrics
 from fwt_jax import decode, sharding
-from fwt_jax.models import DecoderLM, ModelConfig
+from fwt_jax.models import DecoderLM, HybridLM, ModelConfig
 
 EVALUATED = ("validation", "test")
 RUNS = pathlib.Path("runs/language")
@@ -51,6 +54,8 @@ OPTIONS = {
     "model.num_heads": "--heads",
     "model.dropout": "--dropout",
     "model.dtype": "--dtype",
+    "model.config": "config.json of --from (SHA-256)",
+    "model.weights": "the sizes of the weights of --from (SHA-256)",
     "batch.rows": "--batch-size",
     "batch.length": "--length",
     "vocabulary.kind": "--vocabulary",
@@ -68,8 +73,10 @@ MANY_EPOCHS = 20  # A small text that is read more often is learned by heart.
 class Config:
     """The model, its text and its folder. Options that are None are the preset's own."""
 
-    preset: str = "demo"
-    """demo, or a row of the paper's tables; all presets are listed above."""
+    preset: str | None = None
+    """demo, or a row of the paper's tables; with --from, finetune. All presets are listed above."""
+    from_: Annotated[str | None, tyro.conf.arg(name="from")] = None
+    """Folder of a public checkpoint, or its name on the hub, "organisation/model", to train on --text."""
     text: tuple[pathlib.Path, ...] = ()
     """UTF-8 files, or folders of .txt files, instead of the preset's text."""
     wikitext: pathlib.Path | None = None
@@ -117,6 +124,11 @@ class Config:
     table: bool = False
     """Only print the results of all runs in runs/language/, or --out, beside the paper's."""
 
+    @property
+    def preset_name(self) -> str:
+        """The preset that is asked for, or the one that is taken without --preset."""
+        return self.preset or ("demo" if self.from_ is None else "finetune")
+
 
 # --- settings --------------------------------------------------------------------------------------------------------
 
@@ -127,10 +139,11 @@ def settings(config: Config) -> Preset:
     Raises:
       ValueError: an unknown preset, options out of their ranges, options that do not fit together.
     """
-    preset = find(config.preset)
+    preset = find(config.preset_name)
     least = {"steps": 1, "learning_rate": 0, "warmup": 0, "batch_size": 1, "length": 1, "layers": 1, "d_model": 2}
     least |= {"heads": 1, "dropout": 0, "accumulate": 1, "seed": 0, "fsdp": 1, "tensor": 1, "sequence": 1, "sample": 0}
     command_line.check_at_least(config, **least, vocabulary_size=0)
+    _check_from(config, preset)
     if config.wikitext and (config.text or preset.data == "demo"):
         raise ValueError("--wikitext needs a --preset of the paper's tables, and no --text")
     with _naming("--learning-rate"):  # the only option that may still be out of its range, by infinity
@@ -148,6 +161,26 @@ def settings(config: Config) -> Preset:
             f"got {changed.training.accumulate}"
         )
     return changed
+
+
+def _check_from(config, preset):
+    """Refuses options that do not fit --from, or need it."""
+    if config.from_ is None:
+        if isinstance(preset.model, Checkpoint):
+            raise ValueError(f"--preset {config.preset} needs --from, the folder of a public checkpoint")
+        return
+    if not isinstance(preset.model, Checkpoint):
+        names = " or ".join(name for name, other in PRESETS.items() if isinstance(other.model, Checkpoint))
+        raise ValueError(f"--from takes --preset {names}, got {config.preset}")
+    own = ("wikitext", "vocabulary", "layers", "d_model", "heads", "dropout")
+    wrong = [*_given(config, *own), *(name for name in ("sequence", "distributed") if getattr(config, name) > 1)]
+    if wrong:
+        raise ValueError(
+            f"--from does not go with {', '.join(map(command_line.option, wrong))}: the checkpoint has a model and a "
+            "tokenizer of its own; leave them out"
+        )
+    if not config.text:
+        raise ValueError("--from needs --text, the files to train on")
 
 
 @contextlib.contextmanager
@@ -193,15 +226,17 @@ def model_config(preset: Preset, vocab_size: int) -> ModelConfig:
 class Data:
     """A text in three splits, as tokens."""
 
-    vocabulary: text.Vocabulary
+    vocabulary: text.Vocabulary | pretrained.Tokenizer
     train: np.ndarray
     validation: np.ndarray
     test: np.ndarray
     words: dict[str, int]  # words and line ends in each split
 
 
-def read_data(config: Config, preset: Preset, out: pathlib.Path) -> Data:
-    """The text of a run, and its vocabulary. Nothing is written.
+def read_data(
+    config: Config, preset: Preset, out: pathlib.Path, vocabulary: pretrained.Tokenizer | None = None
+) -> Data:
+    """The text of a run, and its vocabulary if none is given. Nothing is written.
 
     Raises:
       ValueError: missing or empty texts, or too short ones.
@@ -212,7 +247,8 @@ def read_data(config: Config, preset: Preset, out: pathlib.Path) -> Data:
         splits = text.split(text.demo_text())
     else:
         splits = wikitext.load(config.wikitext)
-    vocabulary = _vocabulary(config, preset, splits["train"], out)
+    if vocabulary is None:
+        vocabulary = _vocabulary(config, preset, splits["train"], out)
     tokens = {name: vocabulary.encode(split) for name, split in splits.items()}
     for name in EVALUATED:
         if len(tokens[name]) < 2:
@@ -249,9 +285,17 @@ def _text_name(paths):
 
 
 def _folder_name(config, preset):
-    """The folder of a run: the preset's name, and the name of the user's own text, which takes the demo's place."""
+    """The folder of a run: the preset's or checkpoint's name, and that of the user's own text.
+
+    The text's name takes the demo's place.
+    """
     names = [path.resolve().stem for path in config.text[:1]]
-    return "-".join(names if names and preset.data == "demo" else [config.preset, *names])
+    return "-".join(names if names and preset.data == "demo" else [_model_name(config), *names])
+
+
+def _model_name(config):
+    """The name of the preset, or of the checkpoint."""
+    return config.preset_name if config.from_ is None else pathlib.Path(config.from_).resolve().name
 
 
 # --- a run -----------------------------------------------------------------------------------------------------------
@@ -268,9 +312,12 @@ class Run:
     mesh: Mesh | None
     model_name: str
     text_name: str
+    base: pretrained.Base | None  # the checkpoint of --from
 
-    def make_model(self) -> DecoderLM:
-        """The model before training."""
+    def make_model(self) -> DecoderLM | HybridLM:
+        """The model before training; that of a checkpoint has its shapes alone."""
+        if self.base is not None:
+            return self.base.make_model()
         # The axis is not in the settings of the run, which may go on with other devices.
         axis = "sequence" if self.config.sequence > 1 else None
         config = dataclasses.replace(self.preset.model, sequence_axis=axis)
@@ -286,7 +333,7 @@ class Run:
         vocabulary = {"kind": data.vocabulary.kind, "size": len(data.vocabulary), "sha256": data.vocabulary.digest()}
         digests = {"sha256": files.digest(data.train.tobytes()), "validation": files.digest(data.validation.tobytes())}
         return {
-            "model": dataclasses.asdict(preset.model),
+            "model": dataclasses.asdict(preset.model) | (self.base.identity() if self.base else {}),
             "batch": {"rows": preset.batch_size, "length": preset.length, "carry": preset.carry},
             "vocabulary": vocabulary,
             "asked for": {"vocabulary_size": self.config.vocabulary_size},
@@ -304,17 +351,19 @@ def prepare(config: Config) -> Run:
     out = folder.folder(config.out or RUNS / _folder_name(config, preset))
     with _naming("--fsdp, --tensor and --sequence"):
         mesh = devices.make_mesh(config.fsdp, config.tensor, config.sequence)
-    data = read_data(config, preset, out)
+    base = None if config.from_ is None else pretrained.Base.open(config.from_, preset.model)
+    data = read_data(config, preset, out, base.tokenizer if base else None)
     with _naming("--batch-size"):
         batches = text.Segments(data.train, preset.batch_size, preset.length)
         if mesh is not None:
             sharding.batch_partition(mesh, batches.rows)  # raises for rows that the devices cannot share
-    model_name, text_name = config.preset, _text_name(config.text) if config.text else preset.data
-    own = dataclasses.replace(find(config.preset).model, dtype=preset.model.dtype)
-    if preset.model != own or (config.text and preset.data == "demo"):
-        model_name = f"{preset.model.rule}-{preset.model.num_layers}x{preset.model.d_model}"
-    preset = dataclasses.replace(preset, model=model_config(preset, len(data.vocabulary)))
-    run = Run(config, preset, data, out, mesh, model_name, text_name)
+    model_name, text_name = _model_name(config), _text_name(config.text) if config.text else preset.data
+    if base is None:
+        own = dataclasses.replace(find(config.preset_name).model, dtype=preset.model.dtype)
+        if preset.model != own or (config.text and preset.data == "demo"):
+            model_name = f"{preset.model.rule}-{preset.model.num_layers}x{preset.model.d_model}"
+        preset = dataclasses.replace(preset, model=model_config(preset, len(data.vocabulary)))
+    run = Run(config, preset, data, out, mesh, model_name, text_name, base)
     _check_same_run(run)
     return run
 
@@ -376,6 +425,8 @@ def run(config: Config) -> dict:
         model, step = training.load(run.out, run.make_model, mesh=run.mesh)
         results = _evaluate(run, model) | {"step": step}
         sample = _sample(run, model)
+        if run.base is not None:
+            run.base.save(model, run.out / "pretrained")
     if jax.process_index() == 0:
         _report(run, results, sample)
     return results
@@ -385,9 +436,10 @@ def _describe(run):
     """Prints the sizes of the model, of its text and of its training."""
     preset, data = run.preset, run.data
     shapes = nnx.eval_shape(run.make_model)
+    rule = "" if run.base else f"rule {preset.model.rule}, "
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(shapes, nnx.Param)))
     print(
-        f"{run.title()}: {count:,} parameters, rule {preset.model.rule}, {describe(preset)}, "
+        f"{run.title()}: {count:,} parameters, {rule}{describe(preset)}, "
         f"{len(data.train):,} tokens of {len(data.vocabulary):,} kinds ({data.vocabulary.kind}), in {run.out}/"
     )
     epochs = preset.training.steps * preset.batch_size * preset.length / len(data.train)
@@ -412,6 +464,7 @@ def _train(run):
         text.Segments(data.train, preset.batch_size, preset.length),
         preset.training,
         run.out,
+        pretrained=functools.partial(run.base.load, run.mesh) if run.base else None,
         memory=run.make_model().init_memory(preset.batch_size) if preset.carry else None,
         evaluate=evaluate,
         identity=identity,
@@ -456,7 +509,8 @@ def _sample(run, model):
         return None
     prompt, vocabulary = run.data.test[:128], run.data.vocabulary
     prompts = devices.place({"prompts": prompt[None]}, run.mesh, whole=True)["prompts"]
-    model = evaluation.with_config(model, run.preset.model)  # single tokens are not split
+    if run.base is None:
+        model = evaluation.with_config(model, run.preset.model)  # single tokens are not split
     tokens = decode.generate(model, prompts, run.config.sample, key=jax.random.key(0), temperature=0.8)
     return f"{vocabulary.decode(prompt)}|{vocabulary.decode(np.asarray(tokens[0]))}\n"
 
@@ -472,7 +526,8 @@ def _report(run, results, sample):
         files.write(run.out / "samples.txt", sample)
         print(f"--- a sample: the text before | is from the test text\n{sample}---")
     print(table([results]))
-    print(f"wrote {run.out}/: results.json, loss.png, metrics.jsonl, checkpoints")
+    also = ", and pretrained, the model in its original format" if run.base else ""
+    print(f"wrote {run.out}/: results.json, loss.png, metrics.jsonl, checkpoints{also}")
     if sample:
         print(f'to continue a text of yours: python -m experiments.language generate {run.out} --prompt "..."')
 
@@ -507,7 +562,7 @@ def main(config: Config):
         results = folder.results(out, "evaluation", table)
         print(table(results) if results else f"{out}/ has no results of language models; train first, or name --out")
         return
-    find(config.preset)
+    find(config.preset_name)
     if config.distributed:
         jax.distributed.initialize()
     run(config)

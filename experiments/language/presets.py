@@ -1,4 +1,4 @@
-"""The language models of the paper's tables 2 to 5, a preset for each row, and a demo for a laptop."""
+"""The language models of the paper's tables 2 to 5, a preset for each row, a demo, and two for public checkpoints."""
 
 from __future__ import annotations
 
@@ -10,14 +10,22 @@ from fwt_jax.models import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """The model of a public checkpoint, whose config.json has its sizes. Its parameters are float32 in training."""
+
+    dtype: Literal["float32", "bfloat16"]  # of the computation
+    remat: bool  # recompute each block in the backward pass
+
+
+@dataclasses.dataclass(frozen=True)
 class Preset:
     """A model, its training and evaluation, and the paper's perplexities."""
 
-    model: ModelConfig
+    model: ModelConfig | Checkpoint
     training: TrainConfig
     batch_size: int
     length: int  # tokens of a segment in training, and of a window in evaluation
-    data: Literal["wikitext-103", "demo"] = "wikitext-103"
+    data: Literal["wikitext-103", "demo", "own"] = "wikitext-103"
     vocabulary: Literal["word", "character", "sentencepiece"] = "word"
     evaluation: Literal["sliding_window", "carried", "segments"] = "sliding_window"
     carry: bool = False  # whether a segment starts from the memory of the segment before it
@@ -27,6 +35,8 @@ class Preset:
     paper: tuple[float, float] | None = None  # the paper's perplexities of validation and test
 
     def __post_init__(self):
+        if isinstance(self.model, Checkpoint):
+            return
         if self.carry and self.model.rule == "softmax" and self.model.positions != "relative":
             raise ValueError('carry needs a memory of constant size; softmax has one with positions="relative" only')
         if self.carry and self.model.feature_map == "favor_plus":
@@ -85,6 +95,23 @@ DEMO_TRAINING = TrainConfig(
     steps=1000, learning_rate=4e-3, schedule="cosine", warmup=50, eval_every=100, save_every=100, log_every=10
 )
 
+# Small updates keep what the checkpoint knows. A checkpoint of the run has 12 bytes for each parameter, so few stay.
+FINETUNE = TrainConfig(
+    steps=300,
+    learning_rate=1e-5,
+    schedule="cosine",
+    warmup=30,
+    clip=1.0,
+    b2=0.95,
+    weight_decay=0.01,
+    eval_every=100,
+    save_every=100,
+    log_every=5,
+    keep=1,
+)
+FINETUNE_LONGER = dataclasses.replace(FINETUNE, steps=1000, learning_rate=2e-5, warmup=100, eval_every=250)
+OWN = {"data": "own", "evaluation": "segments"}
+
 PRESETS = {
     "demo": Preset(DEMO_MODEL, DEMO_TRAINING, 8, 256, data="demo", vocabulary="character", evaluation="segments"),
     # table 2
@@ -120,6 +147,9 @@ PRESETS = {
     # small-dpfp-sum is the toolkit's attn_type 6, which scales the numerator and the denominator of the read.
     "small-dpfp-sum": _small(5, (37.7, 38.8), SUM, dpfp(1), {"output_scale": 1.0, "eps": 1e-5 * 16**0.5}),
     "small-dpfp-delta": _small(5, (33.9, 35.0), DELTA, dpfp(1)),
+    # --from, on a laptop and on one accelerator
+    "finetune": Preset(Checkpoint("float32", remat=False), FINETUNE, 2, 256, **OWN),
+    "finetune-accelerator": Preset(Checkpoint("bfloat16", remat=True), FINETUNE_LONGER, 8, 2048, **OWN),
 }
 
 
@@ -137,9 +167,15 @@ def find(name: str) -> Preset:
 def describe(preset: Preset) -> str:
     """The sizes of a preset in words."""
     model, training = preset.model, preset.training
+    if isinstance(model, Checkpoint):
+        sizes = f"the model of --from, computed in {model.dtype}{' with blocks recomputed' if model.remat else ''}"
+    else:
+        sizes = (
+            f"{model.num_layers} layers, d_model {model.d_model}, {model.num_heads} heads of {model.head_size}, "
+            f"dropout {model.dropout:g}"
+        )
     return (
-        f"{model.num_layers} layers, d_model {model.d_model}, {model.num_heads} heads of {model.head_size}, "
-        f"dropout {model.dropout:g}, {training.steps:,} steps of {preset.batch_size} x {preset.length} tokens, "
+        f"{sizes}, {training.steps:,} steps of {preset.batch_size} x {preset.length} tokens, "
         f"learning rate {training.learning_rate:g}, warmup {training.warmup:,}"
     )
 

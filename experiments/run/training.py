@@ -32,7 +32,6 @@ from jax.sharding import Mesh
 
 from experiments.run import checkpoints, devices, folder, signals
 from experiments.run.log import Log
-from fwt_jax import sharding
 
 Metrics = dict[str, float]
 
@@ -155,7 +154,7 @@ def optimizer(config: TrainConfig) -> optax.GradientTransformation:
     )
 
 
-MATRICES = ("kernel", "embedding", "cluster_kernel")
+MATRICES = ("kernel", "embedding", "cluster_kernel", "head", "gate", "up", "down")  # the last three: of experts
 
 
 # --- one step --------------------------------------------------------------------------------------------------------
@@ -173,9 +172,14 @@ class State(NamedTuple):
 
 def initial_state(make_model: Callable[[], nnx.Module], config: TrainConfig, memory: Any = None) -> State:
     """The state of a new model. ``memory`` is the argument of the loss in the first step."""
-    _, params, constants = nnx.split(make_model(), nnx.Param, ...)
-    params, constants = (nnx.to_pure_dict(nnx.as_pure(state)) for state in (params, constants))
+    params, constants = _variables(make_model())
     return State(jnp.zeros((), jnp.int32), params, constants, optimizer(config).init(params), memory)
+
+
+def _variables(model) -> tuple[Any, Any]:
+    """The arrays of a model that are trained, and its other arrays."""
+    _, params, constants = nnx.split(model, nnx.Param, ...)
+    return nnx.to_pure_dict(nnx.as_pure(params)), nnx.to_pure_dict(nnx.as_pure(constants))
 
 
 def graph_of(make_model: Callable[[], nnx.Module]) -> nnx.GraphDef:
@@ -263,6 +267,7 @@ def train(
     config: TrainConfig,
     out: pathlib.Path,
     *,
+    pretrained: Callable[[], nnx.Module] | None = None,
     memory: Any = None,
     evaluate: Callable[[nnx.Module], Metrics] | None = None,
     identity: dict[str, Any] | None = None,
@@ -278,6 +283,8 @@ def train(
       batches: the training data; the position in it is saved.
       config: how to train.
       out: the folder of the run.
+      pretrained: loads the model that training begins from, called once and not where a run goes on; make_model then
+        only gives the shapes. Without it, training begins from make_model().
       memory: the memory of the first step, a tree of arrays whose first axis is the batch; None for losses that need
         none.
       evaluate: takes the model and returns numbers by name. The smallest "loss" makes the best checkpoint.
@@ -308,7 +315,9 @@ def train(
         if mesh is not None:
             stack.enter_context(jax.set_mesh(mesh))
         manager = stack.enter_context(checkpoints.manager(out, config.keep, config.saves))
-        state, host = _start(manager, functools.partial(initial_state, make_model, config, memory), batches, mesh)
+        init = functools.partial(initial_state, make_model, config, memory)
+        load = None if pretrained is None else functools.partial(_pretrained_state, pretrained, config, memory)
+        state, host = _start(manager, init, load, batches, mesh)
         if int(state.step) > config.steps:
             raise ValueError(
                 f"the run in {out} has made {int(state.step)} steps already, more than the {config.steps} asked for; "
@@ -339,15 +348,23 @@ def _check_settings(out, config, identity, words):
     folder.check_identity(out / "run.json", settings, free, names)
 
 
-def _start(manager, init, batches, mesh):
+def _start(manager, init, load, batches, mesh):
     """The state and the host's values to go on from: of the newest checkpoint, or new ones."""
     abstract = State(**devices.abstract(jax.eval_shape(init)._asdict(), mesh))
     state, host = checkpoints.restore(manager, abstract)
     if state is None:
-        shardings = None if mesh is None else State(**sharding.partition(mesh, jax.eval_shape(init)._asdict()))
-        state = jax.jit(init, out_shardings=shardings)()
+        shardings = None if mesh is None else jax.tree.map(lambda x: x.sharding, abstract)
+        state = jax.jit(init, out_shardings=shardings)() if load is None else load(shardings)
         host = {"batches": batches.get_state(), "window": [0.0, 0.0, 0], "tokens": 0.0, "seconds": 0.0}
     return state, host
+
+
+def _pretrained_state(pretrained, config, memory, shardings) -> State:
+    """``initial_state`` of a model that is loaded, without a second copy of its parameters."""
+    params, constants = _variables(pretrained())
+    moments = jax.jit(optimizer(config).init, out_shardings=None if shardings is None else shardings.optimizer)(params)
+    state = State(jnp.zeros((), jnp.int32), params, constants, moments, memory)
+    return state if shardings is None else jax.device_put(state, shardings)
 
 
 def _loop(graph, loss, batches, config, evaluate, mesh, manager, state, log, stop):

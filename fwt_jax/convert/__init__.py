@@ -19,7 +19,7 @@ The toolkit's weights, by a table:
 """
 
 from fwt_jax.convert.files import load, save
-from fwt_jax.convert.pretrained import from_pretrained, load_tokenizer, save_pretrained
+from fwt_jax.convert.pretrained import from_pretrained, load_tokenizer, read_config, save_pretrained
 from fwt_jax.convert.toolkit import (
     ATTENTION,
     DERIVED,
@@ -40,6 +40,7 @@ __all__ = [
     "gradients_to_toolkit",
     "load",
     "load_tokenizer",
+    "read_config",
     "save",
     "save_pretrained",
     "to_toolkit",

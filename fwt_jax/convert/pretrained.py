@@ -58,13 +58,7 @@ def from_pretrained(
         tensors, all of them; numbers that are not float32, bfloat16 or float16; NaN and infinite numbers.
     """
     folder = local_folder(name)
-    text, options, family = _read_config(folder)
-    tensors = checkpoint.read_headers(folder)
-    try:
-        config = family.config(options, {name: x.shape for name, x in tensors.items()})
-        config = dataclasses.replace(config, options=text, **changes)
-    except ValueError as error:
-        raise ValueError(f"{folder / checkpoint.CONFIG}: {error}") from error
+    config, family, tensors = _read_model_config(folder, changes)
     graph, state = nnx.split(nnx.eval_shape(lambda: family.model(config, rngs=nnx.Rngs(0))))
     variables = nnx.to_flat_state(state)
     shapes = {_dotted(path): jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in variables}
@@ -72,6 +66,30 @@ def from_pretrained(
     _check_tensors(folder, tensors, entries, shapes, family)
     values = _read_values(folder, tensors, entries, dtype, mesh)
     return nnx.merge(graph, nnx.from_flat_state([(path, x.replace(values[_dotted(path)])) for path, x in variables]))
+
+
+def read_config(name: str | os.PathLike, **changes: Any) -> Any:
+    """The config of the model that ``from_pretrained`` makes. It reads no weights.
+
+    Args:
+      name: as for ``from_pretrained``.
+      changes: other values for fields of the config.
+
+    Raises:
+      ValueError: see ``from_pretrained``.
+    """
+    return _read_model_config(local_folder(name), changes)[0]
+
+
+def _read_model_config(folder, changes) -> tuple[Any, Family, dict[str, Tensor]]:
+    """The config of a folder's model, its family and its tensors."""
+    text, options, family = _read_config(folder)
+    tensors = checkpoint.read_headers(folder)
+    try:
+        config = family.config(options, {name: x.shape for name, x in tensors.items()})
+        return dataclasses.replace(config, options=text, **changes), family, tensors
+    except ValueError as error:
+        raise ValueError(f"{folder / checkpoint.CONFIG}: {error}") from error
 
 
 def _dotted(path):
