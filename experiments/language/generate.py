@@ -1,7 +1,7 @@
 """A language model continues prompts, which are printed with their continuations.
 
-python -m experiments.language generate runs/language/demo --prompt "ROMEO:"                  a run
-python -m experiments.language generate FOLDER --prompt "The fox" --prompt "Why"             a public checkpoint
+    python -m experiments.language generate runs/language/demo --prompt "ROMEO:"            a run
+    python -m experiments.language generate FOLDER --prompt "The fox" --prompt "Why"        a public checkpoint
 
 FOLDER has config.json, model.safetensors and tokenizer.json, or is a name of the hub, "organisation/model". Several
 prompts are read as one batch. The printed text of a checkpoint ends at the first eos_token_id of its config.json.

@@ -324,7 +324,7 @@ def load_tokenizer(name: str | os.PathLike, vocab_size: int) -> Any:
     except ImportError as error:
         raise ValueError(f"{path} takes tokenizers: {INSTALL}") from error
     if not path.is_file():
-        raise ValueError(f"{path} is not there; put the model's own there, or give tokens instead of text")
+        raise ValueError(f"{path} is not there; put the model's own there, or call fwt_jax.decode.generate with tokens")
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises nothing more special
