@@ -1,4 +1,4 @@
-"""DeltaNet, GatedDeltaNet, KimiDeltaAttention and LinearAttention: their numbers, and their streams."""
+"""Layers with short convolutions, and LinearAttention: their numbers, and their streams."""
 
 import functools
 import json
@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from fwt_jax import feature_maps
+from fwt_jax import FastWeightAttention, feature_maps
 from fwt_jax.layers import (
     Decay,
     DeltaNet,
@@ -31,6 +31,9 @@ LAYERS = {
     "delta without convolutions": functools.partial(DeltaNet, *SIZES, conv_size=None, use_beta=False),
     "gated": functools.partial(GatedDeltaNet, *SIZES, value_size=6, num_value_heads=4, max_beta=2.0),
     "per channel": functools.partial(KimiDeltaAttention, *SIZES, num_value_heads=4, rank=5),
+    "fast weights": functools.partial(
+        FastWeightAttention, *SIZES, value_size=6, num_value_heads=4, conv_size=3, normalize="retrieval"
+    ),
     "linear": functools.partial(LinearAttention, 16, 4, 8, num_key_value_heads=2, normalize=True),
 }
 T = 13
@@ -142,7 +145,7 @@ def test_calls_one_after_another_are_one_call(name):
     assert_close((jnp.concatenate(outs, axis=1), streamed), (y, memory))
 
 
-@pytest.mark.parametrize("name", ["gated", "per channel", "linear"])
+@pytest.mark.parametrize("name", ["gated", "per channel", "fast weights", "linear"])
 def test_packed_documents_are_as_alone(name):
     layer, x = layer_and_input(name)
     y, memory = call(layer, x, segment_ids=SEGMENT_IDS)
@@ -153,7 +156,7 @@ def test_packed_documents_are_as_alone(name):
         assert_close(jax.tree.map(lambda leaf, row=row: leaf[row : row + 1], memory), last)
 
 
-@pytest.mark.parametrize("name", ["gated", "linear"])
+@pytest.mark.parametrize("name", ["gated", "fast weights", "linear"])
 def test_padding_behind_changes_nothing(name):
     layer, x = layer_and_input(name)
     start = call(layer, x[:, ::-1])[1]
@@ -164,7 +167,7 @@ def test_padding_behind_changes_nothing(name):
     assert_close(jax.tree.map(lambda leaf: leaf[1], memory), jax.tree.map(lambda leaf: leaf[1], start))
 
 
-@pytest.mark.parametrize("name", ["gated", "linear"])
+@pytest.mark.parametrize("name", ["gated", "fast weights", "linear"])
 def test_memories_on_the_way(name):
     layer, x = layer_and_input(name)
     y, memories = call(layer, x, memory_every=5)
@@ -177,7 +180,9 @@ def test_memories_on_the_way(name):
     assert_close(jax.tree.map(lambda leaf: leaf[1, 1:], cut), jax.tree.map(lambda leaf: leaf[1:].repeat(2, 0), seven))
 
 
-@pytest.mark.parametrize("name, is_packed", [("gated", False), ("gated", True), ("linear", True)])
+@pytest.mark.parametrize(
+    "name, is_packed", [("gated", False), ("gated", True), ("fast weights", True), ("linear", True)]
+)
 def test_the_tokens_of_a_mesh_axis(name, is_packed):
     layer, x = layer_and_input(name)
     x = jnp.concatenate([x, x[:, :7]], axis=1)  # 20 tokens, 5 on each device
@@ -229,6 +234,12 @@ def test_the_start_of_a_decay():
     rate, step = jnp.exp(decay.log_rate[...]), jax.nn.softplus(decay.bias[...])
     assert 1 <= rate.min() < 1.2 and 15.8 < rate.max() <= 16
     assert 0.00099 < step.min() < 0.0012 and 0.09 < step.max() < 0.101
+
+
+def test_a_convolution_keeps_the_dtype_of_its_input():
+    """With taps of float32: the layer behind it is to multiply in bfloat16."""
+    y, inputs = ShortConvolution((3,), 4, rngs=nnx.Rngs(0))(jnp.ones((1, 9, 3), jnp.bfloat16))
+    assert y.dtype == inputs.dtype == jnp.bfloat16
 
 
 def test_bfloat16_is_near_float32():

@@ -95,15 +95,14 @@ class ShortConvolution(nnx.Module):
         if reset is not None:
             segment = jnp.cumsum(jnp.concatenate([before, reset], axis=1), axis=1)
         taps = self.taps[...]
-        dtype = jnp.result_type(x, taps)
-        y = jnp.zeros(x[:, :length].shape, computation_dtype(dtype))
+        y = jnp.zeros(x[:, :length].shape, computation_dtype(x.dtype))
         for j in range(size):
             tokens = x[:, j : j + length]
             if segment is not None and j < size - 1:
                 same = segment[:, j : j + length] == segment[:, size - 1 :]
                 tokens = jnp.where(lax.expand_dims(same, range(2, x.ndim)), tokens, 0)
             y = y + tokens.astype(y.dtype) * taps[j].astype(y.dtype)[None, None]
-        return y.astype(dtype), _last_inputs(x, segment, ends, length, size, axis)
+        return y.astype(x.dtype), _last_inputs(x, segment, ends, length, size, axis)
 
     def init_memory(self, batch_size: int, dtype=jnp.float32) -> jax.Array:
         """Inputs of no token: zeros ``[B, W−1, *channels]``."""
@@ -167,10 +166,11 @@ class ConvolvedMemory(NamedTuple):
 class Convolutions(nnx.Module):
     """The short convolutions of queries, keys and values: ``ShortConvolution`` three times."""
 
-    def __init__(self, query_channels, value_channels, size: int, **options):
-        self.query = ShortConvolution(query_channels, size, **options)
-        self.key = ShortConvolution(query_channels, size, **options)
-        self.value = ShortConvolution(value_channels, size, **options)
+    def __init__(self, query_channels, value_channels, conv_size: int, **options):
+        arguments.sizes(conv_size=conv_size)
+        self.query = ShortConvolution(query_channels, conv_size, **options)
+        self.key = ShortConvolution(query_channels, conv_size, **options)
+        self.value = ShortConvolution(value_channels, conv_size, **options)
 
     def all(self) -> tuple[ShortConvolution, ShortConvolution, ShortConvolution]:
         """Of queries, keys and values."""
