@@ -256,8 +256,8 @@ def test_a_run_that_lacks_a_later_option_has_its_default(small_demo, book, tmp_p
     saved_run(config)
     run, path = lm.prepare(config), tmp_path / "run" / "run.json"
     settings, saved = json.loads(path.read_text()), {"training": dataclasses.asdict(run.preset.training)}
-    later = [settings["model"].pop(name) for name in ("sequence_axis", "num_value_heads")]
-    assert later == [None, None]
+    later = [settings["model"].pop(name) for name in ("sequence_axis", "num_value_heads", "conv_size")]
+    assert later == [None] * 3
     path.write_text(json.dumps(settings))
     folder.check_identity(path, saved | lm.prepare(config).identity())
     run.data.vocabulary.save(tmp_path / "run" / "vocabulary.json")

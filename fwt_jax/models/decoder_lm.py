@@ -71,8 +71,8 @@ class ModelConfig:
         layers of rule "softmax" have no such argument: the compiler gathers their keys and values.
 
     Raises:
-      ValueError: an unknown name, a size below 1, an odd d_model, a dropout outside of [0, 1), cutoffs that do not rise
-        between 0 and V.
+      ValueError: an unknown name, a size below 1, num_value_heads or conv_size with rule "softmax", an odd d_model, a
+        dropout outside of [0, 1), cutoffs that do not rise between 0 and V.
     """
 
     vocab_size: int
@@ -115,11 +115,7 @@ class ModelConfig:
             raise ValueError(
                 f"memory_length and clamp_length must not be negative, got {self.memory_length}, {self.clamp_length}"
             )
-        if self.num_value_heads is not None and (rule is None or self.num_value_heads % self.num_heads):
-            raise ValueError(
-                f"num_value_heads is for fast weights, and a multiple of num_heads {self.num_heads}, got "
-                f"{self.num_value_heads} with rule={self.rule!r}; leave it out for num_heads"
-            )
+        self._check_sizes_of_fast_weights()
         if self.positions == "relative":
             fits = rule is None and self.norm == "post"
         else:
@@ -137,6 +133,21 @@ class ModelConfig:
         bounds = (0, *self.cutoffs, self.vocab_size)
         if any(low >= high for low, high in itertools.pairwise(bounds)):
             raise ValueError(f"cutoffs must rise between 0 and vocab_size {self.vocab_size}, got {self.cutoffs}")
+
+    def _check_sizes_of_fast_weights(self):
+        sizes = {name: getattr(self, name) for name in ("num_value_heads", "conv_size")}
+        given = {name: size for name, size in sizes.items() if size is not None}
+        arguments.sizes(**given)
+        if given and self.memory_rule is None:
+            raise ValueError(
+                f"num_value_heads and conv_size are for fast weights, got {given} with rule={self.rule!r}; "
+                "leave them out, or take another rule"
+            )
+        if given.get("num_value_heads", self.num_heads) % self.num_heads:
+            raise ValueError(
+                f"num_value_heads must be a multiple of num_heads {self.num_heads}, got {self.num_value_heads}; "
+                "leave it out for one each"
+            )
 
     @property
     def memory_rule(self) -> Rule | None:
