@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from fwt_jax.convert import from_pretrained, save_pretrained
 from fwt_jax.convert.families import FAMILIES
+from fwt_jax.convert.families.fla import FEATURES
 from fwt_jax.decode import generate
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "public_models"
@@ -204,7 +205,76 @@ def test_other_names_give_the_same_model_and_are_written_again(name, change, tmp
     assert set(before) == set(after) and all(np.array_equal(before[key], after[key]) for key in before)
 
 
+def entries_without_weights(options, shapes_on_disk):
+    """The rows of the table of names of a model, and the shapes of its variables."""
+    family = FAMILIES[options["model_type"]]
+    config = family.config(options, shapes_on_disk)
+    state = nnx.state(nnx.eval_shape(lambda: family.model(config, rngs=nnx.Rngs(0))))
+    shapes = {".".join(map(str, path)): jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in nnx.to_flat_state(state)}
+    return list(family.entries(config, shapes)), shapes
+
+
+def test_a_joined_convolution_that_three_does_not_divide():
+    options = golden_options("olmo_hybrid") | {"linear_num_key_heads": 1, "linear_num_value_heads": 1}
+    name = "model.layers.0.linear_attn.{}_conv1d.weight"
+    # 6 channels of queries and of keys, 10 of values; transformers saves torch.chunk(3) of the 22.
+    options["linear_value_head_dim"] = 10
+    sizes = (8, 8, 6)
+    shapes_on_disk = {name.format(letter): (size, 1, 4) for letter, size in zip("qkv", sizes, strict=True)}
+    entries, shapes = entries_without_weights(options, shapes_on_disk)
+    (entry,) = (x for x in entries if name.format("q") in x.disk)
+    whole = jnp.arange(22 * 4).reshape(22, 1, 4)
+    disk = jnp.split(whole, [8, 16])
+    taps = entry.to_model(*disk)
+    assert [x.shape for x in taps] == [shapes[path].shape for path in entry.model]
+    np.testing.assert_array_equal(taps[2][:, 0], whole[12:, 0].T)
+    assert all(np.array_equal(x, y) for x, y in zip(entry.to_disk(*taps), disk, strict=True))
+
+
 # --- config.json -----------------------------------------------------------------------------------------------------
+
+
+def golden_options(name):
+    return json.loads((GOLDEN / name / "config.json").read_text())
+
+
+# What transformers 5.24 writes of a Kimi Linear, beside the options that the published one has.
+KIMI_OF_TRANSFORMERS = {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "first_k_dense_replace": None,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+    "linear_attn_config": None,
+    "linear_conv_kernel_dim": 4,
+    "linear_head_dim": 12,
+    "linear_num_heads": 2,
+    "mlp_layer_types": ["dense", "sparse", "sparse"],
+    "moe_layer_freq": None,
+    "output_router_logits": False,
+    "pretraining_tp": 1,
+    "qk_head_dim": 12,
+}
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("kimi_linear", KIMI_OF_TRANSFORMERS),
+        ("kimi_linear", {"layer_types": KIMI_OF_TRANSFORMERS["layer_types"]}),
+        ("linear_attn_elu_norm", {"tie_feature_map_qk": True}),  # without weights there is nothing to tie
+        ("gated_deltanet", {"expand_v": 2.0000000000000004}),
+    ],
+)
+def test_options_that_say_the_same(name, options):
+    config = FAMILIES[golden_options(name)["model_type"]].config
+    assert config(golden_options(name) | options, {}) == config(golden_options(name), {})
+
+
+def test_dpfp_is_that_of_flash_linear_attention():
+    golden = np.load(GOLDEN.parent / "fla" / "feature_maps.npz")
+    function, layers = FEATURES["dpfp"]
+    assert not layers
+    np.testing.assert_allclose(function(jnp.asarray(golden["x"])), golden["dpfp_nu4"], rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -231,10 +301,12 @@ def test_other_names_give_the_same_model_and_are_written_again(name, change, tmp
         ("qwen3_5_multimodal", {"text_config": None}, "missing: text_config"),
         ("olmo_hybrid", {"num_attention_heads": 5}, "must divide hidden_size 32, got 5"),
         ("kimi_linear", {"q_lora_rank": 8}, "q_lora_rank must be None, got 8"),
+        ("kimi_linear", {"attention_bias": True}, "attention_bias must be False, got True"),
+        ("kimi_linear", {"mlp_layer_types": ["dense", "moe", "dense"]}, "mlp_layer_types must be dense or sparse"),
         (
             "kimi_linear",
-            {"linear_attn_config": {"head_dim": 12}},
-            "linear_attn_config: these options are missing: num_heads",
+            {"linear_attn_config": {"head_dim": 12, "kda_layers": [1], "full_attn_layers": [3]}},
+            r"must be the layers 1 to 3, got \[1\] and \[3\]",
         ),
         ("gated_deltanet", {"num_hidden_layers": 3}, "model.layers.2.attn.q_proj.weight is missing"),
         ("gated_deltanet", {"tie_word_embeddings": True}, "lm_head.weight"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -152,11 +153,11 @@ def _divided(size, number, rule):
 
 
 def _size(factor, size, name):
-    """size · factor, which must be an integer."""
-    result = size * factor
-    if result != int(result) or result < 1:
+    """size · factor, which must be an integer up to rounding."""
+    result = round(size * factor)
+    if result < 1 or not math.isclose(result, size * factor):
         raise ValueError(f"{name} must give a size that is an integer, got {factor} · {size}")
-    return int(result)
+    return result
 
 
 # --- delta_net -------------------------------------------------------------------------------------------------------
@@ -306,10 +307,13 @@ def linear_attn(options: Mapping[str, Any], tensors: Tensors) -> HybridConfig:
             "norm_k": False,
             "norm_q": False,
             "num_kv_heads": None,
+            "tie_feature_map_qk": False,
         },
-        only=ONLY | {"feature_map": ("elementwise_product", *FEATURES), "tie_feature_map_qk": (False,)},
+        only=ONLY | {"feature_map": ("elementwise_product", *FEATURES)},
         inert=INERT,
     )
+    if read["tie_feature_map_qk"] and FEATURES[read["feature_map"]][1]:
+        raise ValueError(f"tie_feature_map_qk must be False for the feature_map {read['feature_map']!r}, got True")
     hidden, heads = read["hidden_size"], read["num_heads"]
     key_size, value_size = (
         _divided(_size(read[name], hidden, name), heads, f"num_heads must divide hidden_size · {name}")
@@ -349,18 +353,12 @@ def _hedgehog(x):
     return jax.nn.softmax(jnp.concatenate([2 * x, -2 * x], axis=-1), axis=-1)
 
 
-def _signed_dpfp(x, nu=4):
-    """DPFP as flash-linear-attention has it: its u is [relu(x); −relu(x)], not the paper's relu([x; −x])."""
-    u = jnp.concatenate([jax.nn.relu(x), -jax.nn.relu(x)], axis=-1)
-    return jnp.concatenate([u * jnp.roll(u, j, axis=-1) for j in range(1, nu + 1)], axis=-1)
-
-
 # The maps by their names: f, and the layers before it, each with whether it has a bias.
 FEATURES: dict[str, tuple[Callable[..., jax.Array], tuple[tuple[str, bool], ...]]] = {
     "elementwise_product": (jnp.multiply, (("layer1", True), ("layer2", True))),
     "hedgehog": (_hedgehog, (("layer", True),)),
     "t2r": (jax.nn.relu, (("layer", False),)),
-    "dpfp": (_signed_dpfp, ()),
+    "dpfp": (functools.partial(feature_maps.dpfp, nu=4), ()),
     "elu": (feature_maps.elu_plus_one, ()),
     "relu": (feature_maps.relu, ()),
     "identity": (feature_maps.identity, ()),

@@ -23,34 +23,48 @@ REQUIRED = (
     "qk_nope_head_dim",
     "qk_rope_head_dim",
     "v_head_dim",
-    "linear_attn_config",
 )
 DEFAULTS = {
-    "first_k_dense_replace": 0,
+    "first_k_dense_replace": 1,
     "layer_types": None,
+    "linear_attn_config": None,
+    "linear_conv_kernel_dim": 4,
+    "linear_head_dim": 128,
+    "linear_num_heads": 32,
+    "mlp_layer_types": None,
     "moe_intermediate_size": None,
-    "moe_layer_freq": 1,
     "moe_renormalize": True,
     "num_expert_group": 1,
     "num_experts": 0,
     "num_experts_per_token": None,
     "num_shared_experts": 1,
     "rms_norm_eps": 1e-5,
-    "routed_scaling_factor": 1.0,
+    "routed_scaling_factor": 2.446,
     "topk_group": 1,
 }
 ONLY = {
+    "attention_bias": (False,),
+    "attention_dropout": (0.0, 0),
     "hidden_act": ("silu",),
     "mla_use_nope": (True,),
     "moe_router_activation_func": ("sigmoid",),
     "num_nextn_predict_layers": (0,),
+    "output_router_logits": (False,),
     "q_lora_rank": (None,),
     "rope_scaling": (None,),
     "tie_word_embeddings": (False,),
     "use_grouped_topk": (True,),
 }
-# head_dim and num_key_value_heads are not read by latent attention, nor rope_theta without positions.
-INERT = ("head_dim", "model_max_length", "num_key_value_heads", "rope_theta")
+# Sizes that latent attention has from others, and what transformers 5.24 does not read
+INERT = (
+    "head_dim",
+    "model_max_length",
+    "moe_layer_freq",
+    "num_key_value_heads",
+    "pretraining_tp",
+    "qk_head_dim",
+    "rope_theta",
+)
 LATENT_NORM_EPS = 1e-6  # whatever rms_norm_eps is
 
 NAMES = {"model.embed_tokens.weight": "embedding", "model.norm.weight": "norm.scale", "lm_head.weight": "head"}
@@ -148,7 +162,10 @@ def kimi_linear(options: Mapping[str, Any], tensors: Tensors) -> HybridConfig:
     return HybridConfig(
         vocab_size=read["vocab_size"],
         d_model=read["hidden_size"],
-        blocks=tuple(BlockConfig(mixers[kind], _feed_forward(read, i)) for i, kind in enumerate(kinds)),
+        blocks=tuple(
+            BlockConfig(mixers[kind], _feed_forward(read, is_mixture))
+            for kind, is_mixture in zip(kinds, _are_mixtures(read), strict=True)
+        ),
         norm_eps=read["rms_norm_eps"],
         layout=frozenset(layout),
     )
@@ -158,25 +175,19 @@ def _delta(read):
     """The layer with a fast weight memory, and the kind of each layer."""
     try:
         linear = read_options(
-            read["linear_attn_config"],
-            required=("head_dim", "num_heads"),
-            defaults={"full_attn_layers": [], "kda_layers": None, "short_conv_kernel_size": 4},
+            read["linear_attn_config"] or {},
+            required=(),
+            defaults={
+                "full_attn_layers": None,
+                "head_dim": read["linear_head_dim"],
+                "kda_layers": None,
+                "num_heads": read["linear_num_heads"],
+                "short_conv_kernel_size": read["linear_conv_kernel_dim"],
+            },
             only={},
         )
     except ValueError as error:
         raise ValueError(f"linear_attn_config: {error}") from error
-    number = read["num_hidden_layers"]
-    if read["layer_types"] is None:  # layers are counted from 1
-        full = set(linear["full_attn_layers"])
-        kinds = ["full_attention" if i + 1 in full else "linear_attention" for i in range(number)]
-        given = linear["kda_layers"]
-        if given is not None and sorted([*given, *full]) != list(range(1, number + 1)):
-            raise ValueError(
-                f"linear_attn_config: kda_layers and full_attn_layers must be the layers 1 to {number}, "
-                f"got {given} and {sorted(full)}"
-            )
-    else:
-        kinds = layer_types(read)
     layer = partial(
         KimiDeltaAttention,
         num_heads=linear["num_heads"],
@@ -185,16 +196,40 @@ def _delta(read):
         gate_bias=False,
         norm_eps=read["rms_norm_eps"],
     )
-    return layer, kinds
+    return layer, _kinds(read, linear["kda_layers"], linear["full_attn_layers"])
 
 
-def _feed_forward(read, i):
-    is_mixture = read["num_experts"] and i >= read["first_k_dense_replace"] and i % read["moe_layer_freq"] == 0
+def _kinds(read, delta_layers, full_layers):
+    """The kind of each layer. The two lists, which may be None, count layers from 1."""
+    number = read["num_hidden_layers"]
+    if read["layer_types"] is not None:
+        return layer_types(read)
+    if delta_layers is None or full_layers is None:
+        return ["full_attention" if i > 0 and i % 4 == 0 else "linear_attention" for i in range(number)]
+    if sorted([*delta_layers, *full_layers]) != list(range(1, number + 1)):
+        raise ValueError(
+            f"linear_attn_config: kda_layers and full_attn_layers must be the layers 1 to {number}, "
+            f"got {delta_layers} and {full_layers}"
+        )
+    return ["full_attention" if i + 1 in full_layers else "linear_attention" for i in range(number)]
+
+
+def _are_mixtures(read) -> list[bool]:
+    """Whether the feed-forward layer of each block is a mixture of experts."""
+    number, kinds = read["num_hidden_layers"], read["mlp_layer_types"]
+    if kinds is None:
+        return [bool(read["num_experts"]) and i >= read["first_k_dense_replace"] for i in range(number)]
+    if len(kinds) != number or set(kinds) - {"dense", "sparse"}:
+        raise ValueError(f"mlp_layer_types must be dense or sparse for each of {number} layers, got {kinds}")
+    return [kind == "sparse" for kind in kinds]
+
+
+def _feed_forward(read, is_mixture):
     if not is_mixture:
         return partial(SwiGLU, d_ff=read["intermediate_size"])
-    missing = [name for name in ("moe_intermediate_size", "num_experts_per_token") if read[name] is None]
+    missing = [name for name in ("num_experts", "moe_intermediate_size", "num_experts_per_token") if not read[name]]
     if missing:
-        raise ValueError(f"layer {i} needs these options, which are missing: {', '.join(missing)}")
+        raise ValueError(f"mixtures of experts need these options, which are missing: {', '.join(missing)}")
     return partial(
         MixtureOfExperts,
         num_experts=read["num_experts"],

@@ -116,16 +116,22 @@ def _convolution_entries(disk, model, shapes, layout):
         yield from apart
         return
     channels = [x.shape[1] * x.shape[2] for x in (shapes[path] for path in paths)]
-    ends = [channels[0], channels[0] + channels[1]]
+    third = _third(*channels[1:])
 
     def to_model(*arrays):
-        parts = jnp.split(jnp.concatenate(arrays), ends)
+        parts = jnp.split(jnp.concatenate(arrays), [channels[0], channels[0] + channels[1]])
         return tuple(entry.to_model(part)[0] for entry, part in zip(apart, parts, strict=True))
 
     def to_disk(*taps):
-        return tuple(jnp.split(jnp.concatenate([e.to_disk(x)[0] for e, x in zip(apart, taps, strict=True)]), 3))
+        whole = jnp.concatenate([entry.to_disk(x)[0] for entry, x in zip(apart, taps, strict=True)])
+        return tuple(jnp.split(whole, [third, 2 * third]))
 
     yield Entry(names, paths, to_model, to_disk)
+
+
+def _third(key_channels, value_channels):
+    """The first two sizes of the joined convolution in three parts; the last one has the rest."""
+    return -(-(2 * key_channels + value_channels) // 3)
 
 
 def olmo_hybrid(options: Mapping[str, Any], tensors: Tensors) -> HybridConfig:
@@ -195,9 +201,9 @@ def _layout(kinds, read, tensors):
         layout.add("other_full_norms")
     key_channels = read["linear_num_key_heads"] * read["linear_key_head_dim"]
     value_channels = read["linear_num_value_heads"] * read["linear_value_head_dim"]
-    third = (2 * key_channels + value_channels) / 3
+    third = _third(key_channels, value_channels)
     firsts = [tensors.get(f"{layer}linear_attn.q_conv1d.weight", (key_channels,))[0] for layer in linear]
-    if key_channels != value_channels and third in firsts:
+    if third != key_channels and third in firsts:
         layout.add("equal_convolutions")
     return frozenset(layout)
 
