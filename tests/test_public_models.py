@@ -263,6 +263,8 @@ KIMI_OF_TRANSFORMERS = {
         ("kimi_linear", {"layer_types": KIMI_OF_TRANSFORMERS["layer_types"]}),
         ("linear_attn_elu_norm", {"tie_feature_map_qk": True}),  # without weights there is nothing to tie
         ("gated_deltanet", {"expand_v": 2.0000000000000004}),
+        # No positions: the converter of OLMo-core writes rope_theta at the top level.
+        ("olmo_hybrid", {"rope_parameters": None, "rope_theta": None}),
     ],
 )
 def test_options_that_say_the_same(name, options):

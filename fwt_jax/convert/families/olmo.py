@@ -36,9 +36,9 @@ DEFAULTS = {
     "rope_parameters": None,
     "tie_word_embeddings": False,
 }
-ONLY = {"attention_dropout": (0.0, 0), "hidden_act": ("silu",)}
-# Of new models
-INERT = ("linear_a_log_max", "linear_a_log_min", "linear_dt_init_floor", "linear_dt_max", "linear_dt_min")
+ONLY = {"attention_dropout": (0.0, 0), "hidden_act": ("silu",), "rope_scaling": (None,)}
+# Of new models, and what ``_theta`` reads
+INERT = ("linear_a_log_max", "linear_a_log_min", "linear_dt_init_floor", "linear_dt_max", "linear_dt_min", "rope_theta")
 OUTPUT_NORM_EPS = 1e-5  # whatever rms_norm_eps is
 
 NAMES = {"model.embed_tokens.weight": "embedding", "model.norm.weight": "norm.scale", "lm_head.weight": "head"}
@@ -150,7 +150,7 @@ def olmo_hybrid(options: Mapping[str, Any], tensors: Tensors) -> HybridConfig:
         max_beta=2.0 if read["linear_allow_neg_eigval"] else 1.0,
         norm_eps=OUTPUT_NORM_EPS,
     )
-    theta = _theta(read["rope_parameters"])
+    theta = _theta(options)
     full = partial(
         GroupedQueryAttention,
         num_heads=heads,
@@ -179,15 +179,14 @@ def olmo_hybrid(options: Mapping[str, Any], tensors: Tensors) -> HybridConfig:
     )
 
 
-def _theta(rope):
-    """rope_theta; None: no positions. Without rope_parameters transformers takes 10,000."""
-    if rope is None:
-        return 1e4
+def _theta(options):
+    """rope_theta, which older files have at the top level; None: no positions. Absent, transformers takes 10,000."""
+    rope = options.get("rope_parameters") or {}
     try:
         read_options(rope, required=(), defaults={}, only={"rope_type": ("default",)}, inert=("rope_theta",))
     except ValueError as error:
         raise ValueError(f"rope_parameters: {error}") from error
-    return rope.get("rope_theta", 1e4)
+    return next((x["rope_theta"] for x in (rope, options) if "rope_theta" in x), 1e4)
 
 
 def _layout(kinds, read, tensors):
