@@ -220,6 +220,12 @@ def test_a_short_convolution_is_that_of_numpy():
     np.testing.assert_array_equal(inputs, x[:, -3:])
 
 
+def test_writes_without_beta_have_its_maximum():
+    x = jax.random.normal(jax.random.key(0), (1, 1, 16))
+    one, two = (DeltaNet(*SIZES, use_beta=False, max_beta=b, rngs=nnx.Rngs(0))(x)[1] for b in (1.0, 2.0))
+    assert_close(two.fast_weights, 2 * one.fast_weights)
+
+
 def test_decays_are_below_one_and_those_with_a_bound_above_it():
     x = 10 * jax.random.normal(jax.random.key(0), (2, 5, 16))
     per_head, bounded = Decay(16, 3, rngs=nnx.Rngs(0)), Decay(16, 3, channels=4, lower_bound=-5.0, rngs=nnx.Rngs(0))

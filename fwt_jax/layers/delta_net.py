@@ -48,7 +48,7 @@ class DeltaNet(nnx.Module):
       conv_size: W, the number of tokens that the convolutions mix, or None: no convolutions.
       feature_map: φ, element by element; ``jax.nn.silu`` in the published models.
       feature_normalization: N, ``[..., K] -> [..., K]``; ``l2_normalize`` in the published models.
-      use_beta: False: β = 1.
+      use_beta: False: β = b.
       max_beta: b; with 2, W can turn a key's value around (negative eigenvalues, Grazzi et al. 2025).
       decay: a module x ``[B, T, D]`` -> log α ``[B, T, HV]`` or ``[B, T, HV, K]``, as ``Decay``, or None.
       gate: a module x -> g ``[B, T, HV, V]``, as ``OutputGate``, or None.
@@ -197,7 +197,7 @@ class DeltaNet(nnx.Module):
 
     def _write_strength(self, x):
         if self.beta is None:
-            return jnp.ones((*x.shape[:2], self.value_shape[0]), computation_dtype(x.dtype))
+            return jnp.full((*x.shape[:2], self.value_shape[0]), self.max_beta, computation_dtype(x.dtype))
         return self.max_beta * jax.nn.sigmoid(at_least_float32(self.beta(x)))
 
     def _check_memory(self, memory, batch):
