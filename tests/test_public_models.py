@@ -263,6 +263,9 @@ KIMI_OF_TRANSFORMERS = {
         ("kimi_linear", {"layer_types": KIMI_OF_TRANSFORMERS["layer_types"]}),
         ("linear_attn_elu_norm", {"tie_feature_map_qk": True}),  # without weights there is nothing to tie
         ("gated_deltanet", {"expand_v": 2.0000000000000004}),
+        # As the newest models are published
+        ("qwen3_5", {"output_gate_type": "swish", "partial_rotary_factor": 0.5}),
+        ("qwen3_5_multimodal", {"language_model_only": False}),
         # No positions: the converter of OLMo-core writes rope_theta at the top level.
         ("olmo_hybrid", {"rope_parameters": None, "rope_theta": None}),
     ],

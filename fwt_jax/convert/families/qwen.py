@@ -46,6 +46,7 @@ ONLY = {
     "attn_output_gate": (True,),
     "hidden_act": ("silu",),
     "mamba_ssm_dtype": ("float32",),
+    "output_gate_type": ("swish", "silu"),
     "output_router_logits": (False,),
     "rope_scaling": (None,),
     "use_sliding_window": (False,),
@@ -65,7 +66,14 @@ ALL_LAYERS = {"decoder_sparse_step": (1,), "mlp_only_layers": ([],), "norm_topk_
 INERT = ("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings", "router_aux_loss_coef", "sliding_window")
 
 # What is beside the text_config of a model that reads images, too.
-IMAGES = ("image_token_id", "video_token_id", "vision_config", "vision_end_token_id", "vision_start_token_id")
+IMAGES = (
+    "image_token_id",
+    "language_model_only",
+    "video_token_id",
+    "vision_config",
+    "vision_end_token_id",
+    "vision_start_token_id",
+)
 
 NAMES = {"embed_tokens.weight": "embedding", "norm.weight": "norm.scale"}
 BLOCK_NAMES = {
