@@ -229,7 +229,9 @@ def test_devices_that_share_the_model_train_what_one_trains(folder, book, small_
     ("options", "words"),
     [
         ({"vocabulary": "word"}, "--from does not go with --vocabulary: the checkpoint has a model and a tokenizer"),
-        ({"d_model": 8, "sequence": 2}, "--from does not go with --d-model, --sequence"),
+        ({"d_model": 8, "heads": 2}, "--from does not go with --d-model, --heads"),
+        ({"sequence": 2}, "--from trains in one process, without --distributed and --sequence"),
+        ({"distributed": True}, "--from trains in one process, without --distributed and --sequence"),
         ({"preset": "demo"}, "--from takes --preset finetune or finetune-accelerator, got demo"),
         ({"text": ()}, "--from needs --text"),
         ({"from_": None, "preset": "finetune"}, "--preset finetune needs --from"),

@@ -173,12 +173,14 @@ def _check_from(config, preset):
         names = " or ".join(name for name, other in PRESETS.items() if isinstance(other.model, Checkpoint))
         raise ValueError(f"--from takes --preset {names}, got {config.preset}")
     own = ("wikitext", "vocabulary", "layers", "d_model", "heads", "dropout")
-    wrong = [*_given(config, *own), *(name for name in ("sequence", "distributed") if getattr(config, name) > 1)]
-    if wrong:
+    given = [command_line.option(name) for name in _given(config, *own)]
+    if given:
         raise ValueError(
-            f"--from does not go with {', '.join(map(command_line.option, wrong))}: the checkpoint has a model and a "
-            "tokenizer of its own; leave them out"
+            f"--from does not go with {', '.join(given)}: the checkpoint has a model and a tokenizer of its own; "
+            "leave them out"
         )
+    if config.sequence > 1 or config.distributed:
+        raise ValueError("--from trains in one process, without --distributed and --sequence; take --fsdp and --tensor")
     if not config.text:
         raise ValueError("--from needs --text, the files to train on")
 
@@ -562,7 +564,7 @@ def main(config: Config):
         results = folder.results(out, "evaluation", table)
         print(table(results) if results else f"{out}/ has no results of language models; train first, or name --out")
         return
-    find(config.preset_name)
+    settings(config)  # raises before several processes wait for each other
     if config.distributed:
         jax.distributed.initialize()
     run(config)
