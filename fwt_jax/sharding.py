@@ -31,15 +31,18 @@ TOKENS = P(BATCH, "sequence")  # of arrays [B, T, ...]
 # array that no row matches is whole on every device. Moments of an optimizer match like their parameters, because
 # their paths end alike. An Ellipsis stands for any number of axes that are whole.
 PARTITION_RULES: tuple[tuple[str, P], ...] = (
-    (r"(^|/)embedding$", P("tensor", "fsdp")),  # [V, D]
+    (r"(^|/)(embedding|head)$", P("tensor", "fsdp")),  # [V, D]
     (r"/(query|key|value|position)/kernel$", P("fsdp", "tensor", None)),  # [D, H, K]
-    (r"mixer/gate/kernel$", P("fsdp", "tensor", None)),  # [D, H, V]
-    (r"/beta/kernel$", P("fsdp", "tensor")),  # [D, H]
+    (r"mixer/gate(/projection)?/kernel$", P("fsdp", "tensor", None)),  # [D, H, V]
+    (r"/(beta|decay/projection)/kernel$", P("fsdp", "tensor")),  # [D, H], and [D, H, K] of a decay per channel
+    (r"/decay/(log_rate|bias)$", P("tensor")),  # [H], [H, K]
+    (r"/projection/down/kernel$", P("fsdp")),  # [D, R] of a low rank, whose [R, H, V] is a row below
+    (r"/taps$", P(None, "tensor")),  # [W, H, K]
     (r"/(latent|shared_key|router)/kernel$", P("fsdp")),  # [D, R]
     (r"(attention|mixer)/out/kernel$", P("tensor", None, "fsdp")),  # [H, V, D]
     (r"feed_forward/(gate|up)$", P(None, "fsdp", "tensor")),  # experts [E, D, F]
     (r"feed_forward/down$", P(None, "tensor", "fsdp")),  # [E, F, D]
-    (r"/(gate|up)/kernel$", P("fsdp", "tensor")),  # [D, F]
+    (r"/(gate|up)/kernel$", P("fsdp", "tensor")),  # [D, F], and [R, H, V] of a low rank
     (r"/down/kernel$", P("tensor", "fsdp")),  # [F, D]
     (r"/hidden/kernel$", P("fsdp", "tensor")),  # [D, F]
     (r"/hidden/bias$", P("tensor")),  # [F]

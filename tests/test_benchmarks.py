@@ -1,4 +1,4 @@
-"""The benchmark for a GPU, at tiny sizes on CPU."""
+"""The benchmarks for a GPU and of checkpoints, at tiny sizes on CPU."""
 
 import json
 
@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.benchmarks import gpu
+from experiments.benchmarks import gpu, pretrained
 
 
 def test_the_table_has_numbers_and_reasons_and_goes_on(tmp_path, monkeypatch, capsys):
@@ -66,3 +66,21 @@ def test_rounds_are_of_calls_in_a_row():
 
     times = gpu.rounds(run, 3)
     assert counts == [2, 1, 4, 4, 4] and times == {"ms": 10.0, "min": 10.0, "max": 10.0}
+
+
+def test_a_checkpoint_is_made_loaded_and_continued(capsys):
+    pretrained.main(pretrained.Config(dtypes=("float32",), prompt=5, tokens=2, rounds=1, tiny=True))
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("float32")]
+    _, name, seconds, loaded, peak, first_round, *_ = row.split()
+    assert name == "ours" and 0 < float(seconds) < float(first_round) and 0 < float(loaded) < float(peak)
+    assert row.endswith("3 of 3")
+
+
+def test_the_time_of_a_token_is_that_beyond_the_prompt():
+    load = {"seconds": 1.0, "peak": 150, "before": 50}
+    pairs = [
+        [{"seconds": a, "processor": a, "peak": 250, "tokens": [7] * n} for a, n in ((p, 1), (t, 5))]
+        for p, t in ((90, 99), (2, 9), (3, 4))
+    ]
+    row = pretrained._row("ours", "float32", load, pairs[0], pairs[1:], 100, [7, 7, 8, 7, 7], 4)
+    assert row.split() == "float32 ours 1.0 1.00 2.00 189.0 2.00 ( 2.00) 500 ( 500) 4 of 5".split()

@@ -50,6 +50,7 @@ PROGRAMS = {
     "benchmarks.gpu_kernels": ("--cards 1", "invalid choice"),
     "benchmarks.language_models": ("--parts nothing", "invalid choice"),
     "benchmarks.ops": ("--peers nowhere", "error: no folder nowhere"),
+    "benchmarks.pretrained": ("--peer nowhere", "--peer must be a Python interpreter"),
     "benchmarks.retrieval": ("--repeats 0", "must be at least 1, got 0"),
     "benchmarks.sliding_window": ("--toolkit nowhere", "error: nowhere is not a clone of"),
     "benchmarks.tpu": ("--chip v9", "chip must be one of"),

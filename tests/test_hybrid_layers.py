@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from fwt_jax import sharding
-from fwt_jax.layers import GroupedQueryAttention, LatentAttention
+from fwt_jax.layers import GatedDeltaNet, GroupedQueryAttention, KimiDeltaAttention, LatentAttention
 from fwt_jax.models import MixtureOfExperts, SwiGLU
 
 BATCH, LENGTH, D_MODEL, HEADS, HEAD_SIZE = 2, 8, 7, 4, 6
@@ -312,17 +312,19 @@ def test_bfloat16(name):
         assert result[1].key.dtype == jnp.bfloat16
 
 
+def partitions(**modules):
+    """The partition of every variable of abstract modules, by its path."""
+    tree = nnx.as_pure({name: nnx.state(module) for name, module in modules.items()})
+    shardings = sharding.partition(sharding.make_mesh(fsdp=2, tensor=4), tree)
+    leaves = jax.tree_util.tree_leaves_with_path(shardings)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x.spec for path, x in leaves}
+
+
 def test_every_kernel_has_its_partition():
-    mesh = sharding.make_mesh(fsdp=2, tensor=4)
     options = dict(shared_d_ff=8, router="sigmoid")
     mixer = nnx.eval_shape(lambda: GroupedQueryAttention(8, 4, 8, gate=True, rngs=nnx.Rngs(0)))
     feed_forward = nnx.eval_shape(lambda: MixtureOfExperts(8, 3, 2, 8, **options, rngs=nnx.Rngs(0)))
-    tree = nnx.as_pure({"mixer": nnx.state(mixer), "feed_forward": nnx.state(feed_forward)})
-    specs = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): x.spec
-        for path, x in jax.tree_util.tree_leaves_with_path(sharding.partition(mesh, tree))
-    }
-    assert specs == {
+    assert partitions(mixer=mixer, feed_forward=feed_forward) == {
         "mixer/query/kernel": P("fsdp", "tensor", None),
         "mixer/key/kernel": P("fsdp", "tensor", None),
         "mixer/value/kernel": P("fsdp", "tensor", None),
@@ -337,6 +339,23 @@ def test_every_kernel_has_its_partition():
         "feed_forward/shared/up/kernel": P("fsdp", "tensor"),
         "feed_forward/shared/down/kernel": P("tensor", "fsdp"),
     }
+
+
+@pytest.mark.parametrize("layer", [GatedDeltaNet, KimiDeltaAttention])
+def test_every_variable_of_a_delta_layer_has_its_partition(layer):
+    expected = {f"mixer/{name}/kernel": P("fsdp", "tensor", None) for name in ("query", "key", "value")}
+    expected |= {f"mixer/convolutions/{name}/taps": P(None, "tensor") for name in ("query", "key", "value")}
+    expected |= {"mixer/out/kernel": P("tensor", None, "fsdp"), "mixer/beta/kernel": P("fsdp", "tensor")}
+    expected |= {"mixer/norm/scale": P(), "mixer/decay/log_rate": P("tensor"), "mixer/decay/bias": P("tensor")}
+    if layer is GatedDeltaNet:
+        expected["mixer/gate/projection/kernel"] = P("fsdp", "tensor", None)
+        expected["mixer/decay/projection/kernel"] = P("fsdp", "tensor")
+    else:
+        for name in ("gate", "decay"):
+            expected[f"mixer/{name}/projection/down/kernel"] = P("fsdp")
+            expected[f"mixer/{name}/projection/up/kernel"] = P("fsdp", "tensor")
+        expected["mixer/gate/projection/up/bias"] = P()
+    assert partitions(mixer=nnx.eval_shape(lambda: layer(8, 4, 8, rngs=nnx.Rngs(0)))) == expected
 
 
 GROUPED = functools.partial(GroupedQueryAttention, 8, 4, 6, rngs=nnx.Rngs(0))

@@ -20,7 +20,8 @@ from experiments.translation import experiment as translation
 from experiments.translation import pairs as parallel_text
 from experiments.translation import presets as translation_presets
 from fwt_jax import sharding
-from fwt_jax.models import DecoderLM, EncoderDecoder
+from fwt_jax.layers import GatedDeltaNet
+from fwt_jax.models import BlockConfig, DecoderLM, EncoderDecoder, HybridConfig, HybridLM, SwiGLU
 
 pytest.importorskip("libtpu", reason="pip install -e '.[tpu]'")
 pytestmark = pytest.mark.tpu_aot
@@ -28,11 +29,15 @@ pytestmark = pytest.mark.tpu_aot
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 
 
-@functools.cache
-def mesh(topology, shape=(2, 2)):
+def devices_of(topology):
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # do not ask a metadata server what machine this is
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no TPU is used that several processes could quarrel about
-    devices = topologies.get_topology_desc(topology, platform="tpu").devices[: math.prod(shape)]
+    return topologies.get_topology_desc(topology, platform="tpu").devices
+
+
+@functools.cache
+def mesh(topology, shape=(2, 2)):
+    devices = devices_of(topology)[: math.prod(shape)]
     return jax.make_mesh(shape, ("batch", "heads"), (AxisType.Auto, AxisType.Auto), devices=devices)
 
 
@@ -130,7 +135,7 @@ def test_kernels_compile_for_other_sizes_an_odd_number_of_heads_and_whatever_jax
 
 def memory_of_a_train_step(make, loss, settings, batch, topology, axes):
     """Compiles a whole step for TPUs. With -s, its bytes and FLOPs are seen."""
-    mesh = sharding.make_mesh(**axes, devices=topologies.get_topology_desc(topology, platform="tpu").devices)
+    mesh = sharding.make_mesh(**axes, devices=devices_of(topology))
 
     def placed(tree, shardings):
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
@@ -166,6 +171,27 @@ def test_the_train_step_of_the_medium_model_fits(topology, axes, gigabytes):
         return DecoderLM(preset.model, rngs=nnx.Rngs(0))
 
     peak = memory_of_a_train_step(make, language_modeling.loss, preset.training, batch, topology, axes)
+    assert peak < gigabytes * 2**30
+
+
+@pytest.mark.exhaustive  # minutes of compiling
+@pytest.mark.parametrize(
+    ("topology", "rows", "gigabytes"), [("v5e:4x4", 16, 16), ("v5p:2x2x2", 32, 95)], ids=["v5e 4x4", "v5p 2x2x2"]
+)
+def test_the_train_step_of_a_gated_deltanet_of_1_3_billion_fits(topology, rows, gigabytes):
+    """The sizes of fla's GatedDeltaNetConfig, AdamW, bfloat16 with float32 parameters: rows of 4,096 tokens a step."""
+    make_mixer = functools.partial(GatedDeltaNet, num_heads=6, head_size=256, value_size=512)
+    block = BlockConfig(make_mixer, functools.partial(SwiGLU, d_ff=5632))
+    config = HybridConfig(32_000, 2048, (block,) * 21, dtype="bfloat16", remat=True)
+    settings = training.TrainConfig(weight_decay=0.1)
+    tokens = jax.ShapeDtypeStruct((rows, 4096), jnp.int32)
+
+    def make():
+        return HybridLM(config, rngs=nnx.Rngs(0))
+
+    chips = {"fsdp": 16 if topology == "v5e:4x4" else 8}
+    batch = {"tokens": tokens, "targets": tokens}
+    peak = memory_of_a_train_step(make, language_modeling.loss, settings, batch, topology, chips)
     assert peak < gigabytes * 2**30
 
 
