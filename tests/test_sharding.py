@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+import re
 
 import chex
 import jax
@@ -118,6 +120,33 @@ def test_a_step_with_split_tokens_is_that_of_one_device_and_gathers_no_tokens():
     assert "collective-permute" in text and "all-gather" not in text and "all-to-all" not in text
     for ours, right in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert np.linalg.norm(ours - right) <= 1e-5 * np.linalg.norm(right)
+
+
+def test_devices_exchange_only_the_tokens_that_a_convolution_looks_back():
+    """And with segments, whether one begins at a token, which is one bool each."""
+
+    def split(axis):
+        return nnx.split(FastWeightAttention(8, 2, 4, conv_size=4, sequence_axis=axis, rngs=nnx.Rngs(0)))
+
+    def gradient(graph, params, x, ids):
+        def total(params, x):
+            y, after = nnx.merge(graph, params)(x, segment_ids=ids)
+            return sum(jnp.sum(jnp.sin(x)) for x in (y, *after))
+
+        return jax.grad(total, argnums=(0, 1))(params, x)
+
+    mesh = sharding.make_mesh(data=2, sequence=4)
+    x, ids = jnp.cos(jnp.arange(2 * 64 * 8.0)).reshape(2, 64, 8), jnp.arange(128).reshape(2, 64) // 7
+    (whole, params), (graph, _) = split(None), split("sequence")
+    want = jax.jit(gradient, static_argnums=0)(whole, params, x, ids)
+    with jax.set_mesh(mesh):
+        inputs = (params, *jax.device_put((x, ids), sharding.batch_partition(mesh, (x, ids))))
+        compiled = jax.jit(gradient, static_argnums=0).lower(graph, *inputs).compile()
+        got = compiled(*inputs)
+    chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-5)
+    gathered = re.findall(r"= (\w+)\[([\d,]+)\]\S* all-(?:gather|to-all)\(", compiled.as_text())
+    assert all(kind == "pred" or math.prod(map(int, shape.split(","))) <= 4 * 8 for kind, shape in gathered)
+    assert "collective-permute" in compiled.as_text()
 
 
 def test_parameters_moments_and_memories_are_split_by_the_table():

@@ -91,18 +91,17 @@ class ShortConvolution(nnx.Module):
         if axis is not None:
             inputs, before = _halo(x, reset, inputs, axis)
         x = jnp.concatenate([inputs, x], axis=1)
-        segment = None
-        if reset is not None:
-            segment = jnp.cumsum(jnp.concatenate([before, reset], axis=1), axis=1)
+        begins = None if reset is None else jnp.concatenate([before, reset], axis=1)
         taps = self.taps[...]
         y = jnp.zeros(x[:, :length].shape, computation_dtype(x.dtype))
-        for j in range(size):
+        is_hidden = jnp.zeros((batch, length), bool)  # by a segment that begins after the token
+        for j in reversed(range(size)):
             tokens = x[:, j : j + length]
-            if segment is not None and j < size - 1:
-                same = segment[:, j : j + length] == segment[:, size - 1 :]
-                tokens = jnp.where(lax.expand_dims(same, range(2, x.ndim)), tokens, 0)
+            if begins is not None:
+                tokens = jnp.where(lax.expand_dims(is_hidden, range(2, x.ndim)), 0, tokens)
+                is_hidden = is_hidden | begins[:, j : j + length]
             y = y + tokens.astype(y.dtype) * taps[j].astype(y.dtype)[None, None]
-        return y.astype(x.dtype), _last_inputs(x, segment, ends, length, size, axis)
+        return y.astype(x.dtype), _last_inputs(x, begins, ends, length, size, axis)
 
     def init_memory(self, batch_size: int, dtype=jnp.float32) -> jax.Array:
         """Inputs of no token: zeros ``[B, W−1, *channels]``."""
@@ -124,13 +123,13 @@ def _halo(x, reset, inputs, axis):
     return jnp.where(is_first, inputs, received), begins
 
 
-def _last_inputs(x, segment, ends, length, size, axis):
+def _last_inputs(x, begins, ends, length, size, axis):
     """The W − 1 inputs before each of ``ends``, ``[B, n, W−1, ...]``, with zeros for those of other segments.
 
-    x ``[B, W−1+T, ...]`` and segment begin W − 1 tokens before the call.
+    x ``[B, W−1+T, ...]``, and where segments begin in it, start W − 1 tokens before the call.
     """
     first = 0 if axis is None else length * lax.axis_index(axis)
-    if ends is None and axis is None and segment is None:
+    if ends is None and axis is None and begins is None:
         return x[:, length:]
     after_all = length if axis is None else length * lax.axis_size(axis)
     places = jnp.full((len(x), 1), after_all) if ends is None else ends
@@ -138,10 +137,10 @@ def _last_inputs(x, segment, ends, length, size, axis):
     indices = local[..., None] + jnp.arange(size - 1)[None, None]
     gather = jax.vmap(lambda rows, index: rows[index])
     result = gather(x, indices)
-    if segment is not None:
-        last = gather(segment, jnp.maximum(local + size - 2, 0))
-        same = gather(segment, indices) == last[..., None]
-        result = jnp.where(lax.expand_dims(same, range(3, result.ndim)), result, 0)
+    if begins is not None:
+        begins = gather(begins, indices)
+        is_hidden = lax.cumsum(begins.astype(jnp.int32), axis=2, reverse=True) > begins
+        result = jnp.where(lax.expand_dims(is_hidden, range(3, result.ndim)), 0, result)
     if axis is not None:
         is_own = (jnp.maximum(places - 1, 0) // length) == lax.axis_index(axis)
         result = lax.psum(jnp.where(lax.expand_dims(is_own, range(2, result.ndim)), result, 0), axis)
@@ -188,9 +187,7 @@ class Convolutions(nnx.Module):
         inputs = (None,) * 3 if memory is None else memory[2:]
         mixed = [
             convolution(x, before, **options)
-            for convolution, x, before in zip(
-                (self.query, self.key, self.value), (query, key, value), inputs, strict=True
-            )
+            for convolution, x, before in zip(self.all(), (query, key, value), inputs, strict=True)
         ]
         outputs, inputs = zip(*mixed, strict=True)
         if memory_every is None and lengths is not None:
