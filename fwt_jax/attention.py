@@ -92,7 +92,7 @@ def fast_weight_attention(
         if not given. A value below −200 (float64: −1000) counts as −200: it forgets everything.
       rule: the update rule: a name of the table in ``rules.py``, or a ``Rule`` of your own.
       memory: the start, returned by an earlier call; empty if not given. For "fwm" in chunks ‖W‖ ≤ 1000.
-        N memories for each row, ``[B, N, H, K, V]`` and ``[B, N, H, K]``, give each segment its own, see
+        N memories for each row, ``[B, N, HV, K, V]`` and ``[B, N, HV, K]``, give each segment its own, see
         ``segment_ids``. Empty ones are ``init_memory(B * N, …)``, with arrays reshaped to ``[B, N, …]``.
       segment_ids: integers ``[B, T]``, for packed sequences. The memory is dropped before each token whose id differs
         from the one before it. The first token of a call always continues ``memory``. (In the recurrent form, a NaN or
@@ -150,7 +150,8 @@ def fast_weight_attention(
 
     Raises:
       ValueError: shapes or dtypes that do not fit together, T = 0, an unknown rule, form, normalisation or
-        implementation, lengths or ids of N memories out of their range, a memory_every below 1, an eps below 0, no beta
+        implementation, lengths or ids of N memories out of their range, a memory_every below 1, pieces that are not
+        from 1 to T, a sequence_axis that is no axis of the mesh, an eps below 0, no beta
         for a rule that needs it, a combination that the rule does not define (a form, a normalisation, a decay per
         channel in chunks), or that a kernel does not have.
 

@@ -27,7 +27,8 @@ class ShortConvolution(nnx.Module):
       channels: the shape of x behind ``[B, T]``, as ``(H, K)``.
       size: W, at least 1.
       sequence_axis: the axis of the mesh that splits the tokens; see ``fast_weight_attention``. In ``jax.shard_map``
-        each device gets the W − 1 tokens before its own from its neighbour, so it needs at least as many.
+        each device gets the W − 1 tokens before its own from its neighbour, so it needs at least as many. Elsewhere
+        the compiler exchanges them.
       param_dtype, rngs: of the taps, which start uniform in ±1/√W, as those of PyTorch.
 
     Attributes:
@@ -153,6 +154,8 @@ class ConvolvedMemory(NamedTuple):
     Attributes:
       fast_weights, key_sum: ``[B, HV, K, V]`` and ``[B, HV, K]``, as in ``Memory``.
       query_inputs, key_inputs, value_inputs: ``[B, W−1, H, D]`` twice, and ``[B, W−1, HV, V]``.
+
+    Of ``memory_every``, all have an axis of the memories behind B.
     """
 
     fast_weights: jax.Array

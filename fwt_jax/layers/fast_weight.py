@@ -178,7 +178,8 @@ class FastWeightAttention(nnx.Module):
 
         Args:
           x: ``[B, T, in_features]``, floating point, T ≥ 1.
-          memory: what an earlier call returned; empty if not given. With an axis N behind B, one for each segment.
+          memory: what an earlier call returned; empty if not given. With an axis N behind B, one for each segment;
+            not with convolutions, whose last inputs a row has once.
           log_decay: log α ≤ 0, ``[B, T, HV]`` or ``[B, T, HV, K]``: W_{t−1} is α_t W_{t−1} in the equations above. No
             decay if not given. See ``fast_weight_attention``.
           segment_ids: integers ``[B, T]``, for packed sequences: the memory is dropped where the id changes. The first
@@ -201,9 +202,8 @@ class FastWeightAttention(nnx.Module):
         """
         x, ids = checked_input(x, self.in_features, segment_ids)
         if memory is not None:
-            key_sum = getattr(memory, "key_sum", None)
-            segments = getattr(key_sum, "shape", ())[1:2] if getattr(key_sum, "ndim", 0) == 4 else ()
-            segments = segments if self.convolutions is None else ()
+            got = getattr(getattr(memory, "key_sum", None), "shape", ())
+            segments = got[1:2] if len(got) == 4 and self.convolutions is None else ()
             shape = (len(x), *segments, self.num_value_heads, self.num_features, self.value_size)
             check_memory(memory, shape, self.convolutions, f"layer.init_memory({len(x)}) makes an empty one")
         feature_map = draw_once(self.feature_map, rngs)

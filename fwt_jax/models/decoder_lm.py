@@ -243,7 +243,7 @@ class DecoderLM(nnx.Module):
           tokens: integers ``[B, T]``, from 0 to V − 1. Numbers that are not traced are checked, which waits for the
             device; of traced ones (``jax.jit``) another number gives NaN.
           memory: the memories of an earlier call, a tuple with one for each block; empty if not given. Fast weights may
-            have an axis N behind B: a memory for each segment, whose ids are then from 0 to N − 1.
+            have an axis N behind B: a memory for each segment, whose ids are then from 0 to N − 1. Not with conv_size.
           segment_ids: integers ``[B, T]``, see ``fast_weight_attention``. Positions count on across segments. Padding
             in front has a segment id of its own, e.g. 0 for padding and 1 for the text. The first token of the text
             drops the padding, and later results do not depend on it.
