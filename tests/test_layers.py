@@ -325,6 +325,42 @@ def test_a_step_of_training_lowers_the_loss(name, graph):
     chex.assert_trees_all_equal(before, nnx.state(layer, nnx.Not(nnx.Param)))
 
 
+def recalled(config, steps=500, pairs=4, kinds=8):
+    """Share of values that a trained model recalls, in rows of four pairs (key, value), which are then shuffled."""
+    rng, rows = np.random.default_rng(0), (steps, 16)
+    keys, order = (rng.permuted(np.broadcast_to(np.arange(n), (*rows, n)), axis=-1) for n in (kinds, pairs))
+    written = np.stack([keys[..., :pairs], kinds + rng.integers(kinds, size=(*rows, pairs))], axis=-1)
+    asked = np.take_along_axis(written, order[..., None], axis=2)
+    batches = jnp.asarray(np.concatenate([written, asked], axis=2).reshape(*rows, -1))
+    graph, params = nnx.split(DecoderLM(config, rngs=nnx.Rngs(0)))
+    optimizer = optax.adam(1e-2)
+
+    def loss(params, tokens):
+        log_p = nnx.merge(graph, params)(tokens)[0][:, 2 * pairs : -1 : 2]  # after the keys that are asked
+        values = tokens[:, 2 * pairs + 1 :: 2]
+        losses = optax.softmax_cross_entropy_with_integer_labels(log_p, values)
+        return jnp.mean(losses), jnp.mean(jnp.argmax(log_p, axis=-1) == values)
+
+    def step(carry, tokens):
+        params, moments = carry
+        grads, share = jax.grad(loss, has_aux=True)(params, tokens)
+        updates, moments = optimizer.update(grads, moments)
+        return (optax.apply_updates(params, updates), moments), share
+
+    _, shares = jax.jit(functools.partial(lax.scan, step))((params, optimizer.init(params)), batches)
+    return np.mean(shares[-20:])
+
+
+@pytest.mark.exhaustive
+def test_a_short_convolution_binds_a_value_to_the_key_before_it():
+    """Without it, one layer knows at best which four values the row has."""
+    sizes = {"vocab_size": 16, "num_layers": 1, "d_model": 32, "d_ff": 32, "num_heads": 2, "head_size": 16}
+    options = {"norm": "pre", "positions": None, "dropout": 0.0, "feature_normalization": "l2"}
+    config = ModelConfig(**sizes, **options, output_scale=1.0, conv_size=4)
+    assert recalled(config) > 0.9
+    assert recalled(dataclasses.replace(config, conv_size=None)) < 0.4
+
+
 @pytest.mark.parametrize("name", ["delta, favor", "softmax"])
 def test_one_sequence_under_vmap(name):
     layer, x = make(name), inputs()
