@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fwt_jax import FastWeightAttention, feature_maps
@@ -206,6 +206,26 @@ def test_the_tokens_of_a_mesh_axis(name, is_packed):
         assert_close(jax.jit(of_piece)(state, x, ids, lengths), expected)
 
 
+@pytest.mark.parametrize("replicated", ["segment_ids", "memory", "lengths", "of nothing given"])
+def test_the_rows_of_a_mesh_of_explicit_axes(replicated):
+    layer, x = layer_and_input("fast weights")
+    graph, state = nnx.split(layer)
+    options = {"segment_ids": SEGMENT_IDS, "memory": call(layer, x[:, ::-1])[1], "lengths": jnp.array([13, 7])}
+    options = {} if replicated == "of nothing given" else options
+
+    @jax.jit
+    def run(state, x, options):
+        return nnx.merge(graph, state)(x, memory_every=5, **options)
+
+    expected = run(state, x, options)
+    mesh = jax.make_mesh((2,), ("rows",), (AxisType.Explicit,), devices=jax.devices()[:2])
+    by_row = {name: NamedSharding(mesh, P() if name == replicated else P("rows")) for name in options}
+    with jax.set_mesh(mesh):
+        options = {name: jax.device_put(value, by_row[name]) for name, value in options.items()}
+        x = jax.device_put(x, NamedSharding(mesh, P("rows")))
+        assert_close(run(state, x, options), expected)
+
+
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
@@ -224,6 +244,15 @@ def test_writes_without_beta_have_its_maximum():
     x = jax.random.normal(jax.random.key(0), (1, 1, 16))
     one, two = (DeltaNet(*SIZES, use_beta=False, max_beta=b, rngs=nnx.Rngs(0))(x)[1] for b in (1.0, 2.0))
     assert_close(two.fast_weights, 2 * one.fast_weights)
+
+
+def test_pieces_shorter_than_a_convolution_looks_back_are_refused():
+    convolution = ShortConvolution((3,), 4, sequence_axis="sequence", rngs=nnx.Rngs(0))
+    mesh = jax.make_mesh((4,), ("sequence",), (AxisType.Auto,), devices=jax.devices()[:4])
+    by_token = P(None, "sequence")
+    mapped = jax.shard_map(lambda x: convolution(x)[0], mesh=mesh, in_specs=by_token, out_specs=by_token)
+    with pytest.raises(ValueError, match=r"at least the 3 tokens .*, got 2; split it over fewer devices"):
+        mapped(jnp.ones((1, 8, 3)))
 
 
 def test_decays_are_below_one_and_those_with_a_bound_above_it():

@@ -87,15 +87,16 @@ class ShortConvolution(nnx.Module):
         batch, length = x.shape[:2]
         size = self.size
         inputs = self.init_memory(batch, x.dtype) if inputs is None else inputs.astype(x.dtype)
+        inputs = inputs + jnp.zeros_like(x[:, :1])  # on a mesh of explicit axes sharded as x
         axis = self.sequence_axis if self.sequence_axis is not None and is_axis(self.sequence_axis) else None
-        before = jnp.zeros((batch, size - 1), bool)
+        is_hidden = _false(x)  # by a segment that begins after the token
+        before = is_hidden | jnp.zeros((batch, size - 1), bool)
         if axis is not None:
             inputs, before = _halo(x, reset, inputs, axis)
         x = jnp.concatenate([inputs, x], axis=1)
-        begins = None if reset is None else jnp.concatenate([before, reset], axis=1)
+        begins = None if reset is None else jnp.concatenate([before, reset | _false(x)], axis=1)
         taps = self.taps[...]
         y = jnp.zeros(x[:, :length].shape, computation_dtype(x.dtype))
-        is_hidden = jnp.zeros((batch, length), bool)  # by a segment that begins after the token
         for j in reversed(range(size)):
             tokens = x[:, j : j + length]
             if begins is not None:
@@ -124,6 +125,11 @@ def _halo(x, reset, inputs, axis):
     return jnp.where(is_first, inputs, received), begins
 
 
+def _false(x):
+    """False, ``[B, 1]``, sharded as x ``[B, T, ...]`` is."""
+    return jnp.any(jnp.zeros_like(x[:, :1], bool), axis=tuple(range(2, x.ndim)))
+
+
 def _last_inputs(x, begins, ends, length, size, axis):
     """The W − 1 inputs before each of ``ends``, ``[B, n, W−1, ...]``, with zeros for those of other segments.
 
@@ -133,7 +139,7 @@ def _last_inputs(x, begins, ends, length, size, axis):
     if ends is None and axis is None and begins is None:
         return x[:, length:]
     after_all = length if axis is None else length * lax.axis_size(axis)
-    places = jnp.full((len(x), 1), after_all) if ends is None else ends
+    places = (after_all if ends is None else ends) + _false(x)
     local = jnp.clip(places - first, 0, length)
     indices = local[..., None] + jnp.arange(size - 1)[None, None]
     gather = jax.vmap(lambda rows, index: rows[index])
