@@ -124,16 +124,21 @@ def check_pieces(pieces, sequence_axis, rule, log_decay, length, memory_every=No
     if pieces == 1 and sequence_axis is None:
         return
     if pieces != 1 and sequence_axis is not None:
-        raise ValueError(f"pieces and sequence_axis exclude each other, got {pieces} and {sequence_axis!r}")
+        raise ValueError(f"pieces and sequence_axis exclude each other, got {pieces} and {sequence_axis!r}; take one")
     if sequence_axis is not None and not isinstance(sequence_axis, str):
         raise ValueError(f"sequence_axis must be the name of an axis of the mesh, got {sequence_axis!r}")
     if memory_every is not None:
-        raise ValueError(f"memory_every goes with one piece, got pieces={pieces} and sequence_axis={sequence_axis!r}")
-    name = name_of(rule)
+        raise ValueError(
+            f"memory_every goes with one piece, got pieces={pieces} and sequence_axis={sequence_axis!r}; leave it out, "
+            "or take pieces=1 and no sequence_axis"
+        )
+    name, way_out = name_of(rule), "take pieces=1 and no sequence_axis"
     if rule.piece is None:
-        raise ValueError(f"rule {name} is not linear in the memory, so its tokens cannot be divided into pieces")
+        raise ValueError(
+            f"rule {name} is not linear in the memory, so its tokens cannot be divided into pieces; {way_out}"
+        )
     if not has_chunks(rule, log_decay):
-        raise ValueError(f"rule {name} has no chunks with a decay per key channel, and so no pieces")
+        raise ValueError(f"rule {name} has no chunks with a decay per key channel, and so no pieces; {way_out}")
     axes = jax.sharding.get_abstract_mesh().axis_names
     if sequence_axis is not None and sequence_axis not in axes and not is_axis(sequence_axis):
         raise ValueError(

@@ -49,6 +49,7 @@ PARTITION_RULES: tuple[tuple[str, P], ...] = (
     (r"/out/kernel$", P("tensor", "fsdp")),  # [F, D]
     (r"/fast_weights$", P(BATCH, ..., "tensor", None, None)),  # [B, H, K, V], several memories [B, N, H, K, V]
     (r"/key_sum$", P(BATCH, ..., "tensor", None)),  # [B, H, K] or [B, N, H, K]
+    (r"/(query|key|value)_inputs$", P(BATCH, ..., "tensor", None)),  # [B, W−1, H, K] or [B, N, W−1, H, K]
     (r"^memory/", ROWS),
 )
 

@@ -170,11 +170,12 @@ def test_parameters_moments_and_memories_are_split_by_the_table():
 
 def test_several_memories_of_a_row_are_split_by_heads_as_one_is():
     """What a call with ``memory_every`` returns, whose axis of the memories lies between rows and heads."""
-    mesh, model = sharding.make_mesh(fsdp=2, tensor=2), maker(TINY)()
+    mesh, model = sharding.make_mesh(fsdp=2, tensor=2), maker(dataclasses.replace(TINY, conv_size=4))()
     shapes = jax.eval_shape(lambda tokens: model(tokens, memory_every=8)[1], batch_of(0)["tokens"])
     memory = sharding.partition(mesh, {"memory": shapes})["memory"][0]
     assert memory.fast_weights.spec == P(("data", "fsdp"), None, "tensor", None, None)
     assert memory.key_sum.spec == P(("data", "fsdp"), None, "tensor", None)
+    assert memory.value_inputs.spec == P(("data", "fsdp"), None, None, "tensor", None)
 
 
 def test_what_is_trained_stays_split_by_the_table_and_a_step_is_compiled_once(tmp_path, monkeypatch):
