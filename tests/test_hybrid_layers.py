@@ -25,7 +25,7 @@ ATTENTIONS = {
         num_key_value_heads=2,
         qk_norm="head",
         zero_centered=True,
-        rotary_size=4,
+        rotary_size=3,
         gate=True,
         use_bias=True,
         out_bias=True,
@@ -80,9 +80,10 @@ def root_mean_square(norm, x):
 
 def rotated(x, theta, size):
     """Two halves of the features ``[T, H, size]`` are the real and the imaginary parts of complex numbers."""
-    angles = np.arange(len(x))[:, None, None] * theta ** (-2 * np.arange(size // 2) / max(size, 1))
-    z = (x[..., : size // 2] + 1j * x[..., size // 2 : size]) * np.exp(1j * angles)
-    return np.concatenate([z.real, z.imag, x[..., size:]], axis=-1)
+    half = (size + 1) // 2
+    angles = np.arange(len(x))[:, None, None] * theta ** (-2 * np.arange(half) / max(size, 1))
+    z = (x[..., :half] + 1j * x[..., half : 2 * half]) * np.exp(1j * angles)
+    return np.concatenate([z.real, z.imag, x[..., 2 * half :]], axis=-1)
 
 
 def softmax_reads(query, key, value, window=None):
@@ -364,8 +365,7 @@ MIXTURE = functools.partial(MixtureOfExperts, 8, 6, d_ff=4, rngs=nnx.Rngs(0))
 MISTAKES = {
     "groups": (lambda: GROUPED(num_key_value_heads=3), "num_key_value_heads must divide num_heads, 4, got 3"),
     "norm": (lambda: GROUPED(qk_norm="heads"), "qk_norm must be one of None, 'head', 'all', got 'heads'"),
-    "odd": (lambda: GROUPED(rotary_size=3), "rotary_size must be an even number from 0 to head_size, 6, got 3"),
-    "large": (lambda: GROUPED(rotary_size=8), "rotary_size must be an even number from 0 to head_size, 6, got 8"),
+    "large": (lambda: GROUPED(rotary_size=7), "rotary_size must be from 0 to head_size, 6, and below it if odd, got 7"),
     "theta": (lambda: GROUPED(rotary_theta=0.0), r"rotary_theta must be above 0, as 10000, got 0\.0"),
     "window": (lambda: GROUPED(window=0), "sizes must be at least 1, got {'window': 0}"),
     "order": (lambda: GroupedQueryAttention(8, 64, 8, rngs=nnx.Rngs(0)), "num_heads 64 is larger than in_features 8"),

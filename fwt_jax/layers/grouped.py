@@ -41,7 +41,7 @@ class GroupedQueryAttention(nnx.Module):
       qk_norm: None; "head": each head of queries and keys is divided by its root mean square; "all": all heads of a
         token are divided by one root mean square.
       norm_eps, zero_centered: of these norms, see ``RMSNorm``.
-      rotary_size: how many features of a head are rotated, an even number, 0 for none; D if not given.
+      rotary_size: how many features of a head are rotated, see ``rotary``; 0 for none; D if not given.
       rotary_theta: the base of the frequencies of ``rotary``.
       window: w, how many tokens a token sees, itself included; all if not given.
       gate: whether sigmoid(W_g x) multiplies the reads (Qwen3-Next).
@@ -57,8 +57,8 @@ class GroupedQueryAttention(nnx.Module):
 
     Raises:
       ValueError: sizes that are not integers of at least 1, more heads than features (probably the order of
-        ``nnx.MultiHeadAttention``), heads that G does not divide, an odd rotary_size or one above D, an unknown
-        qk_norm, rngs that are no ``nnx.Rngs``.
+        ``nnx.MultiHeadAttention``), heads that G does not divide, a rotary_size for which D is too small, an
+        unknown qk_norm, rngs that are no ``nnx.Rngs``.
 
     References:
       Ainslie et al. 2023 (groups); Su et al. 2021 (rotary positions); Beltagy et al. 2020 (windows); Qwen3-Next
@@ -183,7 +183,8 @@ def rotary(x: jax.Array, positions: jax.Array, theta: float, size: int) -> jax.A
       x: ``[B, T, H, D]``.
       positions: integers ``[B, T]``.
       theta: θ, the base of the frequencies.
-      size: an even number from 0 to D.
+      size: from 0 to D. With an odd one size + 1 features are rotated, with the frequencies of ``size``, as
+        transformers does.
     """
     if size == 0:
         return x
@@ -192,7 +193,8 @@ def rotary(x: jax.Array, positions: jax.Array, theta: float, size: int) -> jax.A
     frequencies = jnp.asarray(theta ** (-np.arange(0, size, 2) / size), y.dtype)
     angles = positions.astype(y.dtype)[:, :, None, None] * frequencies[None, None, None]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second, rest = jnp.split(y, [size // 2, size], axis=-1)
+    half = len(frequencies)
+    first, second, rest = jnp.split(y, [half, 2 * half], axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1).astype(x.dtype)
 
 
@@ -207,9 +209,9 @@ def _check_groups(num_heads, num_key_value_heads):
 
 def _check_positions(rotary_size, rotary_theta, head_size, window):
     arguments.sizes(0, rotary_size=rotary_size)
-    if rotary_size % 2 or rotary_size > head_size:
+    if rotary_size + rotary_size % 2 > head_size:
         raise ValueError(
-            f"rotary_size must be an even number from 0 to head_size, {head_size}, got {rotary_size}; "
+            f"rotary_size must be from 0 to head_size, {head_size}, and below it if odd, got {rotary_size}; "
             "0 is for no positions"
         )
     if not rotary_theta > 0:
