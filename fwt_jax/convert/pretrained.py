@@ -60,7 +60,10 @@ def from_pretrained(
     """
     folder = local_folder(name)
     config, family, tensors = _read_model_config(folder, changes)
-    graph, state = nnx.split(nnx.eval_shape(lambda: family.model(config, rngs=nnx.Rngs(0))))
+    try:
+        graph, state = nnx.split(nnx.eval_shape(lambda: family.model(config, rngs=nnx.Rngs(0))))
+    except ValueError as error:  # of a layer, about its sizes
+        raise ValueError(f"{folder / checkpoint.CONFIG}: {error}") from error
     variables = nnx.to_flat_state(state)
     shapes = {_dotted(path): jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in variables}
     entries = list(family.entries(config, shapes))

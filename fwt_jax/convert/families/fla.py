@@ -29,7 +29,7 @@ from fwt_jax.models.blocks import partial
 REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads")
 DEFAULTS = {
     "attn": None,
-    "hidden_ratio": 4,
+    "hidden_ratio": 4.0,
     "intermediate_size": None,
     "norm_eps": 1e-6,
     "tie_word_embeddings": False,
@@ -122,7 +122,10 @@ def _config(options: Mapping[str, Any], mixer: Callable[..., Any]) -> HybridConf
 def _attentions(attn, hidden, norm_eps) -> dict[int, Callable[..., Any]]:
     """The layers that are softmax attention, by their numbers."""
     attentions = {}
-    for options in [] if attn is None else [attn] if isinstance(attn, Mapping) else attn:
+    specifications = [] if attn is None else attn if isinstance(attn, list) else [attn]
+    if not all(isinstance(options, Mapping) for options in specifications):
+        raise ValueError(f"attn must be a mapping or a list of mappings, got {attn!r}")
+    for options in specifications:
         try:
             read = read_options(
                 options,

@@ -34,11 +34,12 @@ DEFAULTS = {
     "num_key_value_heads": None,
     "rms_norm_eps": 1e-6,
     "rope_parameters": None,
+    "rope_theta": 1e4,
     "tie_word_embeddings": False,
 }
 ONLY = {"attention_dropout": (0.0, 0), "hidden_act": ("silu",), "rope_scaling": (None,)}
-# Of new models, and what ``_theta`` reads
-INERT = ("linear_a_log_max", "linear_a_log_min", "linear_dt_init_floor", "linear_dt_max", "linear_dt_min", "rope_theta")
+# Of new models
+INERT = ("linear_a_log_max", "linear_a_log_min", "linear_dt_init_floor", "linear_dt_max", "linear_dt_min")
 OUTPUT_NORM_EPS = 1e-5  # whatever rms_norm_eps is
 
 NAMES = {"model.embed_tokens.weight": "embedding", "model.norm.weight": "norm.scale", "lm_head.weight": "head"}
@@ -183,7 +184,7 @@ def _theta(options):
     """rope_theta, which older files have at the top level; None: no positions. Absent, transformers takes 10,000."""
     rope = options.get("rope_parameters") or {}
     try:
-        read_options(rope, required=(), defaults={}, only={"rope_type": ("default",)}, inert=("rope_theta",))
+        read_options(rope, required=(), defaults={"rope_theta": 1e4}, only={"rope_type": ("default",)})
     except ValueError as error:
         raise ValueError(f"rope_parameters: {error}") from error
     return next((x["rope_theta"] for x in (rope, options) if "rope_theta" in x), 1e4)
