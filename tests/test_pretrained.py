@@ -348,6 +348,11 @@ def test_weights_that_are_not_finite_are_named(folder):
         from_pretrained(folder, dtype=jnp.float16)
 
 
+def test_a_dtype_of_integers_is_refused(folder):
+    with pytest.raises(ValueError, match="dtype must be floating point, as bfloat16, or None, got 'int8'"):
+        from_pretrained(folder, dtype="int8")
+
+
 def test_integers_and_float8_are_refused_by_name(folder):
     change(folder, model__embed__weight=np.zeros((10, 8), np.int8), model__layers__1__norm__weight=np.zeros(8))
     words = r"must be F32, BF16, F16, and model\.embed\.weight is I8; model\.layers\.1\.norm\.weight is F64; take the"

@@ -125,6 +125,12 @@ def test_a_folder_comes_back_bit_by_bit(name, tmp_path):
     assert (tmp_path / "folder" / "config.json").read_bytes() == (GOLDEN / name / "config.json").read_bytes()
 
 
+def test_memories_on_the_way_go_without_softmax_attention():
+    model = pretrained("kimi_linear")
+    with pytest.raises(ValueError, match=r"memory_every is for fast weights, and the blocks \[2\] have softmax"):
+        model(jnp.ones((1, 4), jnp.int32), memory_every=2)
+
+
 def test_bfloat16_is_near(name="gated_deltanet"):
     half = from_pretrained(GOLDEN / name, dtype=jnp.bfloat16)
     rounded, exact = arrays_by_path(half), arrays_by_path(pretrained(name))

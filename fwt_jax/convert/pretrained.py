@@ -56,8 +56,11 @@ def from_pretrained(
 
     Raises:
       ValueError: a folder that is incomplete or damaged; an unknown ``model_type``; missing, unused and misshapen
-        tensors, all of them; numbers that are not float32, bfloat16 or float16; NaN and infinite numbers.
+        tensors, all of them; numbers that are not float32, bfloat16 or float16; NaN and infinite numbers; a dtype that
+        is not floating point.
     """
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype must be floating point, as bfloat16, or None, got {dtype!r}")
     folder = local_folder(name)
     config, family, tensors = _read_model_config(folder, changes)
     try:

@@ -19,6 +19,8 @@ from flax import nnx
 
 from fwt_jax import arguments
 from fwt_jax.layers.common import check_rngs
+from fwt_jax.layers.grouped import GroupedQueryAttention
+from fwt_jax.layers.latent import LatentAttention
 from fwt_jax.layers.norms import RMSNorm
 from fwt_jax.models import output_layer
 from fwt_jax.models.blocks import INIT, Static, through_blocks
@@ -159,7 +161,8 @@ class HybridLM(nnx.Module):
           ``[B, T, V]``, float32, and the memories.
 
         Raises:
-          ValueError: tokens that are not integers ``[B, T]`` from 0 to V − 1, another number of memories than blocks.
+          ValueError: tokens that are not integers ``[B, T]`` from 0 to V − 1, another number of memories than blocks,
+            memory_every with softmax attention.
         """
         options = {"segment_ids": segment_ids, "lengths": lengths, "memory_every": memory_every}
         x, memory = self.hidden(tokens, memory, **options)
@@ -186,6 +189,12 @@ class HybridLM(nnx.Module):
         x = x if config.dtype is None else x.astype(config.dtype)
         options: dict[str, Any] = {"segment_ids": segment_ids, "lengths": lengths}
         if memory_every is not None:
+            kinds = (GroupedQueryAttention, LatentAttention)
+            attentions = [i for i, block in enumerate(self.blocks) if isinstance(block.mixer, kinds)]
+            if attentions:
+                raise ValueError(
+                    f"memory_every is for fast weights, and the blocks {attentions} have softmax attention"
+                )
             options["memory_every"] = Static(memory_every)
         memory = (None,) * len(self.blocks) if memory is None else memory
         if len(memory) != len(self.blocks):
