@@ -328,7 +328,7 @@ def test_dpfp_is_that_of_flash_linear_attention():
         ("qwen3_next", {"full_attention_interval": 0}, "full_attention_interval must be an integer of at least 1"),
         ("qwen3_next", {"layer_types": [1, 2]}, "layer_types must be a list of names"),
         ("kimi_linear", {"linear_attn_config": [1]}, "linear_attn_config must be a mapping"),
-        ("kda", {"conv_size": 0}, r"sizes must be at least 1, got \{'size': 0\}"),
+        ("kda", {"conv_size": 0}, r"sizes must be at least 1, got \{'conv_size': 0\}"),
         ("gated_deltanet", {"num_hidden_layers": 3}, "model.layers.2.attn.q_proj.weight is missing"),
         ("gated_deltanet", {"tie_word_embeddings": True}, "lm_head.weight"),
     ],
