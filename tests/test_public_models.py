@@ -22,6 +22,8 @@ FOLDERS = sorted(path.name for path in GOLDEN.iterdir())
 # One of each kind of layer. The others are exhaustive.
 FIRST = ("kimi_linear", "qwen3_next_moe")
 NUMBERS = [name if name in FIRST else pytest.param(name, marks=pytest.mark.exhaustive) for name in FOLDERS]
+# As compiled by users at most 7e-5 was measured. Without LLVM's optimisations, as in conftest.py, one model has 1.5e-4.
+GRADIENTS = 2e-4
 LOGITS = {"rtol": 0, "atol": 5e-4}  # the programs differ from themselves by 2e-4 between one call and many
 
 
@@ -74,7 +76,7 @@ def test_logits_loss_and_gradients(name):
         for disk, grad in zip(entry.disk, entry.to_disk(*(grads[path] for path in entry.model)), strict=True):
             if f"grad/{disk}" in expected:
                 wanted = expected[f"grad/{disk}"]
-                np.testing.assert_allclose(grad, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max(), err_msg=disk)
+                np.testing.assert_allclose(grad, wanted, rtol=0, atol=GRADIENTS * np.abs(wanted).max(), err_msg=disk)
                 compared += 1
     assert compared == sum(key.startswith("grad/") for key in expected)
 
