@@ -75,12 +75,12 @@ class Config:
 
     preset: str | None = None
     """demo, or a row of the paper's tables; with --from, finetune. All presets are listed above."""
-    from_: Annotated[str | None, tyro.conf.arg(name="from")] = None
-    """Folder of a public checkpoint, or its name on the hub, "organisation/model", to train on --text."""
     text: tuple[pathlib.Path, ...] = ()
     """UTF-8 files, or folders of .txt files, instead of the preset's text."""
     wikitext: pathlib.Path | None = None
     """Folder of wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens of WikiText-103."""
+    from_: Annotated[str | None, tyro.conf.arg(name="from")] = None
+    """Folder of a public checkpoint, or its name on the hub, "organisation/model", to train on --text."""
     vocabulary: Literal["word", "character", "sentencepiece"] | None = None
     """How the text is cut into tokens."""
     vocabulary_size: int = 8000
