@@ -195,15 +195,15 @@ def test_a_run_goes_on_without_reading_the_weights_again(run, tmp_path, monkeypa
 
 
 def test_the_preset_for_accelerators_computes_in_bfloat16(folder, book, small_finetune, tmp_path):
-    run = lm.prepare(lm.Config("finetune-accelerator", str(folder), text=(book,), out=tmp_path / "run"))
+    run = lm.prepare(lm.Config("finetune-accelerator", from_=str(folder), text=(book,), out=tmp_path / "run"))
     assert (run.base.config.dtype, run.base.config.remat) == ("bfloat16", True)
-    config = lm.Config("finetune-accelerator", str(folder), text=(book,), out=tmp_path / "run", dtype="float32")
+    config = lm.Config("finetune-accelerator", from_=str(folder), text=(book,), out=tmp_path / "run", dtype="float32")
     assert lm.prepare(config).base.config.dtype == "float32"
 
 
 @pytest.mark.exhaustive
 def test_bfloat16_computes_and_float32_is_trained(folder, book, small_finetune, tmp_path):
-    config = lm.Config("finetune-accelerator", str(folder), text=(book,), out=tmp_path / "run", sample=0, steps=1)
+    config = lm.Config("finetune-accelerator", from_=str(folder), text=(book,), out=tmp_path / "run", sample=0, steps=1)
     run = lm.prepare(config)
     assert (run.base.config.dtype, run.base.config.remat) == ("bfloat16", True)
     lm._train(run)
