@@ -310,7 +310,9 @@ def local_folder(name: str | os.PathLike) -> pathlib.Path:
     try:
         # A repository may have further copies of the weights in folders of their own.
         return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
-    except Exception as error:  # of the package, of its client for HTTP, or of the disk
+    # Of the package, of the disk, or of its client for HTTP: another one in each major version (requests, httpx), whose
+    # errors share no class below Exception. The reason is reported.
+    except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{name} is no folder, and could not be downloaded ({reason}); {way_out}") from error
 

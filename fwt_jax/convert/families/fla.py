@@ -44,7 +44,7 @@ ONLY = {
     "use_l2warp": (False,),
     "use_output_norm": (True, False),  # the programs do not read it
 }
-# How the programs compute, and the bounds of a benchmark
+# How the original programs compute: it changes no number beyond rounding.
 INERT = ("attn_mode", "fuse_cross_entropy", "fuse_linear_cross_entropy", "fuse_norm", "fuse_swiglu")
 
 NAMES = {"model.embeddings.weight": "embedding", "model.norm.weight": "norm.scale", "lm_head.weight": "head"}
