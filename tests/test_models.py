@@ -142,6 +142,16 @@ def tokens_of(shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).integers(0, 50, shape), jnp.int32)
 
 
+@nnx.jit(static_argnames="memory_every")
+def call(model, tokens, memory=None, **options):
+    return model(tokens, memory, **options)
+
+
+@nnx.jit
+def losses_of(model, tokens, targets, memory=None, **options):
+    return model.losses(tokens, targets, memory, **options)
+
+
 @pytest.mark.parametrize("cutoffs", [(), (10,), (10, 30, 40)])
 @pytest.mark.parametrize("length", [7, 2000])
 def test_losses_are_those_of_the_log_probabilities(cutoffs, length):
@@ -149,10 +159,9 @@ def test_losses_are_those_of_the_log_probabilities(cutoffs, length):
     model = DecoderLM(dataclasses.replace(TINY, num_layers=1, cutoffs=cutoffs), rngs=nnx.Rngs(0))
     model.embedding[...] = 20 * model.embedding[...]
     tokens, targets = tokens_of((1, length)), tokens_of((1, length), 1)
-    out, _ = model(tokens)
-    losses, _ = model.losses(tokens, targets)
-    chex.assert_trees_all_close(jnp.sum(jnp.exp(out), axis=-1), jnp.ones((1, length)), rtol=1e-5)
-    want = -jnp.take_along_axis(out, targets[..., None], axis=-1)[..., 0]
+    out, losses = nnx.jit(lambda model: (model(tokens)[0], model.losses(tokens, targets)[0]))(model)
+    np.testing.assert_allclose(np.sum(np.exp(out), axis=-1), 1, rtol=1e-5)
+    want = -np.take_along_axis(np.asarray(out), np.asarray(targets)[..., None], axis=-1)[..., 0]
     chex.assert_trees_all_close(losses, want, rtol=1e-5, atol=1e-5)
 
 
@@ -215,12 +224,12 @@ def test_words_outside_of_the_vocabulary_are_refused_or_nan(cutoffs):
 def test_a_memory_goes_on_where_the_last_call_ended(rule, norm):
     config = dataclasses.replace(TINY, rule=rule, norm=norm, positions=None)
     model, tokens = DecoderLM(config, rngs=nnx.Rngs(0)), tokens_of((2, 20))
-    want, _ = model(tokens)
+    want, _ = call(model, tokens)
     memory = model.init_memory(2, 20)
-    first, memory = model(tokens[:, :13], memory)
+    first, memory = call(model, tokens[:, :10], memory)
     scanned = DecoderLM(dataclasses.replace(config, scan=True), rngs=nnx.Rngs(0))
     for goes_on in (model, scanned):
-        second, _ = goes_on(tokens[:, 13:], memory)
+        second, _ = call(goes_on, tokens[:, 10:], memory)
         chex.assert_trees_all_close(jnp.concatenate([first, second], axis=1), want, rtol=1e-5, atol=1e-5)
 
 
