@@ -139,7 +139,7 @@ def test_calls_one_after_another_are_one_call(name):
     empty = layer.init_memory(2)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), empty) == jax.tree.map(lambda x: (x.shape, x.dtype), memory)
     outs, streamed = [], empty
-    for tokens in (x[:, :6], x[:, 6:7], x[:, 7:]):
+    for tokens in (x[:, :6], x[:, 6:12], x[:, 12:]):
         out, streamed = call(layer, tokens, streamed)
         outs.append(out)
     assert_close((jnp.concatenate(outs, axis=1), streamed), (y, memory))

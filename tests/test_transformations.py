@@ -15,21 +15,22 @@ from wrappers import MEMORY, wrap
 import fwt_jax
 from fwt_jax import recurrent
 
+# Most are left to -m exhaustive: tests/test_fuzz.py draws a rule, a form and transformations for each of its calls.
 FORMS = [
     {"rule": "delta", "form": "recurrent"},
     {"rule": "delta", "form": "chunkwise"},
+    {"rule": "fwm", "form": "chunkwise", "chunk_size": 3},
     {"rule": "delta", "form": "chunkwise", "chunk_size": 4, "normalize": "retrieval"},
     {"rule": "sum", "form": "parallel", "normalize": "read"},
-    {"rule": "fwm", "form": "chunkwise", "chunk_size": 3},
 ]
-EVERY_FORM = [  # every second one is left to -m exhaustive
-    {"rule": "delta", "form": "recurrent"},
+EVERY_FORM = [
+    {"rule": "delta", "form": "chunkwise"},
     {"rule": "sum", "form": "recurrent"},
     {"rule": "sum", "form": "chunkwise"},
     {"rule": "fwm", "form": "chunkwise"},
-    {"rule": "delta", "form": "chunkwise"},
-    {"rule": "sum", "form": "parallel"},
     {"rule": "fwm", "form": "recurrent"},
+    {"rule": "sum", "form": "parallel"},
+    {"rule": "delta", "form": "recurrent"},
     {"rule": "delta", "form": "parallel"},
 ]
 
@@ -38,7 +39,7 @@ def names(options):
     return "-".join(map(str, options.values()))
 
 
-some_forms = pytest.mark.parametrize("options", some(2, FORMS), ids=names)
+some_forms = pytest.mark.parametrize("options", some(3, FORMS), ids=names)
 
 
 def float64_inputs(options, length=10, **kwargs):
@@ -87,7 +88,7 @@ def test_a_derivative_program_may_leave_the_axis_of_a_vmap_elsewhere(wrapper):
     np.testing.assert_array_equal(gradient, np.moveaxis(weights, 0, -1))
 
 
-@pytest.mark.parametrize("options", some(2, EVERY_FORM), ids=names)
+@pytest.mark.parametrize("options", some(4, EVERY_FORM), ids=names)
 def test_no_wrapper_changes_values_gradients_or_tangents(options, x64):
     arrays, directions = (float64_inputs(options, length=14, seed=seed) for seed in (0, 4))
 
@@ -218,7 +219,7 @@ def sharded_inputs(axis_type):
 
 
 @pytest.mark.parametrize("start", [False, True], ids=["no memory", "empty memory"])
-@pytest.mark.parametrize("options", some(2, [{"implementation": "pallas"}, *FORMS]), ids=str)
+@pytest.mark.parametrize("options", some(4, [{"implementation": "pallas"}, *FORMS]), ids=str)
 def test_constants_may_be_made_in_shard_map(options, start):
     mesh, specs, inputs, _ = sharded_inputs(AxisType.Auto)
     run = functools.partial(constants_and, options=options, start=start)
@@ -236,6 +237,11 @@ def test_meshes_of_explicit_axes_keep_their_sharding(options, start):
     chex.assert_trees_all_close((gradient, out), jax.jit(run)(*inputs), rtol=1e-5, atol=1e-5)
     for x in (gradient, out):
         assert x.sharding.is_equivalent_to(placed[0].sharding, 4)
+
+
+@jax.jit
+def in_chunks_of_four(arrays):
+    return attend(arrays, form="chunkwise", chunk_size=4)
 
 
 MESH_ARGUMENTS = ("query", "key", "value", "beta", "log_decay", "segment_ids", "lengths")
@@ -257,9 +263,6 @@ def test_arguments_may_be_replicated_beside_others_that_are_sharded(replicated, 
     arrays["segment_ids"] = np.broadcast_to(np.arange(6)[None] // 4, (4, 6)).astype(np.int32)
     arrays["lengths"] = np.array([6, 0, 5, 3], np.int32)
 
-    def run(arrays):
-        return attend(arrays, form="chunkwise", chunk_size=4)
-
     def place(name, x):
         heads = {"segment_ids": (), "lengths": (), "fast_weights": ("heads",), "key_sum": ("heads",)}.get(
             name, (None, "heads")
@@ -268,8 +271,8 @@ def test_arguments_may_be_replicated_beside_others_that_are_sharded(replicated, 
         return jax.device_put(x, NamedSharding(mesh, spec))
 
     with jax.set_mesh(mesh):
-        got = jax.jit(run)({name: place(name, x) for name, x in arrays.items()})
-    chex.assert_trees_all_close(got, jax.jit(run)(arrays), rtol=1e-5, atol=1e-6)
+        got = in_chunks_of_four({name: place(name, x) for name, x in arrays.items()})
+    chex.assert_trees_all_close(got, in_chunks_of_four(arrays), rtol=1e-5, atol=1e-6)
 
 
 def test_a_shard_of_the_batch_does_not_gather_the_others():
