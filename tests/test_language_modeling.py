@@ -11,6 +11,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import tyro
+from cases import some
 from flax import nnx
 
 from experiments.language import comparison, evaluation, generate, text
@@ -42,11 +43,17 @@ def tiny_model(**options):
     return model
 
 
+@nnx.jit
+def losses_of(model, rows):
+    """Of all tokens but the first of each row."""
+    return model.losses(rows[:, :-1], rows[:, 1:])[0]
+
+
 def one_by_one(model, tokens, length):
     """The authors' evaluation, a window at a time."""
-    losses, of_window = [], nnx.jit(lambda model, window: model.losses(window[:, :-1], window[:, 1:])[0])
+    losses = []
     for start in range(len(tokens) - length):
-        loss = of_window(model, jnp.asarray(tokens[None, start : start + length + 1]))
+        loss = losses_of(model, jnp.asarray(tokens[None, start : start + length + 1]))
         losses += [*np.asarray(loss[0])] if start == 0 else [float(loss[0, -1])]
     assert len(losses) == len(tokens) - 1
     return np.mean(losses)
@@ -62,7 +69,7 @@ def test_sliding_windows_in_batches_are_the_authors_one_by_one(rule, batch_size)
 
 def test_a_memory_that_is_carried_reads_the_text_as_one_sequence():
     model, tokens = tiny_model(positions=None), tokens_of(60)
-    losses, _ = model.losses(jnp.asarray(tokens[None, :-1]), jnp.asarray(tokens[None, 1:]))
+    losses = losses_of(model, jnp.asarray(tokens[None]))
     np.testing.assert_allclose(evaluation.carried(model, tokens, 7), np.mean(losses), rtol=1e-5)
     assert abs(evaluation.segments(model, tokens, 7, 1) - np.mean(losses)) > 1e-3
 
@@ -80,7 +87,7 @@ def test_segments_are_summed_in_float64():
     model, tokens = DecoderLM(dataclasses.replace(TINY, cutoffs=()), rngs=nnx.Rngs(0)), 1 + tokens_of(42) % 29
     model.output_bias[...] = model.output_bias[...].at[0].set(-1e9)
     tokens[1] = 0
-    losses = [model.losses(jnp.asarray([[a]]), jnp.asarray([[b]]))[0][0, 0] for a, b in itertools.pairwise(tokens)]
+    losses = [losses_of(model, jnp.asarray([pair]))[0, 0] for pair in itertools.pairwise(tokens)]
     rest = float(np.sum(np.asarray(losses[1:], np.float64)))
     assert rest > 60
     np.testing.assert_allclose(evaluation.segments(model, tokens, 1, 1) * 41 - float(losses[0]), rest, atol=1e-3)
@@ -91,7 +98,7 @@ def test_segments_are_read_by_themselves():
     rows = tokens[:46].reshape(2, 23)
     want = []
     for start, end in ((0, 8), (8, 16), (16, 22)):
-        losses, _ = model.losses(jnp.asarray(rows[:, start:end]), jnp.asarray(rows[:, start + 1 : end + 1]))
+        losses = losses_of(model, jnp.asarray(rows[:, start : end + 1]))
         want += [*np.asarray(losses).ravel()]
     np.testing.assert_allclose(evaluation.segments(model, tokens, 8, 2), np.mean(want), rtol=1e-5)
 
@@ -344,7 +351,7 @@ def test_each_text_has_a_folder_and_a_vocabulary_of_its_own(small_demo, book, tm
     assert (tmp_path / book.stem / "results.json").exists()
 
 
-@pytest.mark.parametrize("rows", [3, 6])
+@pytest.mark.parametrize("rows", some(2, [3, 6]))
 def test_windows_fill_any_mesh_and_short_texts_any_batch(rows):
     model = DecoderLM(ModelConfig(vocab_size=20, num_layers=1, d_model=8, d_ff=8, num_heads=1), rngs=nnx.Rngs(0))
     tokens = np.arange(15) % 20
