@@ -137,7 +137,8 @@ def test_forward_mode_and_second_derivatives(name):
     rng = np.random.default_rng(1)
     tangents = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape), jnp.float32), (x, output))
 
-    def derivatives(losses):
+    @functools.partial(jax.jit, static_argnums=0)
+    def derivatives(losses, targets, weights, x, output):
         function = functools.partial(total, losses, targets, cutoffs, weights)
 
         def slope(*inputs):
@@ -146,7 +147,7 @@ def test_forward_mode_and_second_derivatives(name):
         forward_over_reverse = jax.jvp(jax.grad(function, argnums=(0, 1)), (x, output), tangents)[1]
         return slope(x, output), forward_over_reverse, jax.grad(slope, argnums=(0, 1))(x, output)
 
-    got, want = (jax.jit(functools.partial(derivatives, losses))() for losses in (output_layer.losses, all_words))
+    got, want = (derivatives(losses, targets, weights, x, output) for losses in (output_layer.losses, all_words))
     chex.assert_trees_all_close(got[0], want[0], rtol=1e-4)
     chex.assert_trees_all_close(got[1:], want[1:], rtol=1e-4, atol=1e-4)
 
@@ -156,16 +157,16 @@ def test_bfloat16_is_rounded_and_its_sums_are_float32(name):
     x, targets, output, cutoffs, weights = case(name)
     # Numbers that bfloat16 holds: then the logits differ from those of float32 by the order of sums alone.
     x, output = jax.tree.map(lambda a: a.astype(jnp.bfloat16).astype(jnp.float32), (x, output))
-    function = functools.partial(total, output_layer.losses, targets, cutoffs, weights)
-    both = jax.jit(jax.value_and_grad(function, argnums=(0, 1)))
-    want, (want_x, want_output) = both(x, output)
-    got, (got_x, got_output) = both(x.astype(jnp.bfloat16), output)
+    function = functools.partial(total, output_layer.losses)
+    both = jax.jit(jax.value_and_grad(function, argnums=(3, 4)), static_argnums=1)
+    want, (want_x, want_output) = both(targets, cutoffs, weights, x, output)
+    got, (got_x, got_output) = both(targets, cutoffs, weights, x.astype(jnp.bfloat16), output)
     assert got.dtype == jnp.float32 and got_x.dtype == jnp.bfloat16
     chex.assert_trees_all_close(got, want, rtol=1e-5)
     chex.assert_trees_all_close((got_x.astype(jnp.float32), got_output), (want_x, want_output), rtol=2e-2, atol=2e-2)
 
     def products(x):
-        text = jax.jit(jax.grad(function)).lower(x, output).as_text()
+        text = both.lower(targets, cutoffs, weights, x, output).as_text()
         return [line for line in text.splitlines() if "dot_general" in line]
 
     assert all("algorithm = <lhs_precision_type = bf16" in line for line in products(x.astype(jnp.bfloat16)))
@@ -192,8 +193,8 @@ def test_the_logits_of_all_words_never_exist(name, monkeypatch):
     x, targets = jnp.ones((1, num_tokens, SIZE)), jnp.full((1, num_tokens), vocab_size - 1)
 
     def temporary_bytes(losses):
-        function = functools.partial(total, losses, targets, cutoffs, jnp.ones(targets.shape))
-        compiled = jax.jit(jax.value_and_grad(function, argnums=(0, 1))).lower(x, output).compile()
+        both = jax.jit(jax.value_and_grad(total, argnums=(4, 5)), static_argnums=(0, 2))
+        compiled = both.lower(losses, targets, cutoffs, jnp.ones(targets.shape), x, output).compile()
         memory = compiled.memory_analysis()
         assert memory is not None
         return memory.temp_size_in_bytes
