@@ -1,5 +1,6 @@
 """A program is that of the platform it is compiled or exported for, wherever it was traced."""
 
+import dataclasses
 import functools
 import re
 
@@ -101,11 +102,13 @@ def of_trainer(model, config, loss, settings, *names, shape):
 def language_step(name):
     preset = language_presets.find(name)
     shape = (preset.batch_size, preset.length)
-    return of_trainer(DecoderLM, preset.model, language.loss, preset.training, "tokens", "targets", shape=shape)
+    model = dataclasses.replace(preset.model, num_layers=1)  # the others have the same operations
+    return of_trainer(DecoderLM, model, language.loss, preset.training, "tokens", "targets", shape=shape)
 
 
 def translation_step(name):
     size, model = translation_presets.find(name)
+    model = dataclasses.replace(model, encoder_layers=1, decoder_layers=1)
     loss = functools.partial(translation.loss, size.label_smoothing)
     return of_trainer(EncoderDecoder, model, loss, size.training, "source", "target", shape=(16, 64))
 
