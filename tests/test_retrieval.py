@@ -55,7 +55,8 @@ def test_weights_of_the_authors_program_give_its_outputs_loss_and_gradients(path
     num_keys = config["n_values"]
     batch = (data["x"][:, 0], data["x"][:, 1] - num_keys, data["q"][:, 0], data["y"][:, 0] - num_keys)
     projection = data["omega"].T if "omega" in data.files else None
-    (loss, predicted), grads = jax.value_and_grad(batch_loss, has_aux=True)(params, batch, projection, model)
+    derivatives = jax.jit(jax.value_and_grad(batch_loss, has_aux=True), static_argnums=3)
+    (loss, predicted), grads = derivatives(params, batch, projection, model)
 
     def close(got, want):
         # A gradient that is zero but for rounding (the bias of softmax keys) is held against the size of the others.
