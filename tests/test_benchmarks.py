@@ -9,6 +9,7 @@ import pytest
 from experiments.benchmarks import gpu, pretrained
 
 
+@pytest.mark.exhaustive
 def test_the_table_has_numbers_and_reasons_and_goes_on(tmp_path, monkeypatch, capsys):
     config = gpu.Config(
         rows=("xla", "cudnn", "fla"),
@@ -68,6 +69,7 @@ def test_rounds_are_of_calls_in_a_row():
     assert counts == [2, 1, 4, 4, 4] and times == {"ms": 10.0, "min": 10.0, "max": 10.0}
 
 
+@pytest.mark.exhaustive
 def test_a_checkpoint_is_made_loaded_and_continued(capsys):
     pretrained.main(pretrained.Config(dtypes=("float32",), prompt=5, tokens=2, rounds=1, tiny=True))
     (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("float32")]

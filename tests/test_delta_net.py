@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import some
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -26,9 +27,10 @@ from fwt_jax.layers import (
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "fla"
 CLOSE = {"rtol": 0, "atol": 2e-5}
 SIZES = (16, 2, 8)
+WITHOUT = "delta without convolutions"
 LAYERS = {
     "delta": functools.partial(DeltaNet, *SIZES, value_size=6),
-    "delta without convolutions": functools.partial(DeltaNet, *SIZES, conv_size=None, use_beta=False),
+    WITHOUT: functools.partial(DeltaNet, *SIZES, conv_size=None, use_beta=False),
     "gated": functools.partial(GatedDeltaNet, *SIZES, value_size=6, num_value_heads=4, max_beta=2.0),
     "per channel": functools.partial(KimiDeltaAttention, *SIZES, num_value_heads=4, rank=5),
     "fast weights": functools.partial(
@@ -132,7 +134,7 @@ def test_a_layer_of_flash_linear_attention(name):
 # --- streams ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", some(2, ["gated", "delta", "per channel", "linear", "fast weights", WITHOUT]))
 def test_calls_one_after_another_are_one_call(name):
     layer, x = layer_and_input(name)
     y, memory = call(layer, x)
@@ -167,7 +169,7 @@ def test_padding_behind_changes_nothing(name):
     assert_close(jax.tree.map(lambda leaf: leaf[1], memory), jax.tree.map(lambda leaf: leaf[1], start))
 
 
-@pytest.mark.parametrize("name", ["gated", "fast weights", "linear"])
+@pytest.mark.parametrize("name", some(2, ["gated", "fast weights", "linear"]))
 def test_memories_on_the_way(name):
     layer, x = layer_and_input(name)
     y, memories = call(layer, x, memory_every=5)
@@ -212,7 +214,7 @@ def test_the_tokens_of_a_mesh_axis(name, is_packed):
         assert_close(jax.jit(of_piece)(state, x, ids, lengths), expected)
 
 
-@pytest.mark.parametrize("replicated", ["segment_ids", "memory", "lengths", "of nothing given"])
+@pytest.mark.parametrize("replicated", some(2, ["segment_ids", "memory", "of nothing given", "lengths"]))
 def test_the_rows_of_a_mesh_of_explicit_axes(replicated):
     layer, x = layer_and_input("fast weights")
     options = {"segment_ids": SEGMENT_IDS, "memory": call(layer, x[:, ::-1])[1], "lengths": jnp.array([13, 7])}

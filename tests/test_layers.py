@@ -189,7 +189,7 @@ def test_streaming(x64, name):
     assert_equals_numpy(layer, x, *stream(layer, x))
 
 
-@each_case
+@some_cases
 def test_packed_prefix_and_suffix(x64, name):
     """Two calls and three segments. The id of a call's first token says nothing: it continues the memory."""
     layer, x = make(name, param_dtype=jnp.float64), inputs()

@@ -289,7 +289,7 @@ def test_what_has_no_pieces_says_so(name):
     assert words in str(error.value)
 
 
-PADDED = [(CASES[17], (2, 4)), (CASES[17], None), (CASES[27], (2, 4)), (CASES[27], None)]
+PADDED = [(CASES[17], (2, 4)), (CASES[27], (2, 4)), (CASES[27], None), (CASES[17], None)]
 
 
 @pytest.mark.parametrize("case_and_mesh", some(3, PADDED), ids=str)

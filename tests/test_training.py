@@ -355,6 +355,7 @@ def test_a_disk_that_takes_no_more_is_told_in_one_line_and_nothing_is_lost(whole
     assert losses_of(tmp_path) == losses_of(whole[0])
 
 
+@pytest.mark.exhaustive
 def test_a_run_goes_on_from_before_a_broken_checkpoint(whole, tmp_path):
     shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
     harm(tmp_path / "checkpoints" / "12", "truncate model")

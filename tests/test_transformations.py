@@ -250,7 +250,7 @@ MESH_ARGUMENTS = ("query", "key", "value", "beta", "log_decay", "segment_ids", "
 @pytest.mark.parametrize(
     "names", [MESH_ARGUMENTS[i : i + 1] for i in (0, 2, 5, 6)] + [("segment_ids", "key_sum")], ids=str
 )
-@pytest.mark.parametrize("replicated", [True, False])
+@pytest.mark.parametrize("replicated", some(2, [True, False]))
 def test_arguments_may_be_replicated_beside_others_that_are_sharded(replicated, names):
     """On a mesh of explicit axes these, or all but these, have no sharding of their own."""
     mesh = jax.make_mesh((4, 2), ("batch", "heads"), axis_types=(AxisType.Explicit, AxisType.Explicit))
