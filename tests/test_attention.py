@@ -206,6 +206,8 @@ KERNELS = [
         ("delta", "read", "head", "chunkwise", 16, 100, False, True, True),
         ("delta", "retrieval", None, "chunkwise", 64, 1, False, True),
         ("delta", "retrieval", "head", "chunkwise", 32, 100, True, False),
+        ("sum", "read", "channel", "chunkwise", 16, 37, True, True),
+        ("delta", "retrieval", "channel", "chunkwise", 32, 50, True, True, True),
     ]
 ]
 

@@ -75,10 +75,6 @@ ATTENTION = {
         ['"pallas"', 'form="chunkwise"', "'recurrent'", '"xla"'],
     ),
     "kernel of fwm": ({"implementation": "pallas", "rule": "fwm"}, ['"pallas"', '"fwm"', '"xla"']),
-    "kernel with a decay per channel": (
-        {"implementation": "pallas", "log_decay": -KEY},
-        ['"pallas"', "decay per key channel", '"xla"'],
-    ),
     "kernel of float16": (
         {"implementation": "pallas", "value": VALUE.astype(jnp.float16)},
         ['"pallas"', "float32 and bfloat16", "got float16, float32", '"xla"'],

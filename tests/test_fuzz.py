@@ -99,7 +99,7 @@ def defined(rule, normalize, form, decay, beta, chunk_size=None, implementation=
         return False
     if form in ("chunkwise", "parallel") and decay == "channel" and not rule.decay_per_channel:
         return False
-    if implementation == "pallas" and (rule.corrects is None or form not in (None, "chunkwise") or decay == "channel"):
+    if implementation == "pallas" and (rule.corrects is None or form not in (None, "chunkwise")):
         return False
     if implementation == "pallas" and (dtype == "float64" or chunk_size not in (None, 16, 32, 64, 128)):
         return False

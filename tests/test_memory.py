@@ -154,6 +154,25 @@ def test_kernels_bear_correlated_keys_and_strong_writes(kind, beta):
             chex.assert_trees_all_close(np.float32(x), np.float32(y), rtol=0, atol=tolerance * np.max(np.abs(y)))
 
 
+@pytest.mark.parametrize("decay", ["head", "channel"])
+def test_kernels_bear_strong_decays_beside_none(decay):
+    """Interpreted, over nine heads and two chunks, the second not full: a tenth of the decays is exp(−30)."""
+    rng = np.random.default_rng(0)
+    keys = np.abs(rng.normal(size=(1, 40, 9, 16)))
+    keys /= np.linalg.norm(keys, axis=-1, keepdims=True)
+    shape = keys.shape if decay == "channel" else keys.shape[:3]
+    log_decay = np.select([rng.random(shape) < 0.1, rng.random(shape) < 0.5], [-30.0, 0.0], -rng.random(shape))
+    arrays = {"query": rng.normal(size=keys.shape), "key": keys, "value": rng.normal(size=(1, 40, 9, 5))}
+    arrays |= {"beta": 2 * rng.random(keys.shape[:3]), "log_decay": log_decay}
+    arrays = {name: jnp.asarray(x, jnp.float32) for name, x in arrays.items()}
+    shapes = jax.eval_shape(lambda arrays: attend(arrays, form="recurrent"), arrays)
+    cotangents = [rng.normal(size=x.shape) for x in shapes]
+    want = outputs_and_gradients(arrays, cotangents, rule="delta", form="recurrent")
+    got = outputs_and_gradients(arrays, cotangents, implementation="pallas", chunk_size=32)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        chex.assert_trees_all_close(x, y, rtol=0, atol=5e-6 * np.max(np.abs(y)))
+
+
 @pytest.mark.parametrize("chunk_size", some(2, [64, 32]))
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("beta", some(3, ["2", "1", "0 to 2"]))

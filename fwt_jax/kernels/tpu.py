@@ -1,31 +1,37 @@
 """The chunkwise form of the sum and delta rules as Pallas kernels for TPU: one forward, and one for its gradient.
 
-Each kernel takes the chunks of a head in sequence and holds the memory in VMEM. Only the inputs and the results move
-to and from HBM. For the gradient, the forward kernel also writes the memory at each chunk's start: T/C matrices per
-head, in float32. The backward kernel recomputes each chunk from there and applies JAX's derivative of ``_chunk``.
+A step of a kernel takes one chunk of several heads, whose products the compiler interleaves. The chunks of a sequence
+follow each other, and the memories stay in VMEM. Only the inputs and the results move to and from HBM, as they are
+``[B, T, H, ·]``. For the gradient, the forward kernel also writes the memory at each chunk's start: T/C matrices per
+head, in float32. The backward kernel recomputes each chunk from there and applies JAX's derivative of it.
 
-``_chunk`` is ``memory.chunk`` in the same letters. It is written again because the TPU compiler wants arrays of two
-axes, masks instead of slices, and products of the bfloat16 multiplier with a given number of passes.
+tpu_chunk.py has the mathematics of a chunk.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from fwt_jax.decays import cumulative_log_decay
 from fwt_jax.kernels.refused import refused, zero_of
+from fwt_jax.kernels.tpu_chunk import DEFAULT, Settings, chunk
 from fwt_jax.rules import name_of
 
-DEFAULT, HIGH, HIGHEST = lax.Precision.DEFAULT, lax.Precision.HIGH, lax.Precision.HIGHEST
 REFUSAL = 'implementation="pallas" is for TPU, got {platforms}; use implementation="xla"'
 CHUNK_SIZES = (16, 32, 64, 128)  # 16: the rows of a tile of bfloat16. 128: the width of the multiplier
+HEADS = 8  # of a step of the kernel: the rows of a tile of float32
+NUMBERS = 8 * 128 * 128  # of the memories whose products are interleaved
+VMEM_BYTES = 48 * 2**20
+CHUNK_STARTS = "fast_weight_chunk_starts"
 
 
 def chunkwise(
@@ -45,12 +51,16 @@ def chunkwise(
     """``chunkwise`` of a batch of heads on a TPU. On CPU the kernels are interpreted, which is slow.
 
     The delta rule takes 6KV + C(4K + 4V) FLOPs per token and head, and 16C² for the inverse, in three passes or more.
-    The gradient takes about three times as many. Forward, 2(K + V) numbers per token move to or from HBM.
+    A decay per channel takes 4CK log₂ C FLOPs for the scores instead of 4CK. The gradient takes about three times as
+    many. Forward, 2(K + V) numbers per token move to or from HBM.
+
+    The memories at the starts of the chunks, which the gradient needs, have the name "fast_weight_chunk_starts" for the
+    policies of ``jax.checkpoint``.
 
     Args:
       fast_weights, query, key, value, beta, reset, recall_scale: see ``recurrent.recurrent``; float32 or bfloat16
         inputs, a query is needed. K and V are at most 512, and for float32 K·V is at most 256².
-      log_decay: None or ``[B, T, H]``.
+      log_decay: None, ``[B, T, H]`` or ``[B, T, H, K]``.
       rule: the row of "sum" or "delta", or one with the same write (``Rule.corrects``).
       chunk_size: 16, 32, 64 or 128; None takes 128, or less if T is less.
       precision: of the products: one, three or six passes of the bfloat16 multiplier for "default", "high" and
@@ -60,47 +70,32 @@ def chunkwise(
       The reads ``[B, T, H, V]`` in value's dtype and W_T ``[B, H, K, V]``.
 
     Raises:
-      ValueError: another rule, decay, dtype, size, chunk_size or precision; compiled for a platform other than TPU
-        and CPU.
+      ValueError: another rule, dtype, size, chunk_size or precision; compiled for a platform other than TPU and CPU.
       NotImplementedError, TypeError: the derivative of a gradient, forward mode. The plain JAX form has both.
     """
-    _check(fast_weights, query, key, value, log_decay, rule)
-    batch, length, heads, _ = key.shape
+    _check(fast_weights, query, key, value, rule)
+    length = key.shape[1]
     chunk_size = _chunk_size(chunk_size, length)
-    tokens = (_split(x, chunk_size) for x in (query, key, value))
     gates = _gates(beta, recall_scale, log_decay, reset, chunk_size)
-    settings = _Settings(rule.corrects, tuple(gates), _canonical(precision))
-    start = fast_weights.reshape(batch * heads, *fast_weights.shape[2:])
-    inputs = (start, *tokens, jnp.stack(list(gates.values()), axis=2))
+    settings = Settings(rule.corrects, tuple(gates), _canonical(precision), max(length, chunk_size), chunk_size)
+    tokens = (query, key, value)
+    if log_decay is not None and log_decay.ndim == 4:
+        tokens = (*tokens, log_decay.astype(jnp.float32))
+    if length < chunk_size:
+        tokens = (jnp.pad(x, ((0, 0), (0, chunk_size - length), (0, 0), (0, 0))) for x in tokens)
+    inputs = (fast_weights, jnp.stack([jnp.swapaxes(x, 2, 3) for x in gates.values()], axis=2), *tokens)
     # In shard_map the results vary over every mesh axis that any input varies over. A zero makes the inputs agree.
     zero = zero_of(inputs)
     reads, end = _advance(settings, *(x + zero.astype(x.dtype) for x in inputs))
-    reads = jnp.moveaxis(reads.reshape(batch, heads, -1, value.shape[-1]), 1, 2)[:, :length]
-    return reads, end.reshape(fast_weights.shape)
+    return reads[:, :length], end
 
 
 # --- the arguments of the kernels ------------------------------------------------------------------------------------
 
 
-class _Settings(NamedTuple):
-    """The static arguments of the kernels.
-
-    Attributes:
-      corrects: see ``rules.Rule``.
-      gates: the names of the rows of the array ``gates``, see ``_gates``.
-      precision: of the products.
-    """
-
-    corrects: bool
-    gates: tuple[str, ...]
-    precision: lax.Precision
-
-
-def _check(fast_weights, query, key, value, log_decay, rule):
+def _check(fast_weights, query, key, value, rule):
     if rule.corrects is None:
         raise ValueError(f'implementation="pallas" has no rule {name_of(rule)}; use implementation="xla"')
-    if log_decay is not None and log_decay.ndim != 3:
-        raise ValueError('implementation="pallas" has no decay per key channel; use implementation="xla"')
     dtypes = {x.dtype for x in (query, key, value)} | {fast_weights.dtype}
     if not dtypes <= {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}:
         got = ", ".join(sorted(map(str, dtypes)))
@@ -133,28 +128,33 @@ def _canonical(precision):
         ) from error
 
 
-def _split(x, chunk_size):
-    """``[B, T, H, ...]`` -> ``[B·H, n, C, ...]``. The last chunk is filled up with tokens that write nothing."""
-    batch, length, heads, *sizes = x.shape
+def _in_chunks(x, chunk_size):
+    """``[B, T, ...]`` -> ``[B, n, C, ...]``. The last chunk is filled up with zeros."""
+    length = x.shape[1]
     num_chunks = -(-length // chunk_size)
     x = jnp.pad(x, ((0, 0), (0, num_chunks * chunk_size - length), *((0, 0),) * (x.ndim - 2)))
-    return jnp.moveaxis(x, 2, 1).reshape(batch * heads, num_chunks, chunk_size, *sizes)
+    return x.reshape(x.shape[0], num_chunks, chunk_size, *x.shape[2:])
 
 
 def _gates(beta, recall_scale, log_decay, reset, chunk_size):
-    """The arrays with one number per token, ``[B·H, n, C]`` each, in float32, by name.
+    """The arrays with one number per token and head, ``[B, n, C, H]`` each, in float32, by name.
 
     "beta" and "recall_scale" are the arguments. "coarse" and "fine" are the two parts of the cumulative log decay.
-    "segment" is the number of resets since the chunk began. An argument that is None has no entry.
+    "segment" is the number of resets since the chunk began. An argument that is None has no entry. With a decay per
+    channel, "reset" is 1 where the memory is dropped, and the decays are no gate.
     """
     arrays = {"beta": beta, "recall_scale": recall_scale}
-    gates = {name: _split(x.astype(jnp.float32), chunk_size) for name, x in arrays.items() if x is not None}
-    if log_decay is not None:
-        by_token = jnp.moveaxis(_split(log_decay.astype(jnp.float32), chunk_size), -1, 0)
-        gates["coarse"], gates["fine"] = (jnp.moveaxis(x, 0, -1) for x in cumulative_log_decay(by_token))
     if reset is not None:
-        reset = jnp.broadcast_to(reset[..., None], beta.shape)
-        gates["segment"] = jnp.cumsum(_split(reset.astype(jnp.float32), chunk_size), axis=-1)
+        arrays["reset"] = jnp.broadcast_to(reset[..., None], beta.shape)
+    by_head = log_decay is not None and log_decay.ndim == 3
+    if by_head:
+        arrays["log_decay"] = log_decay
+    gates = {name: _in_chunks(x.astype(jnp.float32), chunk_size) for name, x in arrays.items() if x is not None}
+    if by_head:
+        parts = cumulative_log_decay(jnp.moveaxis(gates.pop("log_decay"), 2, 0))
+        gates["coarse"], gates["fine"] = (jnp.moveaxis(x, 0, 2) for x in parts)
+    if reset is not None and (log_decay is None or by_head):
+        gates["segment"] = jnp.cumsum(gates.pop("reset"), axis=2)
     return gates
 
 
@@ -162,92 +162,136 @@ def _gates(beta, recall_scale, log_decay, reset, chunk_size):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _advance(settings, start, query, key, value, gates):
-    """Reads ``[B·H, n, C, V]`` and W_T ``[B·H, K, V]``, of all chunks."""
-    return _forward(settings, False, start, query, key, value, gates)[:2]
+def _advance(settings, start, gates, *tokens):
+    """Reads ``[B, T, H, V]`` and W_T ``[B, H, K, V]``, of gates ``[B, n, R, H, C]`` and tokens ``[B, T, H, ·]``."""
+    return _forward(settings, False, start, gates, *tokens)
 
 
 def _advance_forward(settings, start, *inputs):
     reads, end, starts = _forward(settings, True, start, *inputs)
-    return (reads, end), (starts, *inputs)
+    return (reads, end), (checkpoint_name(starts, CHUNK_STARTS), *inputs)
 
 
-def _forward(settings, keep_starts, start, query, key, value, gates):
-    """As ``_advance``; with ``keep_starts`` also the memory at each chunk's start, ``[B·H, n, K, V]``."""
+def _forward(settings, keep_starts, start, gates, *tokens):
+    """As ``_advance``; with ``keep_starts`` also the memory at each chunk's start, ``[B, n, H, K, V]``."""
+    value = tokens[2]
 
-    def kernel(start_ref, query_ref, key_ref, value_ref, gates_ref, reads_ref, end_ref, *starts_ref):
-        @pl.when(pl.program_id(1) == 0)
+    inputs = (("memory", start), ("gates", gates), *(("tokens", x) for x in tokens))
+    results = [("tokens", _like(value)), ("memory", _like(start))]
+    if keep_starts:
+        results.append(("starts", _like(start, (*gates.shape[:2], *start.shape[1:]))))
+
+    def advance(start, gates, *tokens):
+        reads, end = chunk(settings, start, gates, *(x.astype(jnp.float32) for x in tokens))
+        return reads.astype(value.dtype), end
+
+    def kernel(start_ref, *refs):
+        input_refs, (reads_ref, end_ref, *starts_refs), scratch = _split(refs, 1 + len(tokens), len(results))
+        *inputs, reads = scratch
+
+        @pl.when(pl.program_id(2) == 0)
         def _():
             end_ref[...] = start_ref[...]
 
-        for head in range(len(query_ref)):
-            fast_weights = end_ref[head]
-            for ref in starts_ref:
-                ref[head] = fast_weights
-            inputs = (ref[head] for ref in (query_ref, key_ref, value_ref, gates_ref))
-            reads_ref[head], end_ref[head] = advance(fast_weights, *inputs)
+        for ref in starts_refs:
+            ref[...] = end_ref[...]
+        _load(settings, pl.program_id(2), input_refs, inputs)
+        _over_heads(advance, (end_ref, *inputs), (reads, end_ref))
+        _store((reads,), (reads_ref,))
 
-    def advance(fast_weights, *tokens):
-        reads, end = _chunk(settings, fast_weights, *(x.astype(jnp.float32) for x in tokens))
-        return reads.astype(value.dtype), end
-
-    @jax.vmap
     def in_plain_jax(start, *tokens):
-        def body(fast_weights, tokens):
-            reads, end = advance(fast_weights, *tokens)
-            return end, (reads, fast_weights)
+        def body(start, tokens):
+            reads, end = advance(start, *tokens)
+            return end, (reads, start)
 
         end, (reads, starts) = lax.scan(body, start, tokens)
         return (reads, end, starts) if keep_starts else (reads, end)
 
-    inputs = (start, query, key, value, gates)
-    out_shapes = [_shape_like(value), _shape_like(start)]
-    if keep_starts:
-        out_shapes.append(_shape_like(start, (*key.shape[:2], *start.shape[1:])))
-    return _call(kernel, in_plain_jax, inputs, out_shapes, "fast_weight_attention")
+    return _call(settings, kernel, in_plain_jax, inputs, results, "fast_weight_attention")
 
 
 def _advance_backward(settings, residuals, cotangents):
     """The chunks in reverse. ``x_grad`` is the gradient of the loss in x."""
+    reads_grad, end_grad = cotangents
+    starts, gates, *tokens = residuals
+    of_tokens = [("tokens", x) for x in tokens]
+    inputs = (("memory", end_grad), ("starts", starts), ("gates", gates), *of_tokens, ("tokens", reads_grad))
+    results = [(kind, _like(x)) for kind, x in (("memory", end_grad), ("gates", gates), *of_tokens)]
 
-    def kernel(starts_ref, query_ref, key_ref, value_ref, gates_ref, reads_grad_ref, end_grad_ref, *out_refs):
-        start_grad_ref, *token_grad_refs = out_refs
+    def back(end_grad, start, gates, *tokens):
+        *inputs, reads_grad = (x.astype(jnp.float32) for x in tokens)
+        _, pull = jax.vjp(functools.partial(chunk, settings), start, gates, *inputs)
+        start_grad, gates_grad, *token_grads = pull((reads_grad, end_grad))
+        grads = (grad.astype(x.dtype) for grad, x in zip(token_grads, tokens[:-1], strict=True))
+        return start_grad, gates_grad, *grads
 
-        @pl.when(pl.program_id(1) == 0)
+    def kernel(end_grad_ref, starts_ref, *refs):
+        input_refs, (start_grad_ref, *grad_refs), scratch = _split(refs, 2 + len(tokens), len(results))
+        inputs, grads = scratch[: len(input_refs)], scratch[len(input_refs) :]
+
+        @pl.when(pl.program_id(2) == 0)
         def _():
             start_grad_ref[...] = end_grad_ref[...]
 
-        for head in range(len(query_ref)):
-            inputs = (ref[head] for ref in (starts_ref, query_ref, key_ref, value_ref, gates_ref, reads_grad_ref))
-            start_grad_ref[head], *token_grads = back(start_grad_ref[head], *inputs)
-            for ref, token_grad in zip(token_grad_refs, token_grads, strict=True):
-                ref[head] = token_grad
+        _load(settings, pl.num_programs(2) - 1 - pl.program_id(2), input_refs, inputs)
+        _over_heads(back, (start_grad_ref, starts_ref, *inputs), (start_grad_ref, *grads))
+        _store(grads, grad_refs)
 
-    def back(end_grad, start, *tokens):
-        *inputs, reads_grad = (x.astype(jnp.float32) for x in tokens)
-        _, pull = jax.vjp(functools.partial(_chunk, settings), start, *inputs)
-        start_grad, *token_grads = pull((reads_grad, end_grad))
-        return start_grad, *(grad.astype(x.dtype) for grad, x in zip(token_grads, tokens[:-1], strict=True))
-
-    @jax.vmap
-    def in_plain_jax(starts, query, key, value, gates, reads_grad, end_grad):
+    def in_plain_jax(end_grad, *tokens):
         def body(end_grad, tokens):
             start_grad, *token_grads = back(end_grad, *tokens)
             return start_grad, token_grads
 
-        tokens = (starts, query, key, value, gates, reads_grad)
         start_grad, token_grads = lax.scan(body, end_grad, tokens, reverse=True)
-        return (start_grad, *token_grads)
+        return start_grad, *token_grads
 
-    out_shapes = [_shape_like(x) for x in (cotangents[1], *residuals[1:])]
-    inputs = (*residuals, *cotangents)
-    return _call(kernel, in_plain_jax, inputs, out_shapes, "fast_weight_attention_gradient", backwards=True)
+    return _call(settings, kernel, in_plain_jax, inputs, results, "fast_weight_attention_gradient", backwards=True)
 
 
 _advance.defvjp(_advance_forward, _advance_backward)
 
 
-def _shape_like(x, shape=None):
+def _split(refs, num_inputs, num_results):
+    """The gates and tokens that come in, the results, and the scratch memory."""
+    num_results += num_inputs
+    return refs[:num_inputs], refs[num_inputs:num_results], refs[num_results:]
+
+
+def _load(settings, i, refs, scratch):
+    """Copies chunk i of the gates and tokens, with the heads first. Tokens behind the last one become zeros."""
+    gates_ref, *token_refs = refs
+    scratch[0][...] = jnp.swapaxes(gates_ref[...], 0, 1)
+    index = i * settings.chunk_size + lax.broadcasted_iota(jnp.int32, (1, settings.chunk_size, 1), 1)
+    for ref, rows in zip(token_refs, scratch[1:], strict=True):
+        x = jnp.swapaxes(ref[...], 0, 1)
+        if settings.length % settings.chunk_size:
+            x = jnp.where(index < settings.length, x, jnp.zeros_like(x))
+        rows[...] = x
+
+
+def _store(scratch, refs):
+    for rows, ref in zip(scratch, refs, strict=True):
+        ref[...] = jnp.swapaxes(rows[...], 0, 1)
+
+
+def _over_heads(function, inputs, results):
+    """``function`` of each head, of as many heads at a time as the compiler interleaves well."""
+    heads, *sizes = inputs[0].shape
+    most = max(NUMBERS // math.prod(max(size, 128) for size in sizes), 1)
+    number = max(n for n in range(1, heads + 1) if heads % n == 0 and n <= most)
+
+    def body(group, _):
+        some = pl.ds(group * number, number)
+        for ref, x in zip(results, jax.vmap(function)(*(ref[some] for ref in inputs)), strict=True):
+            ref[some] = x
+
+    lax.fori_loop(0, heads // number, body, None)
+
+
+# --- a call of a kernel ----------------------------------------------------------------------------------------------
+
+
+def _like(x, shape=None):
     """The type of a result. In shard_map it varies over the mesh as x does."""
     kind = jax.typeof(x)
     # The attribute that says so has two names: before JAX 0.10, and from it on.
@@ -261,245 +305,96 @@ def _varies(x):
     return bool(kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying)
 
 
-def _call(kernel, in_plain_jax, inputs, out_shapes, name, backwards=False):
+def _call(settings, kernel, in_plain_jax, inputs, results, name, backwards=False):
     """Runs ``kernel`` on a TPU, interpreted on a CPU, and refuses other platforms.
 
-    ``in_plain_jax`` is the same function of the inputs without Pallas. It runs on a CPU in shard_map, because there
+    ``in_plain_jax`` is the same function of one head without Pallas. It runs on a CPU in shard_map, because there
     Pallas' interpreter slices arrays that vary over the mesh at indices that do not, which shard_map refuses.
+
+    Args:
+      inputs, results: pairs of a kind and an array or its type. "memory" ``[B, H, K, V]``, "starts"
+        ``[B, n, H, K, V]``, "gates" ``[B, n, R, H, C]``, "tokens" ``[B, T, H, ·]``.
     """
-    pallas_call = functools.partial(_pallas_call, kernel, inputs, out_shapes, name, backwards)
+    kinds, arrays = zip(*inputs, strict=True)
+    out_kinds, out_shapes = zip(*results, strict=True)
+    pallas_call = functools.partial(_pallas_call, settings, kernel, inputs, results, name, backwards)
     compiled = pallas_call(interpret=False)
-    interpreted = in_plain_jax if _varies(inputs[0]) else pallas_call(interpret=True)
+    if _varies(arrays[0]):
+        interpreted = _in_plain_jax(settings, in_plain_jax, kinds, out_kinds)
+    else:
+        interpreted = pallas_call(interpret=True)
 
     @jax.custom_jvp
-    def call(*inputs):
-        def refuse(*inputs):
-            return tuple(refused(REFUSAL, out_shapes, inputs))
+    def call(*arrays):
+        def refuse(*arrays):
+            return tuple(refused(REFUSAL, out_shapes, arrays))
 
-        return lax.platform_dependent(*inputs, tpu=compiled, cpu=interpreted, default=refuse)
+        return lax.platform_dependent(*arrays, tpu=compiled, cpu=interpreted, default=refuse)
 
     @call.defjvp
     def _(*_):
         raise NotImplementedError('implementation="pallas" has no derivative of its gradient; use implementation="xla"')
 
-    return call(*inputs)
+    return call(*arrays)
 
 
-def _pallas_call(kernel, inputs, out_shapes, name, backwards, *, interpret):
-    """A function that runs the kernel once per chunk, and once per pair of heads where pairs fit.
+def _pallas_call(settings, kernel, inputs, results, name, backwards, *, interpret):
+    """A function that runs the kernel once per chunk of several heads. Memories stay in VMEM for all chunks."""
+    (_, heads, *_), (_, num_chunks, *_) = (
+        next(x.shape for k, x in inputs if k == kind) for kind in ("memory", "gates")
+    )
+    per_step = HEADS if heads % HEADS == 0 else heads
 
-    Arrays of three axes (memories) stay in VMEM for all chunks of a head; those of four axes are cut into chunks.
-    """
-    heads, num_chunks = inputs[1].shape[:2]
-    small = inputs[1].shape[-1] * inputs[3].shape[-1] <= 256 * 256
-    heads_per_step = 2 if small and heads % 2 == 0 else 1  # two keep the multiplier busy while one waits for its result
+    def spec(kind, x):
+        def index(row, group, i):
+            i = num_chunks - 1 - i if backwards else i
+            return {
+                "memory": (row, group, 0, 0),
+                "starts": (row, i, group, 0, 0),
+                "gates": (row, i, 0, group, 0),
+                "tokens": (row, i, group, 0),
+            }[kind]
 
-    def spec(x):
-        if x.ndim == 3:
-            return pl.BlockSpec((heads_per_step, *x.shape[1:]), lambda head, i: (head, 0, 0))
-        block = (heads_per_step, None, *x.shape[2:])
-        return pl.BlockSpec(block, lambda head, i: (head, num_chunks - 1 - i if backwards else i, 0, 0))
+        block = {
+            "memory": (None, per_step),
+            "starts": (None, None, per_step),
+            "gates": (None, None, x.shape[2], per_step),
+            "tokens": (None, settings.chunk_size, per_step),
+        }[kind]
+        return pl.BlockSpec((*block, *x.shape[len(block) :]), index)
+
+    def scratch(kind, x):
+        """For the gates and the tokens of a step, with the heads first."""
+        shape = (x.shape[2], x.shape[4]) if kind == "gates" else (settings.chunk_size, x.shape[3])
+        return pltpu.VMEM((per_step, *shape), x.dtype)
 
     return pl.pallas_call(
         kernel,
-        grid=(heads // heads_per_step, num_chunks),
-        in_specs=[spec(x) for x in inputs],
-        out_specs=[spec(x) for x in out_shapes],
-        out_shape=out_shapes,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        grid=(inputs[0][1].shape[0], heads // per_step, num_chunks),
+        in_specs=[spec(*x) for x in inputs],
+        out_specs=[spec(*x) for x in results],
+        out_shape=[x for _, x in results],
+        scratch_shapes=[scratch(*x) for x in (*inputs, *results) if x[0] in ("gates", "tokens")],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
+        ),
         interpret=interpret,
         name=name,
     )
 
 
-# --- one chunk of one head -------------------------------------------------------------------------------------------
+def _in_plain_jax(settings, one_head, kinds, out_kinds):
+    """``one_head`` mapped over the batch and the heads, of arrays cut into chunks."""
+    # The axes of the heads, behind the batch. The axis of the chunks comes next.
+    axes = {"memory": 1, "starts": 2, "gates": 3, "tokens": 3}
 
+    def split(kind, x):
+        x = _in_chunks(x, settings.chunk_size) if kind == "tokens" else x
+        return jnp.moveaxis(x, axes[kind], 1)
 
-def _chunk(settings, fast_weights, query, key, value, gates):
-    """``memory.chunk`` of one head, in float32.
+    def join(kind, x):
+        x = jnp.moveaxis(x, 1, axes[kind])
+        return x.reshape(x.shape[0], -1, *x.shape[3:])[:, : settings.length] if kind == "tokens" else x
 
-    Args:
-      fast_weights: W_0, ``[K, V]``.
-      query, key: ``[C, K]``.
-      value: ``[C, V]``.
-      gates: ``[1 to 5, C]``, with the rows of ``settings.gates``.
-
-    Returns:
-      The reads ``[C, V]`` and W_C ``[K, V]``.
-    """
-    gates = {name: gates[i : i + 1] for i, name in enumerate(settings.gates)}
-    precision = settings.precision
-    decays = _decays_of(gates, len(key))
-    a, b = key, _as_column(gates["beta"]) * value
-    if settings.corrects:
-        b = _delta_b(precision, fast_weights, key, value, gates, decays)
-    scores = decays.between * _dot("nt", precision, query, a)
-    reads = _dot("nn", precision, _scaled(decays.from_start, query), fast_weights)
-    reads += _dot("nn", precision, scores, b)
-    written = _dot("tn", precision, _scaled(decays.to_end, a), b)
-    return reads, _scaled(decays.of_start, fast_weights) + written
-
-
-def _delta_b(precision, fast_weights, key, value, gates, decays):
-    """b of ``memory.delta_writes``, ``[C, V]``."""
-    row, column = _indices(len(key))
-    beta = _as_column(gates["beta"])
-    overlaps = jnp.where(row > column, decays.between * _dot("nt", precision, key, key), 0)
-    recalled = _dot("nn", precision, _scaled(decays.from_start, key), fast_weights)
-    if "recall_scale" in gates:
-        recall_scale = _as_column(gates["recall_scale"])
-        overlaps, recalled = recall_scale * overlaps, recall_scale * recalled
-    return _unit_lower_solve(precision, beta * overlaps, beta * (value - recalled))
-
-
-class _Decays(NamedTuple):
-    """``decays.Decays`` within a chunk. None stands for a factor of 1.
-
-    Attributes:
-      from_start: D_t0, ``[C, 1]`` or None.
-      to_end: D_Ti, ``[C, 1]`` or None.
-      of_start: D_T0, ``[1, 1]`` or None.
-      between: D_ti for i ≤ t, else 0; ``[C, C]``.
-    """
-
-    from_start: jax.Array | None
-    to_end: jax.Array | None
-    of_start: jax.Array | None
-    between: jax.Array
-
-
-def _decays_of(gates, size):
-    row, column = _indices(size)
-    causal = row >= column
-    from_start = to_end = of_start = None
-    between = jnp.where(causal, 1.0, 0.0)
-    if "coarse" in gates:
-        log_alpha = gates["coarse"], gates["fine"]
-        from_start = jnp.exp(sum(_as_column(x) for x in log_alpha))
-        of_start = jnp.exp(sum(_last(x) for x in log_alpha))
-        to_end = jnp.exp(sum(_last(x) - _as_column(x) for x in log_alpha))
-        between = jnp.exp(jnp.where(causal, sum(_as_column(x) - x for x in log_alpha), -jnp.inf))
-    if "segment" in gates:
-        segment, last_segment = gates["segment"], _last(gates["segment"])
-        row_segment = _as_column(segment)
-        from_start, of_start = _masked(from_start, row_segment == 0), _masked(of_start, last_segment == 0)
-        to_end, between = _masked(to_end, row_segment == last_segment), _masked(between, row_segment == segment)
-    return _Decays(from_start, to_end, of_start, between)
-
-
-def _scaled(scale, x):
-    return x if scale is None else scale * x
-
-
-def _masked(scale, mask):
-    return jnp.where(mask, 1.0 if scale is None else scale, 0.0)
-
-
-def _indices(size):
-    """The row and the column of each entry of a matrix ``[size, size]``."""
-    return tuple(lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
-
-
-def _as_column(x):
-    """``[1, C]`` -> ``[C, 1]``, by a mask and a sum."""
-    row, column = _indices(x.shape[1])
-    return jnp.sum(jnp.where(row == column, x, 0), axis=1, keepdims=True)
-
-
-def _last(x):
-    """The last entry of ``[1, C]``, ``[1, 1]``, by a mask and a sum."""
-    column = lax.broadcasted_iota(jnp.int32, x.shape, 1)
-    return jnp.sum(jnp.where(column == x.shape[1] - 1, x, 0), axis=1, keepdims=True)
-
-
-# --- its products and its triangular system --------------------------------------------------------------------------
-
-
-def _product(kind, precision, a, b):
-    """A product of two matrices in float32. kind: "n" as it is or "t" transposed, for each; "nt" is A Bᵀ."""
-    axes = (((1 if kind[0] == "n" else 0,), (0 if kind[1] == "n" else 1,)), ((), ()))
-    dot = functools.partial(lax.dot_general, dimension_numbers=axes, preferred_element_type=jnp.float32)
-    if precision == HIGHEST:
-        return dot(a, b, precision=HIGHEST)
-    dot = functools.partial(dot, precision=DEFAULT)  # explicit, because None follows JAX's configuration
-    a_high, b_high = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
-    if precision == DEFAULT:
-        return dot(a_high, b_high)
-    a_low, b_low = ((x - high.astype(x.dtype)).astype(jnp.bfloat16) for x, high in ((a, a_high), (b, b_high)))
-    return dot(a_high, b_high) + (dot(a_high, b_low) + dot(a_low, b_high))
-
-
-# A product whose derivative has products of the same precision.
-_dot = jax.custom_vjp(_product, nondiff_argnums=(0, 1))
-
-
-def _dot_forward(kind, precision, a, b):
-    return _product(kind, precision, a, b), (a, b)
-
-
-def _dot_backward(kind, precision, residuals, cotangent):
-    a, b = residuals
-    product = functools.partial(_product, precision=precision)
-    if kind == "nn":
-        return product("nt", a=cotangent, b=b), product("tn", a=a, b=cotangent)
-    if kind == "nt":
-        return product("nn", a=cotangent, b=b), product("tn", a=cotangent, b=a)
-    return product("nt", a=b, b=cotangent), product("nn", a=a, b=cotangent)
-
-
-_dot.defvjp(_dot_forward, _dot_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _unit_lower_solve(precision, lower, right):
-    """(I + L)⁻¹ R for a strictly lower triangular L: ``triangular.unit_lower_solve`` with the whole inverse.
-
-    The entries of the inverse cancel if keys are correlated. So its products take at least three passes: one pass
-    would lose the correction of the delta rule.
-    """
-    return _unit_lower_solve_forward(precision, lower, right)[0]
-
-
-def _unit_lower_solve_forward(precision, lower, right):
-    precision = _at_least_high(precision)
-    inverse = _unit_lower_inverse(precision, lower)
-    solution = _product("nn", precision, inverse, right)
-    return solution, (inverse, solution)
-
-
-def _unit_lower_solve_backward(precision, residuals, cotangent):
-    precision = _at_least_high(precision)
-    inverse, solution = residuals
-    right_grad = _product("tn", precision, inverse, cotangent)
-    return -_product("nt", precision, right_grad, solution), right_grad
-
-
-_unit_lower_solve.defvjp(_unit_lower_solve_forward, _unit_lower_solve_backward)
-
-
-def _at_least_high(precision):
-    return HIGH if precision == DEFAULT else precision
-
-
-def _unit_lower_inverse(precision, lower):
-    """(I + L)⁻¹, by doubling: from the inverses of two neighbouring blocks of half the size, see ``triangular``."""
-    size, half = len(lower), 1
-    row, column = _indices(size)
-    dot = functools.partial(_product, "nn", precision)
-    inverse = jnp.where(row == column, 1.0, 0.0)
-    while half < size:
-        # Shifts, not //: Pallas lowers // by the kind of TPU, which an export for TPUs in general does not have.
-        block, other = (lax.shift_right_logical(x, lax.full_like(x, half.bit_length() - 1)) for x in (row, column))
-        corners = jnp.where((block & 1 == 1) & (block - 1 == other), lower, 0)
-        if half == 1:
-            inverse -= corners
-        elif half < 8:  # the rows of a tile of float32
-            inverse -= dot(dot(inverse, corners), inverse)
-        else:  # only the lower rows of each pair of blocks change
-            blocks = [inverse[i : i + half] for i in range(0, size, half)]
-            below = jnp.concatenate(blocks[1::2])
-            below -= dot(dot(below, corners), inverse)
-            blocks[1::2] = [below[i : i + half] for i in range(0, size // 2, half)]
-            inverse = jnp.concatenate(blocks)
-        half *= 2
-    return inverse
+    mapped = jax.vmap(jax.vmap(one_head))
+    return lambda *arrays: tuple(map(join, out_kinds, mapped(*map(split, kinds, arrays))))
