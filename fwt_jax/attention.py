@@ -124,13 +124,15 @@ def fast_weight_attention(
         without a gradient, and up to four times as much with one.)
       chunk_size: tokens per chunk of the chunkwise form. None picks 64, or 32 for "fwm" and for K·V ≤ 1024, or fewer.
       implementation: "xla" is plain JAX. "pallas" is a kernel for TPU, "triton" one for NVIDIA GPUs, for the chunkwise
-        form of sum and delta; "pallas" has no decay per channel. None picks "triton" where JAX's default device is an
-        NVIDIA GPU, ``fwt_jax[cuda]`` is installed, and ``kernels.gpu.why_not`` has no reason against it; else "xla".
-        Kernels have first derivatives in reverse mode only; derivatives of a gradient of "triton" are those of "xla".
-        Forward mode (``jax.jvp``) needs "xla". If the arrays are sharded, call "pallas" inside ``jax.shard_map``.
-        On CPU, "pallas" is interpreted, for tests; other platforms refuse a kernel that is not theirs. ``jax.export``
-        takes "pallas" for one platform at a time, and "triton" for CUDA alone and if its check of custom calls is
-        disabled.
+        form of sum and delta. None picks "triton" where JAX's default device is an NVIDIA GPU, ``fwt_jax[cuda]`` is
+        installed, and ``kernels.gpu.why_not`` has no reason against it. It picks "pallas" for one TPU, in
+        ``jax.shard_map``, and under ``jax.set_mesh`` of TPUs where the mesh has explicit axes or those of
+        ``sharding.make_mesh``, and ``kernels.tpu.why_not`` has no reason against it; else "xla".
+        Kernels have first derivatives in reverse mode; derivatives of a gradient are those of "xla". Forward mode
+        (``jax.jvp``) needs "xla". The policies of ``jax.checkpoint`` know y and what a kernel keeps for its gradient as
+        "fast_weight_residuals". On CPU, "pallas" is interpreted, for tests; other platforms refuse a kernel that is not
+        theirs. ``jax.export`` takes "pallas" for one platform at a time, and "triton" for CUDA alone and if its check
+        of custom calls is disabled.
       pieces: the number of parts that each sequence is cut into, for "sum", "delta" and "oja". All of them advance at
         once, from the memory that composing the maps of the earlier ones gives: see pieces.py. It takes two to three
         times the FLOPs, and twice the memory or more. It is for few heads, long sequences and a device that they do not
@@ -315,11 +317,14 @@ def _attend(
     memory = start_of(memory, key, value, dtype)
     options = {"rule": rule, "chunk_size": chunk_size, "precision": precision}
     arrays = (memory.fast_weights, query, key, value)
-    by_default = implementation is None and form == "chunkwise" and gpu.is_default(*arrays, **options)
+    kernels = {"pallas": tpu, "triton": gpu}.get(implementation)
+    by_default = implementation is None and form == "chunkwise"
+    if by_default:
+        kernels = next((x for x in (tpu, gpu) if x.is_default(*arrays, **options)), None)
     # A group shares the products within a chunk. Token by token it shares none, and takes up to 7 times as long on CPU.
     # A kernel takes as many keys as values. A key sum decays with its value head, so each value head has its own.
     in_chunks = form != "recurrent" and bool(rule.chunk)
-    if not in_chunks or normalize or by_default or implementation in ("pallas", "triton"):
+    if not in_chunks or normalize or kernels:
         query, key = (of_value_heads(x, value.shape[2]) for x in (query, key))
     key_sum, recall_scale = memory.key_sum, None
     if normalize:
@@ -338,10 +343,8 @@ def _attend(
         start, _, *tokens = inputs
         start = start_of_piece(start, *tokens, sequence_axis=sequence_axis, **options)
         inputs = (start, *inputs[1:])
-    if implementation == "pallas":
-        out, fast_weights = tpu.chunkwise(*inputs, **options)
-    elif implementation == "triton" or by_default:
-        out, fast_weights = gpu.chunkwise(*inputs, **options, fallback=by_default)
+    if kernels:
+        out, fast_weights = kernels.chunkwise(*inputs, **options, fallback=by_default)
     elif form == "recurrent":
         out, fast_weights = recurrent(*inputs, written, step=rule.step)
     elif form == "parallel":

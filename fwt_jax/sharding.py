@@ -24,6 +24,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 BATCH = ("data", "fsdp")  # the axes of the mesh that split the batch
+HEADS = "tensor"  # the axis that splits the heads
 ROWS = P(BATCH)  # of arrays [B, ...]
 TOKENS = P(BATCH, "sequence")  # of arrays [B, T, ...]
 

@@ -13,6 +13,7 @@ from cases import AS_USERS, Case, attend, compiled_attend, outputs_and_gradients
 
 import fwt_jax
 from fwt_jax import normalization, triangular
+from fwt_jax.kernels import tpu
 from fwt_jax.rules import RULES
 
 
@@ -171,6 +172,25 @@ def test_kernels_bear_strong_decays_beside_none(decay):
     got = outputs_and_gradients(arrays, cotangents, implementation="pallas", chunk_size=32)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         chex.assert_trees_all_close(x, y, rtol=0, atol=5e-6 * np.max(np.abs(y)))
+
+
+@pytest.mark.parametrize(("limit", "size"), [("BLOCK_BYTES", 2**18), ("NUMBERS", 2 * 128**2)])
+def test_kernels_take_as_many_heads_at_a_time_as_fit(limit, size, monkeypatch):
+    """In blocks, and of the heads of a block."""
+    query, key, value = jax.random.normal(jax.random.key(0), (3, 2, 20, 6, 8))
+    inputs = jnp.ones((2, 6, 8, 5)), query, key / 3, value[..., :5], jnp.ones((2, 20, 6))
+    reset = jnp.arange(40).reshape(2, 20) % 7 == 0
+
+    def results():
+        def loss(*inputs):
+            outputs = tpu.chunkwise(*inputs, reset=reset, rule=RULES["delta"], precision="highest")
+            return sum(jnp.sum(jnp.sin(x)) for x in outputs), outputs
+
+        return jax.jit(jax.grad(loss, (0, 1, 2, 3, 4), has_aux=True))(*inputs)
+
+    want = results()
+    monkeypatch.setattr(tpu, limit, size)
+    chex.assert_trees_all_close(results(), want, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("chunk_size", some(2, [64, 32]))

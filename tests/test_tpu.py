@@ -86,6 +86,37 @@ def test_a_gradient_compiles_and_shards_do_not_communicate(implementation, topol
     assert not [word for word in COLLECTIVES if word in text]
 
 
+SPLIT = P(("data", "fsdp"), None, "tensor")
+
+
+@pytest.mark.parametrize(
+    ("axes", "spec", "kind", "is_kernel"),
+    [
+        ({"fsdp": 1}, P(), AxisType.Auto, True),  # one chip
+        ({"fsdp": 2, "tensor": 2}, SPLIT, AxisType.Auto, True),
+        ({"fsdp": 2, "tensor": 2}, SPLIT, AxisType.Explicit, True),
+        ({"fsdp": 4}, SPLIT, AxisType.Auto, False),  # of two rows
+        ({"sequence": 2, "fsdp": 2}, P("fsdp", "sequence"), AxisType.Auto, False),
+    ],
+    ids=str,
+)
+def test_a_kernel_is_the_default_where_a_mesh_splits_rows_and_heads_alone(axes, spec, kind, is_kernel):
+    mesh = sharding.make_mesh(**axes, devices=devices_of("v5e:2x2")[: math.prod(axes.values())])
+    mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=(kind,) * 4)
+
+    def gradient(*inputs):
+        reads, pull = jax.vjp(lambda *inputs: fwt_jax.fast_weight_attention(*inputs)[0], *inputs)
+        return pull(reads)
+
+    rows = P() if axes == {"fsdp": 4} else spec
+    shapes = ((2, 40, 4, 16),) * 3 + ((2, 40, 4),)
+    inputs = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, rows)) for shape in shapes]
+    with jax.set_mesh(mesh):
+        text = jax.jit(gradient).lower(*inputs).compile().as_text()
+    assert ("tpu_custom_call" in text) == is_kernel
+    assert not is_kernel or not [word for word in COLLECTIVES if word in text]
+
+
 @pytest.mark.parametrize("implementation", ["xla", "pallas"])
 def test_gradients_are_added_up_where_values_alone_are_sharded(implementation):
 

@@ -177,7 +177,7 @@ def test_shards_of_the_batch_and_of_the_heads_give_the_same_numbers(options, x64
     chex.assert_trees_all_close(jax.jit(mapped)(*inputs), want, rtol=1e-10, atol=1e-12)
 
 
-def test_kernels_bear_vmap_and_checkpoint_and_refuse_what_they_do_not_have():
+def test_kernels_bear_vmap_and_checkpoint_and_derivatives_of_their_gradient():
     x = jnp.asarray(np.random.default_rng(0).random((3, 2, 20, 4, 8)), jnp.float32)
 
     def attention(x, implementation):
@@ -191,8 +191,24 @@ def test_kernels_bear_vmap_and_checkpoint_and_refuse_what_they_do_not_have():
     for function in (attention, gradient):
         got, want = (jax.jit(jax.vmap(functools.partial(function, implementation=i)))(x) for i in ("pallas", "xla"))
         chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-5)
-    with pytest.raises(NotImplementedError, match=r'no derivative of its gradient; use implementation="xla"'):
-        jax.grad(lambda x: jnp.sum(gradient(x, "pallas")))(x[0])
+    got, want = (jax.jit(jax.grad(lambda x, i=i: jnp.sum(jnp.sin(gradient(x, i)))))(x[0]) for i in ("pallas", "xla"))
+    chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_what_a_kernel_keeps_for_its_gradient_has_a_name_for_checkpoint():
+    """With it, the gradient runs no forward kernel again."""
+    x = jnp.ones((1, 20, 2, 8))
+
+    def loss(x):
+        attention = functools.partial(fwt_jax.fast_weight_attention, implementation="pallas")
+        return jnp.sum(jnp.sin(attention(x, x, x, x[..., 0])[0]))
+
+    def count(policy):
+        program = str(jax.make_jaxpr(jax.grad(jax.checkpoint(loss, policy=policy)))(x))
+        return program.count("name=fast_weight_attention\n"), program.count("name=fast_weight_attention_gradient\n")
+
+    keep = jax.checkpoint_policies.save_only_these_names("fast_weight_residuals")
+    assert count(None)[1] == count(keep)[1] > 0 and count(None)[0] > count(keep)[0]
 
 
 def constants_and(x, weights, segment_ids, options, start=True):

@@ -20,10 +20,10 @@ from jax import lax
 from fwt_jax.chunkwise import chunkwise as chunkwise_of_head
 from fwt_jax.heads import over_heads
 from fwt_jax.kernels import gpu_calls
+from fwt_jax.kernels.derivatives import Kernels, advance
 from fwt_jax.kernels.gpu_settings import settings_of
 from fwt_jax.kernels.over_mesh import over_explicit_axes
-from fwt_jax.kernels.refused import refused, zero_of
-from fwt_jax.recurrent import with_derivatives_of
+from fwt_jax.kernels.refused import refused
 from fwt_jax.rules import name_of
 
 REFUSAL = 'implementation="triton" is for NVIDIA GPUs, got {platforms}; use implementation="xla"'
@@ -84,9 +84,9 @@ def chunkwise(
     )
     tokens = (x.astype(dtype) for x in (query, key, value))
     inputs = (fast_weights.astype(jnp.float32), *tokens, beta, log_decay, reset, recall_scale)
-    advance = functools.partial(_advance, settings)
     axes = gpu_calls.axes_of_inputs(settings)
-    reads, end = over_explicit_axes(advance, inputs, axes, gpu_calls.OUTPUTS)(*inputs)
+    function = functools.partial(advance, KERNELS, settings)
+    reads, end = over_explicit_axes(function, inputs, axes, gpu_calls.OUTPUTS)(*inputs)
     return reads.astype(value.dtype), end
 
 
@@ -153,84 +153,18 @@ def _compute_capabilities():
     return frozenset(int(device.compute_capability.replace(".", "")) for device in devices)
 
 
-# --- the derivative --------------------------------------------------------------------------------------------------
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _advance(settings, *inputs):
-    """Reads ``[B, T, H, V]`` and W_T; inputs as in ``chunkwise``."""
-    return _forward(settings, False, *inputs)[0]
-
-
-def _advance_forward(settings, *inputs):
-    outputs, residuals = _forward(settings, True, *inputs)
-    return outputs, (inputs, residuals)
+# --- the kernels, and plain JAX --------------------------------------------------------------------------------------
 
 
 def _forward(settings, keep, *inputs):
-    """Reads and W_T, and the residuals, see ``gpu_calls`` (None without a gradient)."""
-
-    def kernels(*inputs):
-        reads, end, *residuals = gpu_calls.forward(settings, keep, *inputs)
-        return (reads, end), residuals
-
-    def plain(*inputs):
-        outputs = _in_plain_jax(settings, *inputs)
-        return outputs, _zeros(residuals, inputs)
-
-    def differentiated(*inputs):
-        return _in_plain_jax(settings, *inputs), call(*lax.stop_gradient(inputs))[1]
-
-    residuals = jax.eval_shape(kernels, *inputs)[1]
-    call = _on_gpu(settings, kernels, plain)
-    return with_derivatives_of(differentiated, call)(*inputs)
-
-
-def _advance_backward(settings, residuals, outputs_grad):
-    """The gradients in the inputs."""
-    inputs, residuals = residuals
-
-    def kernels(inputs, residuals, outputs_grad):
-        return gpu_calls.backward(settings, inputs, residuals, outputs_grad)
-
-    def plain(inputs, residuals, outputs_grad):
-        differentiable = [i for i, x in enumerate(inputs) if x is not None and x.dtype != bool]
-
-        def of_differentiable(*arrays):
-            return _in_plain_jax(settings, *(_replaced(inputs, differentiable, arrays)))
-
-        _, pull = jax.vjp(of_differentiable, *(inputs[i] for i in differentiable))
-        return tuple(_replaced([None] * len(inputs), differentiable, pull(outputs_grad)))
-
-    arrays, structure = jax.tree.flatten((inputs, residuals, outputs_grad))
-
-    def of_arrays(function):
-        return lambda *arrays: function(*jax.tree.unflatten(structure, arrays))
-
-    call = _on_gpu(settings, of_arrays(kernels), of_arrays(plain))
-    return with_derivatives_of(of_arrays(plain), call)(*arrays)
-
-
-_advance.defvjp(_advance_forward, _advance_backward)
-
-
-def _replaced(items, indices, others):
-    items = list(items)
-    for i, x in zip(indices, others, strict=True):
-        items[i] = x
-    return items
+    reads, end, *residuals = gpu_calls.forward(settings, keep, *inputs)
+    return (reads, end), residuals
 
 
 def _in_plain_jax(settings, *inputs):
     precision = lax.Precision.DEFAULT if settings.precision == "tf32" else lax.Precision.HIGHEST
     options = {"rule": settings.rule, "chunk_size": settings.chunk_size, "precision": precision}
     return over_heads(functools.partial(chunkwise_of_head, **options), inputs)(*inputs)
-
-
-def _zeros(shapes, inputs):
-    """Zeros that, in shard_map, vary over the mesh as the inputs do."""
-    zero = zero_of([x for x in jax.tree.leaves(inputs) if x.dtype != bool])
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) + zero.astype(x.dtype), shapes)
 
 
 def _on_gpu(settings, kernels, plain):
@@ -242,6 +176,7 @@ def _on_gpu(settings, kernels, plain):
 
     from fwt_jax.kernels.triton_arrays import INTERPRETED
 
+    kernels = functools.partial(kernels, settings)
     on_cpu = {"cpu": kernels} if INTERPRETED else {}
 
     def call(*arguments):
@@ -249,3 +184,6 @@ def _on_gpu(settings, kernels, plain):
         return lax.platform_dependent(*arguments, cuda=kernels, **on_cpu, default=default)
 
     return call
+
+
+KERNELS = Kernels(_forward, gpu_calls.backward, _in_plain_jax, _on_gpu)

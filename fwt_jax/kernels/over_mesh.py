@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from fwt_jax.sharding import BATCH, HEADS
+
 
 def over_batch_and_mesh(inputs, outputs):
     """A decorator of ``function(static, *arrays)``. Its vmap is a larger b.
@@ -137,3 +139,38 @@ def over_explicit_axes(function, arrays, inputs, outputs):
         return placed(*(x if x is None else jax.sharding.reshard(x, s) for x, s in zip(arrays, in_specs, strict=True)))
 
     return call
+
+
+def over_axes_of_mesh(function, arrays, inputs, outputs):
+    """``function`` in shard_map over the automatic axes of the mesh (see ``axes_of_mesh``), or over explicit ones."""
+    split = axes_of_mesh(arrays[0].shape[0], arrays[0].shape[1])
+    if not split:
+        return over_explicit_axes(function, arrays, inputs, outputs)
+
+    def spec(axes):
+        return PartitionSpec(*(split.get(axis) or None for axis in axes.split()))
+
+    in_specs = tuple(None if x is None else spec(axes) for axes, x in zip(inputs, arrays, strict=True))
+    names = set(_automatic_axes(jax.sharding.get_abstract_mesh()))
+    return jax.shard_map(function, in_specs=in_specs, out_specs=tuple(map(spec, outputs)), axis_names=names)
+
+
+def axes_of_mesh(rows: int, heads: int) -> dict[str, tuple[str, ...]] | None:
+    """The automatic axes of the mesh of ``jax.set_mesh`` that split b and h, by the names of ``sharding.make_mesh``.
+
+    Empty without automatic axes. None if there is one of another name and of several devices, or if they do not divide
+    the rows or the heads.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = _automatic_axes(mesh)
+    if not axes:
+        return {}
+    split = {"b": tuple(x for x in axes if x in BATCH), "h": tuple(x for x in axes if x == HEADS)}
+    others = [x for x in axes if x not in (*BATCH, HEADS) and mesh.shape[x] > 1]
+    sizes = {axis: math.prod(mesh.shape[x] for x in names) for axis, names in split.items()}
+    return None if others or rows % sizes["b"] or heads % sizes["h"] else split
+
+
+def _automatic_axes(mesh):
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return [name for name, kind in kinds if kind == AxisType.Auto]

@@ -12,26 +12,31 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from fwt_jax.chunkwise import chunkwise as chunkwise_of_head
 from fwt_jax.decays import cumulative_log_decay
+from fwt_jax.heads import over_heads
+from fwt_jax.kernels.derivatives import Kernels, advance
+from fwt_jax.kernels.over_mesh import axes_of_mesh, over_axes_of_mesh
 from fwt_jax.kernels.refused import refused, zero_of
-from fwt_jax.kernels.tpu_chunk import DEFAULT, Settings, chunk
+from fwt_jax.kernels.tpu_chunk import ChunkSettings, chunk
 from fwt_jax.rules import name_of
 
 REFUSAL = 'implementation="pallas" is for TPU, got {platforms}; use implementation="xla"'
 CHUNK_SIZES = (16, 32, 64, 128)  # 16: the rows of a tile of bfloat16. 128: the width of the multiplier
 HEADS = 8  # of a step of the kernel: the rows of a tile of float32
 NUMBERS = 8 * 128 * 128  # of the memories whose products are interleaved
+BLOCK_BYTES = 24 * 2**20  # of the blocks of a step. What the compiler spills comes on top
 VMEM_BYTES = 48 * 2**20
-CHUNK_STARTS = "fast_weight_chunk_starts"
+# The axes of the arrays of the kernels: C tokens of a chunk, n chunks, r rows of gates.
+MEMORY, STARTS, GATES, KEYS, VALUES = "b h k v", "b n h k v", "b n r h c", "b t h k", "b t h v"
 
 
 def chunkwise(
@@ -47,93 +52,188 @@ def chunkwise(
     rule,
     chunk_size=None,
     precision,
-) -> tuple[Any, jax.Array]:
+    fallback=False,
+) -> tuple[jax.Array, jax.Array]:
     """``chunkwise`` of a batch of heads on a TPU. On CPU the kernels are interpreted, which is slow.
 
     The delta rule takes 6KV + C(4K + 4V) FLOPs per token and head, and 16C² for the inverse, in three passes or more.
     A decay per channel takes 4CK log₂ C FLOPs for the scores instead of 4CK. The gradient takes about three times as
     many. Forward, 2(K + V) numbers per token move to or from HBM.
 
-    The memories at the starts of the chunks, which the gradient needs, have the name "fast_weight_chunk_starts" for the
-    policies of ``jax.checkpoint``.
+    The reads and the memories at the starts of the chunks have the name ``derivatives.RESIDUALS`` for the policies of
+    ``jax.checkpoint``. With them kept, the gradient runs the forward kernel once.
 
     Args:
-      fast_weights, query, key, value, beta, reset, recall_scale: see ``recurrent.recurrent``; float32 or bfloat16
-        inputs, a query is needed. K and V are at most 512, and for float32 K·V is at most 256².
-      log_decay: None, ``[B, T, H]`` or ``[B, T, H, K]``.
-      rule: the row of "sum" or "delta", or one with the same write (``Rule.corrects``).
+      fast_weights, query, key, value, beta, log_decay, reset, recall_scale, rule: see ``why_not``.
       chunk_size: 16, 32, 64 or 128; None takes 128, or less if T is less.
       precision: of the products: one, three or six passes of the bfloat16 multiplier for "default", "high" and
         "highest". The triangular system takes at least three.
+      fallback: on other platforms, plain JAX. If False, a CPU interprets the kernels (in shard_map it runs plain JAX,
+        because there Pallas' interpreter fails), and others refuse them.
 
     Returns:
       The reads ``[B, T, H, V]`` in value's dtype and W_T ``[B, H, K, V]``.
 
     Raises:
-      ValueError: another rule, dtype, size, chunk_size or precision; compiled for a platform other than TPU and CPU.
-      NotImplementedError, TypeError: the derivative of a gradient, forward mode. The plain JAX form has both.
+      ValueError: arguments for which ``why_not`` has a reason; compiled for another platform without ``fallback``.
     """
-    _check(fast_weights, query, key, value, rule)
-    length = key.shape[1]
-    chunk_size = _chunk_size(chunk_size, length)
-    gates = _gates(beta, recall_scale, log_decay, reset, chunk_size)
-    settings = Settings(rule.corrects, tuple(gates), _canonical(precision), max(length, chunk_size), chunk_size)
-    tokens = (query, key, value)
-    if log_decay is not None and log_decay.ndim == 4:
-        tokens = (*tokens, log_decay.astype(jnp.float32))
-    if length < chunk_size:
-        tokens = (jnp.pad(x, ((0, 0), (0, chunk_size - length), (0, 0), (0, 0))) for x in tokens)
-    inputs = (fast_weights, jnp.stack([jnp.swapaxes(x, 2, 3) for x in gates.values()], axis=2), *tokens)
-    # In shard_map the results vary over every mesh axis that any input varies over. A zero makes the inputs agree.
-    zero = zero_of(inputs)
-    reads, end = _advance(settings, *(x + zero.astype(x.dtype) for x in inputs))
-    return reads[:, :length], end
+    options = {"rule": rule, "chunk_size": chunk_size, "precision": precision}
+    reason = why_not(fast_weights, query, key, value, **options)
+    if reason:
+        raise ValueError(f'implementation="pallas" {reason}; use implementation="xla"')
+    settings = Settings(rule, chunk_size, lax.Precision(precision or "default"), fallback)
+    inputs = (fast_weights, query, key, value, beta, log_decay, reset, recall_scale)
+    decay_axes = KEYS if log_decay is not None and log_decay.ndim == 4 else "b t h"
+    axes = (MEMORY, KEYS, KEYS, VALUES, "b t h", decay_axes, "b t", "b t h")
+
+    def of_device(*inputs):
+        # In shard_map the results vary over every mesh axis that any input varies over. A zero makes the inputs agree.
+        zero = zero_of([x for x in inputs if x is not None and x.dtype != bool])
+        inputs = (x if x is None or x.dtype == bool else x + zero.astype(x.dtype) for x in inputs)
+        return advance(KERNELS, settings, *inputs)
+
+    return over_axes_of_mesh(of_device, inputs, axes, (VALUES, MEMORY))(*inputs)
 
 
-# --- the arguments of the kernels ------------------------------------------------------------------------------------
+def why_not(fast_weights, query, key, value, *, rule, chunk_size, precision) -> str | None:
+    """The reason why the kernels cannot take these arguments of ``chunkwise``, or None.
 
-
-def _check(fast_weights, query, key, value, rule):
+    They take float32 and bfloat16; sum, delta and rules with the same write (``Rule.corrects``); K and V up to 512,
+    and for float32 K·V up to 256², which fit on the chip; chunks of 16, 32, 64 or 128 tokens.
+    """
     if rule.corrects is None:
-        raise ValueError(f'implementation="pallas" has no rule {name_of(rule)}; use implementation="xla"')
-    dtypes = {x.dtype for x in (query, key, value)} | {fast_weights.dtype}
+        return f"has no rule {name_of(rule)}"
+    dtypes = {x.dtype for x in (fast_weights, query, key, value)}
     if not dtypes <= {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}:
-        got = ", ".join(sorted(map(str, dtypes)))
-        raise ValueError(f'implementation="pallas" takes float32 and bfloat16, got {got}; use implementation="xla"')
+        return f"takes float32 and bfloat16, got {', '.join(sorted(map(str, dtypes)))}"
     key_size, value_size = fast_weights.shape[2:]
     large = key_size * value_size > 256 * 256
     if max(key_size, value_size) > 512 or (large and jnp.dtype(jnp.float32) in (query.dtype, key.dtype, value.dtype)):
-        raise ValueError(
-            'implementation="pallas" takes K and V up to 512, and K·V up to 256² for float32, which fit on the chip; '
-            f'got K = {key_size}, V = {value_size}; use implementation="xla"'
-        )
-
-
-def _chunk_size(chunk_size, length):
-    if chunk_size is None:
-        return next((size for size in CHUNK_SIZES if size >= length), CHUNK_SIZES[-1])
-    if chunk_size not in CHUNK_SIZES:
-        raise ValueError(
-            f'implementation="pallas" takes chunk_size {", ".join(map(str, CHUNK_SIZES))} or None, got {chunk_size}'
-        )
-    return chunk_size
-
-
-def _canonical(precision):
+        sizes = f"got K = {key_size}, V = {value_size}"
+        return f"takes K and V up to 512, and K·V up to 256² for float32, which fit on the chip; {sizes}"
+    if chunk_size not in (None, *CHUNK_SIZES):
+        return f"takes chunk_size {', '.join(map(str, CHUNK_SIZES))} or None, got {chunk_size}"
     try:
-        return DEFAULT if precision is None else lax.Precision(precision)
-    except ValueError as error:
-        raise ValueError(
-            f'implementation="pallas" takes precision "default", "high" or "highest", got {precision!r}'
-        ) from error
+        lax.Precision(precision or "default")
+    except ValueError:
+        return f'takes precision "default", "high" or "highest", got {precision!r}'
+    return None
+
+
+def is_default(*arrays, **options) -> bool:
+    """Whether a program is for TPUs, and ``why_not`` has no reason against these arguments.
+
+    It is for TPUs if the devices of the mesh (``jax.set_mesh``, ``jax.shard_map``) are, or without one, JAX's default
+    device. XLA splits no kernel over several devices. So without a mesh there must be one device, and a mesh must have
+    axes that ``over_mesh.axes_of_mesh`` knows.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.abstract_device is None:
+        is_for_tpus = jax.default_backend() == "tpu" and jax.device_count() == 1
+    else:
+        is_for_tpus = "TPU" in mesh.abstract_device.device_kind and axes_of_mesh(*arrays[0].shape[:2]) is not None
+    return is_for_tpus and not why_not(*arrays, **options)
+
+
+class Settings(NamedTuple):
+    """The static arguments of the kernels.
+
+    Attributes:
+      rule, chunk_size, precision, fallback: see ``chunkwise``.
+      interpret: whether Pallas interprets the kernels.
+    """
+
+    rule: Any
+    chunk_size: int | None
+    precision: lax.Precision
+    fallback: bool
+    interpret: bool = False
+
+
+# --- the kernels, and plain JAX --------------------------------------------------------------------------------------
+
+
+def _forward(settings, keep, *inputs):
+    """Reads and W_T, and the memory at each chunk's start, ``[B, n, H, K, V]`` (None without ``keep``)."""
+    value, length = inputs[3], inputs[3].shape[1]
+    of_chunk, arrays = _prepared(settings, *inputs)
+    results = [(VALUES, value.dtype), (MEMORY, inputs[0].dtype), *([(STARTS, inputs[0].dtype)] if keep else [])]
+    reads, end, *starts = _call(settings, of_chunk, _forward_kernel, arrays, results, "fast_weight_attention")
+    return (reads[:, :length], end), starts[0] if keep else None
+
+
+def _backward(settings, inputs, starts, outputs_grad):
+    """The gradients in the inputs; that in the resets is None."""
+    differentiable = [i for i, x in enumerate(inputs) if x is not None and x.dtype != bool]
+
+    def prepare(*arrays):
+        of_index = dict(zip(differentiable, arrays, strict=True))
+        return [x for _, x in _prepared(settings, *(of_index.get(i, x) for i, x in enumerate(inputs)))[1]]
+
+    of_chunk, arrays = _prepared(settings, *inputs)
+    _, pull = jax.vjp(prepare, *(inputs[i] for i in differentiable))
+    reads_grad, end_grad = outputs_grad
+    reads_grad = _padded(reads_grad, of_chunk.chunk_size)
+    arguments = [(MEMORY, end_grad), (STARTS, starts), *arrays[1:], (VALUES, reads_grad)]
+    results = [(axes, x.dtype) for axes, x in arrays]
+    name = "fast_weight_attention_gradient"
+    grads = pull(list(_call(settings, of_chunk, _backward_kernel, arguments, results, name, backwards=True)))
+    return tuple(grads[differentiable.index(i)] if i in differentiable else None for i in range(len(inputs)))
+
+
+def _in_plain_jax(settings, *inputs):
+    options = {"rule": settings.rule, "chunk_size": settings.chunk_size, "precision": settings.precision}
+    return over_heads(functools.partial(chunkwise_of_head, **options), inputs)(*inputs)
+
+
+def _on_tpu(settings, kernels, plain):
+    """``kernels`` in programs for TPUs, interpreted on a CPU, and elsewhere an error; see ``chunkwise`` on fallback."""
+
+    def refuse(*arguments):
+        inputs = [x for x in jax.tree.leaves(arguments) if x.dtype != bool]
+        return refused(REFUSAL, jax.eval_shape(plain, *arguments), inputs)
+
+    def call(*arguments):
+        interpreted = functools.partial(kernels, settings._replace(interpret=True))
+        on_cpu = plain if settings.fallback or _varies(jax.tree.leaves(arguments)[0]) else interpreted
+        default = plain if settings.fallback else refuse
+        compiled = functools.partial(kernels, settings)
+        return lax.platform_dependent(*arguments, tpu=compiled, cpu=on_cpu, default=default)
+
+    return call
+
+
+KERNELS = Kernels(_forward, _backward, _in_plain_jax, _on_tpu)
+
+
+# --- the arrays of the kernels ---------------------------------------------------------------------------------------
+
+
+def _prepared(settings, fast_weights, query, key, value, beta, log_decay, reset, recall_scale):
+    """The ``ChunkSettings``, and a list of pairs of axes and arrays: W_0, the gates and the tokens."""
+    length, chunk_size = key.shape[1], settings.chunk_size
+    if chunk_size is None:
+        chunk_size = next((size for size in CHUNK_SIZES if size >= length), CHUNK_SIZES[-1])
+    gates = _gates(beta, recall_scale, log_decay, reset, chunk_size)
+    of_chunk = ChunkSettings(
+        settings.rule.corrects, tuple(gates), settings.precision, max(length, chunk_size), chunk_size
+    )
+    gates = jnp.stack([jnp.swapaxes(x, 2, 3) for x in gates.values()], axis=2)
+    tokens = [(KEYS, query), (KEYS, key), (VALUES, value)]
+    if log_decay is not None and log_decay.ndim == 4:
+        tokens.append((KEYS, log_decay.astype(jnp.float32)))
+    return of_chunk, [(MEMORY, fast_weights), (GATES, gates), *((axes, _padded(x, chunk_size)) for axes, x in tokens)]
+
+
+def _padded(x, length):
+    """``[B, T, ...]`` with at least ``length`` tokens, the added ones zeros."""
+    return jnp.pad(x, ((0, 0), (0, max(length - x.shape[1], 0)), *((0, 0),) * (x.ndim - 2)))
 
 
 def _in_chunks(x, chunk_size):
     """``[B, T, ...]`` -> ``[B, n, C, ...]``. The last chunk is filled up with zeros."""
-    length = x.shape[1]
-    num_chunks = -(-length // chunk_size)
-    x = jnp.pad(x, ((0, 0), (0, num_chunks * chunk_size - length), *((0, 0),) * (x.ndim - 2)))
-    return x.reshape(x.shape[0], num_chunks, chunk_size, *x.shape[2:])
+    num_chunks = -(-x.shape[1] // chunk_size)
+    return _padded(x, num_chunks * chunk_size).reshape(x.shape[0], num_chunks, chunk_size, *x.shape[2:])
 
 
 def _gates(beta, recall_scale, log_decay, reset, chunk_size):
@@ -161,111 +261,57 @@ def _gates(beta, recall_scale, log_decay, reset, chunk_size):
 # --- the two kernels -------------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _advance(settings, start, gates, *tokens):
-    """Reads ``[B, T, H, V]`` and W_T ``[B, H, K, V]``, of gates ``[B, n, R, H, C]`` and tokens ``[B, T, H, ·]``."""
-    return _forward(settings, False, start, gates, *tokens)
+def _forward_kernel(of_chunk, inputs, results, scratch):
+    """A chunk of several heads. The memory of the chunks is the block of W_T, which stays in VMEM."""
+    start_ref, *token_refs = inputs
+    reads_ref, end_ref, *starts_refs = results
+    *tokens, reads = scratch
+
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        end_ref[...] = start_ref[...]
+
+    def one_head(start, gates, *tokens):
+        reads_of_head, end = chunk(of_chunk, start, gates, *(x.astype(jnp.float32) for x in tokens))
+        return reads_of_head.astype(reads.dtype), end
+
+    for ref in starts_refs:
+        ref[...] = end_ref[...]
+    _load(of_chunk, pl.program_id(2), token_refs, tokens)
+    _over_heads(one_head, (end_ref, *tokens), (reads, end_ref))
+    _store((reads,), (reads_ref,))
 
 
-def _advance_forward(settings, start, *inputs):
-    reads, end, starts = _forward(settings, True, start, *inputs)
-    return (reads, end), (checkpoint_name(starts, CHUNK_STARTS), *inputs)
+def _backward_kernel(of_chunk, inputs, results, scratch):
+    """The same in reverse. ``x_grad`` is the gradient of the loss in x; inputs end with that in the reads."""
+    end_grad_ref, starts_ref, *token_refs = inputs
+    start_grad_ref, *grad_refs = results
+    tokens, grads = scratch[: len(token_refs)], scratch[len(token_refs) :]
+
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        start_grad_ref[...] = end_grad_ref[...]
+
+    def one_head(end_grad, start, gates, *tokens):
+        *tokens, reads_grad = (x.astype(jnp.float32) for x in tokens)
+        _, pull = jax.vjp(functools.partial(chunk, of_chunk), start, gates, *tokens)
+        start_grad, *token_grads = pull((reads_grad, end_grad))
+        return start_grad, *(x.astype(ref.dtype) for x, ref in zip(token_grads, grads, strict=True))
+
+    _load(of_chunk, pl.num_programs(2) - 1 - pl.program_id(2), token_refs, tokens)
+    _over_heads(one_head, (start_grad_ref, starts_ref, *tokens), (start_grad_ref, *grads))
+    _store(grads, grad_refs)
 
 
-def _forward(settings, keep_starts, start, gates, *tokens):
-    """As ``_advance``; with ``keep_starts`` also the memory at each chunk's start, ``[B, n, H, K, V]``."""
-    value = tokens[2]
-
-    inputs = (("memory", start), ("gates", gates), *(("tokens", x) for x in tokens))
-    results = [("tokens", _like(value)), ("memory", _like(start))]
-    if keep_starts:
-        results.append(("starts", _like(start, (*gates.shape[:2], *start.shape[1:]))))
-
-    def advance(start, gates, *tokens):
-        reads, end = chunk(settings, start, gates, *(x.astype(jnp.float32) for x in tokens))
-        return reads.astype(value.dtype), end
-
-    def kernel(start_ref, *refs):
-        input_refs, (reads_ref, end_ref, *starts_refs), scratch = _split(refs, 1 + len(tokens), len(results))
-        *inputs, reads = scratch
-
-        @pl.when(pl.program_id(2) == 0)
-        def _():
-            end_ref[...] = start_ref[...]
-
-        for ref in starts_refs:
-            ref[...] = end_ref[...]
-        _load(settings, pl.program_id(2), input_refs, inputs)
-        _over_heads(advance, (end_ref, *inputs), (reads, end_ref))
-        _store((reads,), (reads_ref,))
-
-    def in_plain_jax(start, *tokens):
-        def body(start, tokens):
-            reads, end = advance(start, *tokens)
-            return end, (reads, start)
-
-        end, (reads, starts) = lax.scan(body, start, tokens)
-        return (reads, end, starts) if keep_starts else (reads, end)
-
-    return _call(settings, kernel, in_plain_jax, inputs, results, "fast_weight_attention")
-
-
-def _advance_backward(settings, residuals, cotangents):
-    """The chunks in reverse. ``x_grad`` is the gradient of the loss in x."""
-    reads_grad, end_grad = cotangents
-    starts, gates, *tokens = residuals
-    of_tokens = [("tokens", x) for x in tokens]
-    inputs = (("memory", end_grad), ("starts", starts), ("gates", gates), *of_tokens, ("tokens", reads_grad))
-    results = [(kind, _like(x)) for kind, x in (("memory", end_grad), ("gates", gates), *of_tokens)]
-
-    def back(end_grad, start, gates, *tokens):
-        *inputs, reads_grad = (x.astype(jnp.float32) for x in tokens)
-        _, pull = jax.vjp(functools.partial(chunk, settings), start, gates, *inputs)
-        start_grad, gates_grad, *token_grads = pull((reads_grad, end_grad))
-        grads = (grad.astype(x.dtype) for grad, x in zip(token_grads, tokens[:-1], strict=True))
-        return start_grad, gates_grad, *grads
-
-    def kernel(end_grad_ref, starts_ref, *refs):
-        input_refs, (start_grad_ref, *grad_refs), scratch = _split(refs, 2 + len(tokens), len(results))
-        inputs, grads = scratch[: len(input_refs)], scratch[len(input_refs) :]
-
-        @pl.when(pl.program_id(2) == 0)
-        def _():
-            start_grad_ref[...] = end_grad_ref[...]
-
-        _load(settings, pl.num_programs(2) - 1 - pl.program_id(2), input_refs, inputs)
-        _over_heads(back, (start_grad_ref, starts_ref, *inputs), (start_grad_ref, *grads))
-        _store(grads, grad_refs)
-
-    def in_plain_jax(end_grad, *tokens):
-        def body(end_grad, tokens):
-            start_grad, *token_grads = back(end_grad, *tokens)
-            return start_grad, token_grads
-
-        start_grad, token_grads = lax.scan(body, end_grad, tokens, reverse=True)
-        return start_grad, *token_grads
-
-    return _call(settings, kernel, in_plain_jax, inputs, results, "fast_weight_attention_gradient", backwards=True)
-
-
-_advance.defvjp(_advance_forward, _advance_backward)
-
-
-def _split(refs, num_inputs, num_results):
-    """The gates and tokens that come in, the results, and the scratch memory."""
-    num_results += num_inputs
-    return refs[:num_inputs], refs[num_inputs:num_results], refs[num_results:]
-
-
-def _load(settings, i, refs, scratch):
+def _load(of_chunk, i, refs, scratch):
     """Copies chunk i of the gates and tokens, with the heads first. Tokens behind the last one become zeros."""
     gates_ref, *token_refs = refs
     scratch[0][...] = jnp.swapaxes(gates_ref[...], 0, 1)
-    index = i * settings.chunk_size + lax.broadcasted_iota(jnp.int32, (1, settings.chunk_size, 1), 1)
+    index = i * of_chunk.chunk_size + lax.broadcasted_iota(jnp.int32, (1, of_chunk.chunk_size, 1), 1)
     for ref, rows in zip(token_refs, scratch[1:], strict=True):
         x = jnp.swapaxes(ref[...], 0, 1)
-        if settings.length % settings.chunk_size:
-            x = jnp.where(index < settings.length, x, jnp.zeros_like(x))
+        if of_chunk.length % of_chunk.chunk_size:
+            x = jnp.where(index < of_chunk.length, x, jnp.zeros_like(x))
         rows[...] = x
 
 
@@ -291,12 +337,67 @@ def _over_heads(function, inputs, results):
 # --- a call of a kernel ----------------------------------------------------------------------------------------------
 
 
-def _like(x, shape=None):
-    """The type of a result. In shard_map it varies over the mesh as x does."""
-    kind = jax.typeof(x)
+def _call(settings, of_chunk, kernel, inputs, results, name, *, backwards=False):
+    """Runs a kernel once per chunk of several heads.
+
+    Args:
+      inputs: pairs of axes and an array. The first one, a memory, has a block that stays in VMEM for all chunks.
+      results: pairs of axes and a dtype.
+    """
+    sizes = _sizes(inputs)
+    heads = _heads_of_a_step(sizes, of_chunk.chunk_size, [*((names, x.dtype) for names, x in inputs), *results])
+    inputs = [(names, _grouped(names, x, heads)) for names, x in inputs]
+    call = _pallas_call(settings, of_chunk, kernel, inputs, results, heads, name, backwards)
+    outputs = call(*(x for _, x in inputs))
+    return tuple(_ungrouped(names, x, sizes) for (names, _), x in zip(results, outputs, strict=True))
+
+
+def _sizes(arrays):
+    """The size of each axis, from pairs of axes and an array."""
+    return {axis: size for names, x in arrays for axis, size in zip(names.split(), x.shape, strict=True)}
+
+
+def _pallas_call(settings, of_chunk, kernel, inputs, results, heads, name, backwards):
+    sizes = _sizes(inputs)
+    num_chunks = sizes["n"]
+
+    def spec(names):
+        blocks = {"b": None, "n": None, "t": of_chunk.chunk_size, "h": heads}
+
+        def index(row, group, i):
+            i = num_chunks - 1 - i if backwards else i
+            return tuple({"b": row, "n": i, "t": i, "h": group}.get(axis, 0) for axis in names.split())
+
+        return pl.BlockSpec(tuple(blocks.get(axis, sizes[axis]) for axis in names.split()), index)
+
+    def scratch(names, dtype):
+        """For the gates and the tokens of a step, with the heads first."""
+        shape = {GATES: ("r", "c")}.get(names, ("t", names[-1]))
+        return pltpu.VMEM((heads, *(of_chunk.chunk_size if x == "t" else sizes[x] for x in shape)), dtype)
+
+    kind = jax.typeof(inputs[0][1])  # in shard_map the results vary over the mesh as this array does
     # The attribute that says so has two names: before JAX 0.10, and from it on.
     varying = {name: getattr(kind, name) for name in ("vma", "manual_axis_type") if hasattr(kind, name)}
-    return jax.ShapeDtypeStruct(x.shape if shape is None else shape, x.dtype, **varying)
+    shapes = [tuple(sizes[axis] for axis in names.split()) for names, _ in results]
+    arrays = [(names, x.dtype) for names, x in inputs] + list(results)
+
+    def of_refs(*refs):
+        num_inputs, num_arrays = len(inputs), len(inputs) + len(results)
+        kernel(of_chunk, refs[:num_inputs], refs[num_inputs:num_arrays], refs[num_arrays:])
+
+    return pl.pallas_call(
+        of_refs,
+        grid=(sizes["b"], sizes["h"] // heads, num_chunks),
+        in_specs=[spec(names) for names, _ in inputs],
+        out_specs=[spec(names) for names, _ in results],
+        out_shape=[jax.ShapeDtypeStruct(s, dtype, **varying) for s, (_, dtype) in zip(shapes, results, strict=True)],
+        scratch_shapes=[scratch(*x) for x in arrays if x[0] not in (MEMORY, STARTS)],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
+        ),
+        interpret=settings.interpret,
+        name=name,
+    )
 
 
 def _varies(x):
@@ -305,96 +406,37 @@ def _varies(x):
     return bool(kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying)
 
 
-def _call(settings, kernel, in_plain_jax, inputs, results, name, backwards=False):
-    """Runs ``kernel`` on a TPU, interpreted on a CPU, and refuses other platforms.
+def _heads_of_a_step(sizes, chunk_size, arrays):
+    """Eight heads, or all where eight do not divide them, or as many as fit in VMEM.
 
-    ``in_plain_jax`` is the same function of one head without Pallas. It runs on a CPU in shard_map, because there
-    Pallas' interpreter slices arrays that vary over the mesh at indices that do not, which shard_map refuses.
-
-    Args:
-      inputs, results: pairs of a kind and an array or its type. "memory" ``[B, H, K, V]``, "starts"
-        ``[B, n, H, K, V]``, "gates" ``[B, n, R, H, C]``, "tokens" ``[B, T, H, ·]``.
+    Each of the arrays, pairs of axes and a dtype, has two buffers, and gates and tokens lie there once more.
     """
-    kinds, arrays = zip(*inputs, strict=True)
-    out_kinds, out_shapes = zip(*results, strict=True)
-    pallas_call = functools.partial(_pallas_call, settings, kernel, inputs, results, name, backwards)
-    compiled = pallas_call(interpret=False)
-    if _varies(arrays[0]):
-        interpreted = _in_plain_jax(settings, in_plain_jax, kinds, out_kinds)
-    else:
-        interpreted = pallas_call(interpret=True)
 
-    @jax.custom_jvp
-    def call(*arrays):
-        def refuse(*arrays):
-            return tuple(refused(REFUSAL, out_shapes, arrays))
+    def num_bytes(names, dtype):
+        # [K, V] of a memory, [r, C] of the gates, [C, K or V] of tokens
+        rows, columns = {MEMORY: "kv", STARTS: "kv", GATES: "rc", KEYS: "tk", VALUES: "tv"}[names]
+        rows, columns = chunk_size if rows == "t" else sizes[rows], sizes[columns]
+        buffers = 2 if names in (MEMORY, STARTS) else 3
+        return buffers * rows * -(-columns // 128) * 128 * jnp.dtype(dtype).itemsize
 
-        return lax.platform_dependent(*arrays, tpu=compiled, cpu=interpreted, default=refuse)
-
-    @call.defjvp
-    def _(*_):
-        raise NotImplementedError('implementation="pallas" has no derivative of its gradient; use implementation="xla"')
-
-    return call(*arrays)
+    heads = sizes["h"]
+    most = max(BLOCK_BYTES // sum(num_bytes(*x) for x in arrays), 1)
+    number = HEADS if heads % HEADS == 0 else heads
+    return number if number <= most else max(n for n in range(1, most + 1) if heads % n == 0)
 
 
-def _pallas_call(settings, kernel, inputs, results, name, backwards, *, interpret):
-    """A function that runs the kernel once per chunk of several heads. Memories stay in VMEM for all chunks."""
-    (_, heads, *_), (_, num_chunks, *_) = (
-        next(x.shape for k, x in inputs if k == kind) for kind in ("memory", "gates")
-    )
-    per_step = HEADS if heads % HEADS == 0 else heads
-
-    def spec(kind, x):
-        def index(row, group, i):
-            i = num_chunks - 1 - i if backwards else i
-            return {
-                "memory": (row, group, 0, 0),
-                "starts": (row, i, group, 0, 0),
-                "gates": (row, i, 0, group, 0),
-                "tokens": (row, i, group, 0),
-            }[kind]
-
-        block = {
-            "memory": (None, per_step),
-            "starts": (None, None, per_step),
-            "gates": (None, None, x.shape[2], per_step),
-            "tokens": (None, settings.chunk_size, per_step),
-        }[kind]
-        return pl.BlockSpec((*block, *x.shape[len(block) :]), index)
-
-    def scratch(kind, x):
-        """For the gates and the tokens of a step, with the heads first."""
-        shape = (x.shape[2], x.shape[4]) if kind == "gates" else (settings.chunk_size, x.shape[3])
-        return pltpu.VMEM((per_step, *shape), x.dtype)
-
-    return pl.pallas_call(
-        kernel,
-        grid=(inputs[0][1].shape[0], heads // per_step, num_chunks),
-        in_specs=[spec(*x) for x in inputs],
-        out_specs=[spec(*x) for x in results],
-        out_shape=[x for _, x in results],
-        scratch_shapes=[scratch(*x) for x in (*inputs, *results) if x[0] in ("gates", "tokens")],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
-        ),
-        interpret=interpret,
-        name=name,
-    )
+def _grouped(names, x, number):
+    """The axis of H heads becomes one of ``number`` heads, and the batch H/number times as large."""
+    axis = names.split().index("h")
+    if number in (HEADS, x.shape[axis]):
+        return x  # A block of a kernel has these heads of the array as it is.
+    x = x.reshape(*x.shape[:axis], x.shape[axis] // number, number, *x.shape[axis + 1 :])
+    x = jnp.moveaxis(x, axis, 1)
+    return x.reshape(-1, *x.shape[2:])
 
 
-def _in_plain_jax(settings, one_head, kinds, out_kinds):
-    """``one_head`` mapped over the batch and the heads, of arrays cut into chunks."""
-    # The axes of the heads, behind the batch. The axis of the chunks comes next.
-    axes = {"memory": 1, "starts": 2, "gates": 3, "tokens": 3}
-
-    def split(kind, x):
-        x = _in_chunks(x, settings.chunk_size) if kind == "tokens" else x
-        return jnp.moveaxis(x, axes[kind], 1)
-
-    def join(kind, x):
-        x = jnp.moveaxis(x, 1, axes[kind])
-        return x.reshape(x.shape[0], -1, *x.shape[3:])[:, : settings.length] if kind == "tokens" else x
-
-    mapped = jax.vmap(jax.vmap(one_head))
-    return lambda *arrays: tuple(map(join, out_kinds, mapped(*map(split, kinds, arrays))))
+def _ungrouped(names, x, sizes):
+    """The inverse of ``_grouped``."""
+    axis = names.split().index("h")
+    x = jnp.moveaxis(x.reshape(sizes["b"], -1, *x.shape[1:]), 1, axis)
+    return x.reshape(*x.shape[:axis], sizes["h"], *x.shape[axis + 2 :])

@@ -17,12 +17,12 @@ DEFAULT, HIGH, HIGHEST = lax.Precision.DEFAULT, lax.Precision.HIGH, lax.Precisio
 SUBLANES = 8
 
 
-class Settings(NamedTuple):
-    """The static arguments of the kernels.
+class ChunkSettings(NamedTuple):
+    """The static arguments of a chunk.
 
     Attributes:
       corrects: see ``rules.Rule``.
-      gates: the names of the rows of the array ``gates``, see ``tpu.chunkwise``.
+      gates: the names of the rows of the array ``gates``, see ``tpu._gates``.
       precision: of the products.
       length: the number of tokens, T.
       chunk_size: C.
