@@ -215,12 +215,12 @@ def _prepared(settings, fast_weights, query, key, value, beta, log_decay, reset,
     if chunk_size is None:
         chunk_size = next((size for size in CHUNK_SIZES if size >= length), CHUNK_SIZES[-1])
     gates = _gates(beta, recall_scale, log_decay, reset, chunk_size)
-    of_chunk = ChunkSettings(
-        settings.rule.corrects, tuple(gates), settings.precision, max(length, chunk_size), chunk_size
-    )
+    channels = log_decay is not None and log_decay.ndim == 4
+    length = max(length, chunk_size)
+    of_chunk = ChunkSettings(settings.rule.corrects, channels, tuple(gates), settings.precision, length, chunk_size)
     gates = jnp.stack([jnp.swapaxes(x, 2, 3) for x in gates.values()], axis=2)
     tokens = [(KEYS, query), (KEYS, key), (VALUES, value)]
-    if log_decay is not None and log_decay.ndim == 4:
+    if log_decay is not None and channels:
         tokens.append((KEYS, log_decay.astype(jnp.float32)))
     return of_chunk, [(MEMORY, fast_weights), (GATES, gates), *((axes, _padded(x, chunk_size)) for axes, x in tokens)]
 
@@ -358,8 +358,10 @@ def _sizes(arrays):
 
 
 def _pallas_call(settings, of_chunk, kernel, inputs, results, heads, name, backwards):
+    """A function of the arrays. The gates and the tokens of a step lie in scratch memory once more, heads first."""
     sizes = _sizes(inputs)
     num_chunks = sizes["n"]
+    matrix = functools.partial(_matrix, sizes, of_chunk.chunk_size)
 
     def spec(names):
         blocks = {"b": None, "n": None, "t": of_chunk.chunk_size, "h": heads}
@@ -369,11 +371,6 @@ def _pallas_call(settings, of_chunk, kernel, inputs, results, heads, name, backw
             return tuple({"b": row, "n": i, "t": i, "h": group}.get(axis, 0) for axis in names.split())
 
         return pl.BlockSpec(tuple(blocks.get(axis, sizes[axis]) for axis in names.split()), index)
-
-    def scratch(names, dtype):
-        """For the gates and the tokens of a step, with the heads first."""
-        shape = {GATES: ("r", "c")}.get(names, ("t", names[-1]))
-        return pltpu.VMEM((heads, *(of_chunk.chunk_size if x == "t" else sizes[x] for x in shape)), dtype)
 
     kind = jax.typeof(inputs[0][1])  # in shard_map the results vary over the mesh as this array does
     # The attribute that says so has two names: before JAX 0.10, and from it on.
@@ -391,12 +388,29 @@ def _pallas_call(settings, of_chunk, kernel, inputs, results, heads, name, backw
         in_specs=[spec(names) for names, _ in inputs],
         out_specs=[spec(names) for names, _ in results],
         out_shape=[jax.ShapeDtypeStruct(s, dtype, **varying) for s, (_, dtype) in zip(shapes, results, strict=True)],
-        scratch_shapes=[scratch(*x) for x in arrays if x[0] not in (MEMORY, STARTS)],
+        scratch_shapes=[pltpu.VMEM((heads, *matrix(names)), x) for names, x in arrays if names not in (MEMORY, STARTS)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
+        cost_estimate=_cost(of_chunk, sizes, arrays, backwards),
         interpret=settings.interpret,
         name=name,
+    )
+
+
+def _cost(of_chunk, sizes, arrays, backwards):
+    """What XLA's scheduler and ``cost_analysis`` take a call for. ``arrays``: pairs of axes and a dtype."""
+    key_size, value_size, size = sizes["k"], sizes["v"], of_chunk.chunk_size
+    levels = size.bit_length() if of_chunk.channels else 1
+    flops = 4 * key_size * value_size + 2 * size * (key_size * levels + value_size)
+    if of_chunk.corrects:
+        flops += 2 * key_size * value_size + 2 * size * (key_size + value_size) + 16 * size**2
+    tokens = sizes["b"] * sizes["h"] * sizes["t"]
+    numbers = (math.prod(sizes[axis] for axis in names.split()) * dtype.itemsize for names, dtype in arrays)
+    return pl.CostEstimate(
+        flops=tokens * flops * (3 if backwards else 1),
+        transcendentals=tokens * (key_size if of_chunk.channels else size),
+        bytes_accessed=sum(numbers),
     )
 
 
@@ -406,6 +420,12 @@ def _varies(x):
     return bool(kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying)
 
 
+def _matrix(sizes, chunk_size, names):
+    """What a head has of an array in a step: ``[K, V]`` of a memory, ``[r, C]`` of gates, ``[C, K or V]`` of tokens."""
+    rows, columns = {MEMORY: "kv", STARTS: "kv", GATES: "rc", KEYS: "tk", VALUES: "tv"}[names]
+    return chunk_size if rows == "t" else sizes[rows], sizes[columns]
+
+
 def _heads_of_a_step(sizes, chunk_size, arrays):
     """Eight heads, or all where eight do not divide them, or as many as fit in VMEM.
 
@@ -413,9 +433,7 @@ def _heads_of_a_step(sizes, chunk_size, arrays):
     """
 
     def num_bytes(names, dtype):
-        # [K, V] of a memory, [r, C] of the gates, [C, K or V] of tokens
-        rows, columns = {MEMORY: "kv", STARTS: "kv", GATES: "rc", KEYS: "tk", VALUES: "tv"}[names]
-        rows, columns = chunk_size if rows == "t" else sizes[rows], sizes[columns]
+        rows, columns = _matrix(sizes, chunk_size, names)
         buffers = 2 if names in (MEMORY, STARTS) else 3
         return buffers * rows * -(-columns // 128) * 128 * jnp.dtype(dtype).itemsize
 

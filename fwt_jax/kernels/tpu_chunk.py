@@ -22,6 +22,7 @@ class ChunkSettings(NamedTuple):
 
     Attributes:
       corrects: see ``rules.Rule``.
+      channels: whether every key channel has a decay of its own.
       gates: the names of the rows of the array ``gates``, see ``tpu._gates``.
       precision: of the products.
       length: the number of tokens, T.
@@ -29,6 +30,7 @@ class ChunkSettings(NamedTuple):
     """
 
     corrects: bool
+    channels: bool
     gates: tuple[str, ...]
     precision: lax.Precision
     length: int
