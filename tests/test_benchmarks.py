@@ -1,12 +1,13 @@
-"""The benchmarks for a GPU and of checkpoints, at tiny sizes on CPU."""
+"""The benchmarks for a GPU and of checkpoints, at tiny sizes on CPU, and the counts of that for a TPU."""
 
+import functools
 import json
 
 import jax
 import numpy as np
 import pytest
 
-from experiments.benchmarks import gpu, pretrained
+from experiments.benchmarks import gpu, pretrained, tpu
 
 
 @pytest.mark.exhaustive
@@ -86,3 +87,58 @@ def test_the_time_of_a_token_is_that_beyond_the_prompt():
     ]
     row = pretrained._row("ours", "float32", load, pairs[0], pairs[1:], 100, [7, 7, 8, 7, 7], 4)
     assert row.split() == "float32 ours 1.0 1.00 2.00 189.0 2.00 ( 2.00) 500 ( 500) 4 of 5".split()
+
+
+SCHEDULE = """\
+LB: loop body
+
+     0   :  { %s20 = smov 0 }
+   0x1   :  { %s21 = smov 0 }
+   0x2 LB: > { %s30 = sphi %s20, %s31 }
+   0x3   : > { %s31 = sadd.s32 1, %s30  ;;  %33 = sbr.rel (!%p9) target = $region40 }
+   0x4 PF: > { %s40 = smov 0 }
+   0x5 LB: >> { %s41 = sphi %s40, %s42  ;;  %s42 = sadd.s32 1, %s41 }
+   0x6   : >> { %p5 = scmp.ge.s32.totalorder %s42, 7 /* loop exit test */ }
+   0x7   :  {}
+   0x8   : >> { %44 = sbr.rel (!%p5) target = $region149 }
+   0x9   : > { %p6 = scmp.ge.s32.totalorder %s31, 514 /* loop exit test */ }
+   0xa   :  { %45 = sbr.rel (!%p6) target = $region160 }
+   0xb LB: > { %s51 = sphi %s50, %s52  ;;  %s52 = sadd.s32 1, %s51 }
+   0xc   : > { %p7 = scmp.ge.s32.totalorder %s52, 3 /* loop exit test */ }
+   0xd   :  { %55 = sbr.rel (!%p7) target = $region170 }
+   0xe   :  { %vm1 = vsyncpa [#allocation9], 1 }
+"""
+
+
+def test_the_cycles_of_a_kernel_count_nested_loops():
+    assert tpu.kernel_cycles(SCHEDULE) == 3 + 514 * (5 + 7 * 4) + 3 * 3
+    for change in (("%s42, 7 /*", "%s42, %s43 /*"), ("(!%p5)", "(%p5)"), ("0x5 LB", "0x5 PF")):
+        with pytest.raises(ValueError, match="loops over known numbers of steps"):
+            tpu.kernel_cycles(SCHEDULE.replace(*change))
+
+
+def test_the_cycles_of_a_module_count_calls_of_kernels_in_loops(tmp_path):
+    module = """\
+%body (x: f32[8]) -> f32[8] {
+  %step.1 = f32[8]{0} custom-call(%x), custom_call_target="tpu_custom_call"
+  ROOT %solve.1 = f32[8]{0} custom-call(%step.1), custom_call_target="InvertDiagBlocksLowerTriangular"
+}
+
+%condition (x: f32[8]) -> pred[] {
+  %constant.1 = s32[] constant(10)
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %copy.1 = f32[8]{0} copy(%x), backend_config={"estimated_cycles":"6"}
+  %while.1 = f32[8]{0} while(%copy.1), condition=%condition, body=%body
+  ROOT %end.1 = f32[8]{0} custom-call(%while.1), custom_call_target="tpu_custom_call"
+}
+"""
+    cost = functools.partial(tpu.scheduled_cycles, tmp_path)
+    (tmp_path / "17-end.1-72-final_bundles.txt").write_text("   0   :  {}\n")
+    with pytest.raises(RuntimeError, match="expected one schedule of step"):
+        tpu.cycles(module, cost)
+    (tmp_path / "17-step.1-72-final_bundles.txt").write_text(SCHEDULE)
+    (tmp_path / "17-step.1-71-schedule-analysis_final_bundles.txt").write_text(SCHEDULE)
+    assert tpu.cycles(module) == 6
+    assert tpu.cycles(module, cost) == 10 * tpu.kernel_cycles(SCHEDULE) + 1
