@@ -126,8 +126,9 @@ def fast_weight_attention(
       implementation: "xla" is plain JAX. "pallas" is a kernel for TPU, "triton" one for NVIDIA GPUs, for the chunkwise
         form of sum and delta. None picks "triton" where JAX's default device is an NVIDIA GPU, ``fwt_jax[cuda]`` is
         installed, and ``kernels.gpu.why_not`` has no reason against it. It picks "pallas" for one TPU, in
-        ``jax.shard_map``, and under ``jax.set_mesh`` of TPUs where the mesh has explicit axes or those of
-        ``sharding.make_mesh``, and ``kernels.tpu.why_not`` has no reason against it; else "xla".
+        ``jax.shard_map`` over all axes, and under ``jax.set_mesh`` of TPUs where the mesh has explicit axes or those of
+        ``sharding.make_mesh`` that split rows and heads, if ``kernels.tpu.why_not`` has no reason against it. Else it
+        picks "xla".
         Kernels have first derivatives in reverse mode; derivatives of a gradient are those of "xla". Forward mode
         (``jax.jvp``) needs "xla". The policies of ``jax.checkpoint`` know y and what a kernel keeps for its gradient as
         "fast_weight_residuals". On CPU, "pallas" is interpreted, for tests; other platforms refuse a kernel that is not

@@ -97,6 +97,7 @@ SPLIT = P(("data", "fsdp"), None, "tensor")
         ({"fsdp": 2, "tensor": 2}, SPLIT, AxisType.Explicit, True),
         ({"fsdp": 4}, SPLIT, AxisType.Auto, False),  # of two rows
         ({"sequence": 2, "fsdp": 2}, P("fsdp", "sequence"), AxisType.Auto, False),
+        ({"sequence": 4}, P(None, "sequence"), AxisType.Auto, False),  # in a partial shard_map of the operation
     ],
     ids=str,
 )
@@ -105,9 +106,11 @@ def test_a_kernel_is_the_default_where_a_mesh_splits_rows_and_heads_alone(axes, 
     mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=(kind,) * 4)
 
     def gradient(*inputs):
-        reads, pull = jax.vjp(lambda *inputs: fwt_jax.fast_weight_attention(*inputs)[0], *inputs)
+        attention = functools.partial(fwt_jax.fast_weight_attention, sequence_axis=sequence_axis)
+        reads, pull = jax.vjp(lambda *inputs: attention(*inputs)[0], *inputs)
         return pull(reads)
 
+    sequence_axis = "sequence" if axes == {"sequence": 4} else None
     rows = P() if axes == {"fsdp": 4} else spec
     shapes = ((2, 40, 4, 16),) * 3 + ((2, 40, 4),)
     inputs = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, rows)) for shape in shapes]
