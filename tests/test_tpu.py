@@ -167,6 +167,31 @@ def test_kernels_compile_for_other_sizes_an_odd_number_of_heads_and_whatever_jax
         assert compiled_text(both, inputs, one).count("tpu_custom_call") >= 2
 
 
+@pytest.mark.parametrize(
+    ("topology", "heads", "key_size", "value_size", "dtype"),
+    [
+        ("v5e:2x2", 8, 128, 128, "float32"),
+        ("v5e:2x2", 8, 512, 128, "float32"),
+        ("tpu7x:2x2x1", 8, 256, 128, "float32"),
+        ("tpu7x:2x2x1", 12, 256, 256, "bfloat16"),
+    ],
+)
+def test_kernels_with_a_decay_per_channel_fit_on_the_chip(topology, heads, key_size, value_size, dtype):
+
+    def gradient(query, value, beta, log_decay):
+        attention = functools.partial(fwt_jax.fast_weight_attention, log_decay=log_decay, implementation="pallas")
+        return jax.vjp(lambda *inputs: attention(*inputs)[0], query, query, value, beta)[1](value)
+
+    one = mesh(topology, (1, 1))
+    shapes = [(1, 256, heads, *size) for size in ((key_size,), (value_size,), (), (key_size,))]
+    dtypes = (dtype, dtype, jnp.float32, jnp.float32)
+    inputs = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(one, P()))
+        for shape, dtype in zip(shapes, dtypes, strict=True)
+    ]
+    assert compiled_text(gradient, inputs, one).count("tpu_custom_call") >= 2
+
+
 def memory_of_a_train_step(make, loss, settings, batch, topology, axes):
     """Compiles a whole step for TPUs. With -s, its bytes and FLOPs are seen."""
     mesh = sharding.make_mesh(**axes, devices=devices_of(topology))

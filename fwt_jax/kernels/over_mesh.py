@@ -159,13 +159,14 @@ def axes_of_mesh(rows: int, heads: int) -> dict[str, tuple[str, ...]] | None:
     """The automatic axes of the mesh of ``jax.set_mesh`` that split b and h, by the names of ``sharding.make_mesh``.
 
     Empty without automatic axes. None if there is one of another name and of several devices, or if they do not divide
-    the rows or the heads, or in shard_map over other axes, in which JAX has no gradient of another shard_map.
+    the rows or the heads. None beside axes of other kinds: in shard_map over some axes JAX has no gradient of another
+    shard_map.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = _automatic_axes(mesh)
     if not axes:
         return {}
-    if mesh.manual_axes:
+    if len(axes) < len(mesh.axis_names):
         return None
     split = {"b": tuple(x for x in axes if x in BATCH), "h": tuple(x for x in axes if x == HEADS)}
     others = [x for x in axes if x not in (*BATCH, HEADS) and mesh.shape[x] > 1]

@@ -26,7 +26,7 @@ from fwt_jax.heads import over_heads
 from fwt_jax.kernels.derivatives import Kernels, advance
 from fwt_jax.kernels.over_mesh import axes_of_mesh, over_axes_of_mesh
 from fwt_jax.kernels.refused import refused, zero_of
-from fwt_jax.kernels.tpu_chunk import ChunkSettings, chunk
+from fwt_jax.kernels.tpu_chunk import DEFAULT, ChunkSettings, chunk
 from fwt_jax.rules import name_of
 
 REFUSAL = 'implementation="pallas" is for TPU, got {platforms}; use implementation="xla"'
@@ -58,7 +58,7 @@ def chunkwise(
 
     The delta rule takes 6KV + C(4K + 4V) FLOPs per token and head, and 16C² for the inverse, in three passes or more.
     A decay per channel takes 4CK log₂ C FLOPs for the scores instead of 4CK. The gradient takes about three times as
-    many. Forward, 2(K + V) numbers per token move to or from HBM.
+    many. Forward, 2(K + V) numbers per token move to or from HBM, and K more of a decay per channel.
 
     The reads and the memories at the starts of the chunks have the name ``derivatives.RESIDUALS`` for the policies of
     ``jax.checkpoint``. With them kept, the gradient runs the forward kernel once.
@@ -278,7 +278,7 @@ def _forward_kernel(of_chunk, inputs, results, scratch):
     for ref in starts_refs:
         ref[...] = end_ref[...]
     _load(of_chunk, pl.program_id(2), token_refs, tokens)
-    _over_heads(one_head, (end_ref, *tokens), (reads, end_ref))
+    _over_heads(of_chunk, one_head, (end_ref, *tokens), (reads, end_ref))
     _store((reads,), (reads_ref,))
 
 
@@ -299,7 +299,7 @@ def _backward_kernel(of_chunk, inputs, results, scratch):
         return start_grad, *(x.astype(ref.dtype) for x, ref in zip(token_grads, grads, strict=True))
 
     _load(of_chunk, pl.num_programs(2) - 1 - pl.program_id(2), token_refs, tokens)
-    _over_heads(one_head, (start_grad_ref, starts_ref, *tokens), (start_grad_ref, *grads))
+    _over_heads(of_chunk, one_head, (start_grad_ref, starts_ref, *tokens), (start_grad_ref, *grads))
     _store(grads, grad_refs)
 
 
@@ -320,10 +320,12 @@ def _store(scratch, refs):
         ref[...] = jnp.swapaxes(rows[...], 0, 1)
 
 
-def _over_heads(function, inputs, results):
+def _over_heads(of_chunk, function, inputs, results):
     """``function`` of each head, of as many heads at a time as the compiler interleaves well."""
     heads, *sizes = inputs[0].shape
-    most = max(NUMBERS // math.prod(max(size, 128) for size in sizes), 1)
+    # The products of six passes at each level of the decays spill as much as twice as many heads.
+    numbers = NUMBERS // 2 if of_chunk.channels and of_chunk.precision != DEFAULT else NUMBERS
+    most = max(numbers // math.prod(max(size, 128) for size in sizes), 1)
     number = max(n for n in range(1, heads + 1) if heads % n == 0 and n <= most)
 
     def body(group, _):
@@ -372,9 +374,9 @@ def _pallas_call(settings, of_chunk, kernel, inputs, results, heads, name, backw
 
         return pl.BlockSpec(tuple(blocks.get(axis, sizes[axis]) for axis in names.split()), index)
 
-    kind = jax.typeof(inputs[0][1])  # in shard_map the results vary over the mesh as this array does
-    # The attribute that says so has two names: before JAX 0.10, and from it on.
-    varying = {name: getattr(kind, name) for name in ("vma", "manual_axis_type") if hasattr(kind, name)}
+    varying = jax.typeof(
+        inputs[0][1]
+    ).manual_axis_type  # in shard_map the results vary over the mesh as this array does
     shapes = [tuple(sizes[axis] for axis in names.split()) for names, _ in results]
     arrays = [(names, x.dtype) for names, x in inputs] + list(results)
 
@@ -387,7 +389,10 @@ def _pallas_call(settings, of_chunk, kernel, inputs, results, heads, name, backw
         grid=(sizes["b"], sizes["h"] // heads, num_chunks),
         in_specs=[spec(names) for names, _ in inputs],
         out_specs=[spec(names) for names, _ in results],
-        out_shape=[jax.ShapeDtypeStruct(s, dtype, **varying) for s, (_, dtype) in zip(shapes, results, strict=True)],
+        out_shape=[
+            jax.ShapeDtypeStruct(s, dtype, manual_axis_type=varying)
+            for s, (_, dtype) in zip(shapes, results, strict=True)
+        ],
         scratch_shapes=[pltpu.VMEM((heads, *matrix(names)), x) for names, x in arrays if names not in (MEMORY, STARTS)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
@@ -416,8 +421,7 @@ def _cost(of_chunk, sizes, arrays, backwards):
 
 def _varies(x):
     """Whether, in shard_map, x varies over an axis of the mesh."""
-    kind = jax.typeof(x)
-    return bool(kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying)
+    return bool(jax.typeof(x).manual_axis_type.varying)
 
 
 def _matrix(sizes, chunk_size, names):
@@ -427,7 +431,7 @@ def _matrix(sizes, chunk_size, names):
 
 
 def _heads_of_a_step(sizes, chunk_size, arrays):
-    """Eight heads, or all where eight do not divide them, or as many as fit in VMEM.
+    """Eight heads, or all where eight do not divide them, or as many as fit in VMEM, which ``_grouped`` copies.
 
     Each of the arrays, pairs of axes and a dtype, has two buffers, and gates and tokens lie there once more.
     """
