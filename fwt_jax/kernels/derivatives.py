@@ -18,7 +18,7 @@ RESIDUALS = "fast_weight_residuals"  # the name of the reads and residuals for t
 
 
 class Kernels(NamedTuple):
-    """The functions of a kind of kernels. Inputs are those of ``gpu.chunkwise``, which may be None.
+    """The functions for one kind of hardware. Inputs are those of ``gpu.chunkwise``, which may be None.
 
     Attributes:
       forward: (settings, keep, *inputs) -> (reads ``[B, T, H, V]``, W_T) and the residuals, a tree, without ``keep`` of
@@ -36,53 +36,53 @@ class Kernels(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def advance(kinds: Kernels, settings, *inputs):
+def advance(hardware: Kernels, settings, *inputs):
     """Reads ``[B, T, H, V]`` and W_T. Derivatives in reverse mode only; those of a gradient are those of plain JAX."""
-    return _forward(kinds, settings, False, *inputs)[0]
+    return _forward(hardware, settings, False, *inputs)[0]
 
 
-def _advance_forward(kinds, settings, *inputs):
-    (reads, end), residuals = _forward(kinds, settings, True, *inputs)
+def _advance_forward(hardware, settings, *inputs):
+    (reads, end), residuals = _forward(hardware, settings, True, *inputs)
     # The caller's next layer needs the reads. If they had no name, the kernel would run again for them.
     reads, residuals = jax.tree.map(lambda x: checkpoint_name(x, RESIDUALS), (reads, residuals))
     return (reads, end), (inputs, residuals)
 
 
-def _forward(kinds, settings, keep, *inputs):
+def _forward(hardware, settings, keep, *inputs):
 
     def kernels(settings, *inputs):
-        return kinds.forward(settings, keep, *inputs)
+        return hardware.forward(settings, keep, *inputs)
 
     def plain(*inputs):
-        return kinds.plain(settings, *inputs), _zeros(residuals, inputs)
+        return hardware.plain(settings, *inputs), _zeros(residuals, inputs)
 
     def differentiated(*inputs):
-        return kinds.plain(settings, *inputs), call(*lax.stop_gradient(inputs))[1]
+        return hardware.plain(settings, *inputs), call(*lax.stop_gradient(inputs))[1]
 
     residuals = jax.eval_shape(functools.partial(kernels, settings), *inputs)[1]
-    call = kinds.choose(settings, kernels, plain)
+    call = hardware.choose(settings, kernels, plain)
     return with_derivatives_of(differentiated, call)(*inputs)
 
 
-def _advance_backward(kinds, settings, residuals, outputs_grad):
+def _advance_backward(hardware, settings, residuals, outputs_grad):
     """The gradients in the inputs."""
     inputs, residuals = residuals
 
     def kernels(settings, *arrays):
-        return kinds.backward(settings, *jax.tree.unflatten(structure, arrays))
+        return hardware.backward(settings, *jax.tree.unflatten(structure, arrays))
 
     def plain(*arrays):
         inputs, _, outputs_grad = jax.tree.unflatten(structure, arrays)
         differentiable = [i for i, x in enumerate(inputs) if x is not None and x.dtype != bool]
 
         def of_differentiable(*arrays):
-            return kinds.plain(settings, *(_replaced(inputs, differentiable, arrays)))
+            return hardware.plain(settings, *(_replaced(inputs, differentiable, arrays)))
 
         _, pull = jax.vjp(of_differentiable, *(inputs[i] for i in differentiable))
         return tuple(_replaced([None] * len(inputs), differentiable, pull(outputs_grad)))
 
     arrays, structure = jax.tree.flatten((inputs, residuals, outputs_grad))
-    call = kinds.choose(settings, kernels, plain)
+    call = hardware.choose(settings, kernels, plain)
     return with_derivatives_of(plain, call)(*arrays)
 
 
