@@ -7,6 +7,7 @@ import os
 import jax
 import jax.numpy as jnp
 import pytest
+from cases import some
 from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding
@@ -168,15 +169,20 @@ def test_kernels_compile_for_other_sizes_an_odd_number_of_heads_and_whatever_jax
 
 
 @pytest.mark.parametrize(
-    ("topology", "heads", "key_size", "value_size", "dtype"),
-    [
-        ("v5e:2x2", 8, 128, 128, "float32"),
-        ("v5e:2x2", 8, 512, 128, "float32"),
-        ("tpu7x:2x2x1", 8, 256, 128, "float32"),
-        ("tpu7x:2x2x1", 12, 256, 256, "bfloat16"),
-    ],
+    "case",
+    some(
+        2,
+        [
+            ("v5e:2x2", 8, 128, 128, "float32"),
+            ("tpu7x:2x2x1", 12, 256, 256, "bfloat16"),
+            ("v5e:2x2", 8, 512, 128, "float32"),
+            ("tpu7x:2x2x1", 8, 256, 128, "float32"),
+        ],
+    ),
+    ids=str,
 )
-def test_kernels_with_a_decay_per_channel_fit_on_the_chip(topology, heads, key_size, value_size, dtype):
+def test_kernels_with_a_decay_per_channel_fit_on_the_chip(case):
+    topology, heads, key_size, value_size, dtype = case
 
     def gradient(query, value, beta, log_decay):
         attention = functools.partial(fwt_jax.fast_weight_attention, log_decay=log_decay, implementation="pallas")
