@@ -374,10 +374,11 @@ def _pallas_call(settings, of_chunk, kernel, inputs, results, heads, name, backw
 
         return pl.BlockSpec(tuple(blocks.get(axis, sizes[axis]) for axis in names.split()), index)
 
-    varying = jax.typeof(
-        inputs[0][1]
-    ).manual_axis_type  # in shard_map the results vary over the mesh as this array does
-    shapes = [tuple(sizes[axis] for axis in names.split()) for names, _ in results]
+    varying = jax.typeof(inputs[0][1]).manual_axis_type  # in shard_map, which the results have in common with it
+
+    def out_shape(names, dtype):
+        return jax.ShapeDtypeStruct([sizes[axis] for axis in names.split()], dtype, manual_axis_type=varying)
+
     arrays = [(names, x.dtype) for names, x in inputs] + list(results)
 
     def of_refs(*refs):
@@ -389,10 +390,7 @@ def _pallas_call(settings, of_chunk, kernel, inputs, results, heads, name, backw
         grid=(sizes["b"], sizes["h"] // heads, num_chunks),
         in_specs=[spec(names) for names, _ in inputs],
         out_specs=[spec(names) for names, _ in results],
-        out_shape=[
-            jax.ShapeDtypeStruct(s, dtype, manual_axis_type=varying)
-            for s, (_, dtype) in zip(shapes, results, strict=True)
-        ],
+        out_shape=[out_shape(*x) for x in results],
         scratch_shapes=[pltpu.VMEM((heads, *matrix(names)), x) for names, x in arrays if names not in (MEMORY, STARTS)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
