@@ -43,6 +43,7 @@ import tyro
 
 from experiments.run import command_line, tables
 from fwt_jax.kernels import gpu
+from fwt_jax.kernels.derivatives import advance
 from fwt_jax.rules import RULES
 
 Card = Literal[80, 86, 89, 90, 100, 120]
@@ -132,7 +133,7 @@ def kernel_calls(case: Case) -> list[jax.extend.core.JaxprEqn]:
             exact=case.dtype == "float32",
             compute_capability=case.card,
         )
-        forward = functools.partial(gpu._advance, settings)
+        forward = functools.partial(advance, gpu.KERNELS, settings)
 
         def both(inputs, outputs_grad, forward=forward):
             return jax.vjp(forward, *inputs)[1](outputs_grad)
