@@ -30,7 +30,8 @@ are simulated alone. Oja's rule learns the map from values to keys, and its read
 values are divided by √V, as it needs a length of about 1. "least squares" is the posterior mean of A given all pairs,
 which no reader can beat; after the change it starts anew, as if told. Without noise its score is max(0, 1 − t/d).
 
-A gain is a number for each t that fits all reads of a seed. It is there because a layer's output can be rescaled.
+A gain is a number for each t that fits all reads of a seed, as the output of a layer can be rescaled. Sum, fwm and oja
+have one, except "sum, no gain". The number after "delta" is β, 1 if there is none. "gated" is a fixed α of 0.95.
 
 Sources. The delta rule as LMS: Widrow & Hoff 1960, "Adaptive switching circuits" (the paper's own text: not found in
 what could be searched; secondary sources name it as the origin of LMS). LMS and normalised LMS for independent keys:
@@ -89,16 +90,16 @@ class Setting:
 
 
 MODELS = {
-    "sum": Model("sum"),
-    "sum, gain": Model("sum", gain=True),
-    "sum, decay, gain": Model("sum", decay=0.95, gain=True),
+    "sum": Model("sum", gain=True),
+    "sum, no gain": Model("sum"),
+    "gated sum": Model("sum", decay=0.95, gain=True),
     "delta 0.25": Model("delta", beta=0.25),
     "delta 0.5": Model("delta", beta=0.5),
-    "delta 1": Model("delta"),
+    "delta": Model("delta"),
     "delta 1.5": Model("delta", beta=1.5),
-    "gated delta 1": Model("delta", decay=0.95),
-    "fwm, gain": Model("fwm", gain=True, value_scale=SIZE**0.5),
-    "oja, gain": Model("oja", beta=0.5, gain=True, value_scale=SIZE**0.5),
+    "gated delta": Model("delta", decay=0.95),
+    "fwm": Model("fwm", gain=True, value_scale=SIZE**0.5),
+    "oja": Model("oja", beta=0.5, gain=True, value_scale=SIZE**0.5),
     "least squares": Model("least squares"),
 }
 SETTINGS = {"clean": Setting(), "noisy": Setting(noise=0.5), "change": Setting(changes=True)}
@@ -146,7 +147,7 @@ class Pairs(NamedTuple):
 
 
 def draw_pairs(seed: int, setting: Setting, size: int = SIZE, length: int = LENGTH, heads: int = HEADS) -> Pairs:
-    """The pairs of a seed, drawn by NumPy, because JAX takes 8 s to compile a program that draws and multiplies them."""
+    """The pairs of a seed. NumPy draws them, because JAX takes 8 s to compile a program that does."""
     rng = np.random.default_rng(seed)
     keys = rng.standard_normal((length + 1, heads, size))
     keys /= np.linalg.norm(keys, axis=-1, keepdims=True)
@@ -218,7 +219,7 @@ def runs(seeds: int) -> list[Run]:
 
 
 def seconds(run: Run) -> float:
-    return 3.0
+    return 1.0
 
 
 def solved(points: list[Point]) -> float:
@@ -231,16 +232,16 @@ def solved(points: list[Point]) -> float:
 
 # model: colour, marker. Colours for the colour-blind, after Okabe and Ito.
 LOOKS = {
+    "sum, no gain": ("#D55E00", "x"),
     "sum": ("#E69F00", "X"),
-    "sum, gain": ("#D55E00", "P"),
-    "sum, decay, gain": ("#8B3A00", "p"),
-    "delta 0.25": ("#56B4E9", "o"),
-    "delta 0.5": ("#0072B2", "v"),
-    "delta 1": ("#1F3A68", "^"),
-    "delta 1.5": ("#CC79A7", "<"),
-    "gated delta 1": ("#009E73", "s"),
-    "fwm, gain": ("#9B8B00", "D"),
-    "oja, gain": ("#777777", "h"),
+    "gated sum": ("#B8860B", "P"),
+    "delta 0.25": ("#0072B2", "v"),
+    "delta 0.5": ("#332288", "^"),
+    "delta": ("#009E73", "s"),
+    "delta 1.5": ("#661100", "<"),
+    "gated delta": ("#56B4E9", "o"),
+    "fwm": ("#B5559B", "D"),
+    "oja": ("#999999", "h"),
     "least squares": ("#000000", "*"),
 }
 PANELS = {
@@ -254,12 +255,15 @@ PANELS = {
 def draw(figure, rows: list[dict[str, str]]) -> None:
     """A panel for each setting: points are simulated (± 2 standard errors over seeds), lines are the closed form.
 
+    A dotted line joins points without a closed form.
+
     Args:
       figure: an empty matplotlib figure, at least 7 inches wide.
       rows: of the csv, with columns model, setting, seed, x and score.
     """
     from matplotlib.lines import Line2D  # not above, because no worker draws
 
+    figure.set_size_inches(8, 10)
     shown = [setting for setting in SETTINGS if any(row["setting"] == setting for row in rows)]
     found = [model for model in LOOKS if any(row["model"] == model for row in rows)]
     panels = figure.subplots(len(shown), 1, squeeze=False, sharex=True)[:, 0]
