@@ -12,12 +12,12 @@ largest of the 32 numbers of the read and of one logit for "none". Settings:
     hold               8 pairs are written first and asked for ever after, while 8 other keys are reassigned: a decay
                        hurts. The 16 keys are random, so that each write disturbs the others
 
-Recipe. A model is a rule and at most five numbers: β before its sigmoid (not for "sum"), the gain of the read, the logit
-for "none", and the a and b of a gate, α = sigmoid(a − b·mark). They are learned for each seed with Adam, rate 0.05, on
-300 batches of 32 streams of one piece, 64 pairs. The test streams 64 sequences of 16 pieces. The memory that a piece
-leaves is the start of the next: x is the length divided by the trained one, the score is the share of right answers.
-"decay 0.95" is a fixed α. A seed draws keys and streams; models of a setting see the same. Guessing gets 1/33, and one
-who always says "none" ½ in the contexts.
+Recipe. A model is a rule and at most five numbers: β before its sigmoid (not for "sum"), the gain of the read, the
+logit for "none", and the a and b of a gate, α = sigmoid(a − b·mark). They are learned for each seed with Adam, rate
+0.05, on 300 batches of 32 streams of one piece, 64 pairs. The test streams 64 sequences of 16 pieces. The memory that a
+piece leaves is the start of the next: x is the length divided by the trained one, the score is the share of right
+answers. "decay 0.95" is a fixed α. A seed draws keys and streams; models of a setting see the same. Guessing gets 1/33,
+and who always says "none" gets ½ in the contexts.
 
 Expected: sum never removes a value; delta with β = 1 and orthonormal keys replaces it exactly, and also keeps what
 another context left. Oja's rule replaces the key of a value, not the value of a key.
@@ -324,6 +324,8 @@ def draw(figure, rows: list[dict[str, str]]) -> None:
             for row in rows:
                 if (row["model"], row["setting"]) == (model, setting):
                     by_x.setdefault(float(row["x"]), []).append(float(row["score"]))
+            if not by_x:
+                continue
             seeds = np.array([by_x[x] for x in sorted(by_x)]).reshape(len(by_x), -1)
             look = {"color": color, "marker": marker, "linestyle": line, "markersize": 5, "linewidth": 1.5}
             axes.plot(sorted(by_x), seeds.mean(1), **look, label=model)
@@ -336,10 +338,17 @@ def draw(figure, rows: list[dict[str, str]]) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     for axes in grid.flat[len(shown) :]:
         axes.set_visible(False)
-    figure.supxlabel("length of the stream, 1× is the trained one", fontsize=11)
-    figure.supylabel("share of right answers", fontsize=11)
-    handles = grid.flat[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False, fontsize=10)
+    for axes in grid[-1]:
+        axes.set_xlabel("length; 1× is the trained one", fontsize=11)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("share of right answers", fontsize=11)
+    handles = {}
+    for axes in grid.flat:
+        handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    order = [model for model in LOOKS if model in handles]
+    figure.legend(
+        [handles[model] for model in order], order, loc="outside lower center", ncols=4, frameon=False, fontsize=10
+    )
 
 
 TASK = Task(

@@ -187,7 +187,7 @@ def posterior_variance(keys, setting: Setting) -> np.ndarray:
         variance = np.sum(keys[t] * column, axis=-1, keepdims=True) + setting.noise**2
         scaled = np.where(variance > 1e-12, column / np.maximum(variance, 1e-12), 0)  # 0: the key says nothing new
         covariance = covariance - scaled[:, :, None] * column[:, None]
-        variances[t] = np.einsum("hi,hij,hj->h", keys[t + 1], covariance, keys[t + 1])
+        variances[t] = np.maximum(0, np.einsum("hi,hij,hj->h", keys[t + 1], covariance, keys[t + 1]))  # rounding
     return variances
 
 
