@@ -80,12 +80,10 @@ def execute(tasks: list[Task], config: Config):
     rows = {task.name: load(config.out / f"{task.name}.csv") for task in tasks}
     runs = {run: task.seconds(run) for task in tasks for run in task.runs(config.seeds)}
     finished = {run for run in runs if set(range(run.seeds)) <= seeds_of(run, rows[run.task])}
-    todo = sum(runs[run] for run in runs if run not in finished) / min(config.workers, len(cores()))
-    print(f"{len(runs) - len(finished)} of {len(runs)} runs to make, about {todo / 60:.0f} minutes", flush=True)
 
     def save(run, points, seconds):
         kept = [row for row in rows[run.task] if (row["model"], row["setting"]) != (run.model, run.setting)]
-        rows[run.task] = kept + [as_row(run, point, seconds) for point in points]
+        rows[run.task] = in_order(kept + [as_row(run, point, seconds) for point in points], TASKS[run.task])
         write(config.out / f"{run.task}.csv", rows[run.task])
 
     sweep("atlas", runs, finished, run_one, save, workers=config.workers, words=_words)
@@ -97,7 +95,7 @@ def _words(run):
 
 def run_one(run: Run) -> list[Point]:
     """Executes one run, in a worker."""
-    return TASKS[run.task].execute(run, lambda fraction: report(run, fraction))
+    return TASKS[run.task].execute(run, lambda fraction: report(run, f"{fraction:.0%}"))
 
 
 def seeds_of(run: Run, rows: list[dict[str, str]]) -> set[int]:
@@ -109,6 +107,12 @@ def as_row(run: Run, point: Point, seconds: float) -> dict[str, str]:
     """The row of one number in the results file; the seconds are those of the whole run."""
     cells = (run.model, run.setting, point.seed, f"{point.x:g}", f"{point.score:.6g}", f"{seconds:.1f}")
     return dict(zip(plot.COLUMNS, map(str, cells), strict=True))
+
+
+def in_order(rows: list[dict[str, str]], task: Task) -> list[dict[str, str]]:
+    """Rows in the order of the task's runs; figures and tables have it too. Rows of no run come last."""
+    rank = {(run.model, run.setting): i for i, run in enumerate(task.runs(1))}
+    return sorted(rows, key=lambda row: rank.get((row["model"], row["setting"]), len(rank)))
 
 
 def load(path: pathlib.Path) -> list[dict[str, str]]:

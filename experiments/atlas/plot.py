@@ -98,6 +98,7 @@ def panels(figure, rows: list[dict[str, str]], task: Task, columns: int = 3):
         axes.set_title(setting, loc="left", fontsize=11)
     for axes in grid.flat[len(settings) :]:
         axes.set_visible(False)
+    grid[0, 0].set_ylim(bottom=max(-0.3, grid[0, 0].get_ylim()[0]))  # of all panels; far below chance is no news
     for i, axes in enumerate(grid.flat[: len(settings)]):
         axes.tick_params(labelbottom=i + columns >= len(settings))
     figure.supxlabel(task.x, fontsize=11)
@@ -128,11 +129,12 @@ def overview(figure, results: dict[str, tuple[Task, list[dict[str, str]]]]):
                 cells.append([_solved(task, rows, model, setting) for model in columns])
     figure.set_size_inches(8, 1.6 + 0.33 * len(names))
     axes = figure.subplots()
-    axes.imshow(np.array(cells), cmap="RdYlGn", vmin=0, vmax=1, aspect="auto", alpha=0.75)
+    axes.imshow(np.array(cells), cmap="YlGnBu", vmin=0, vmax=1.2, aspect="auto")
     for i, line in enumerate(cells):
         for j, value in enumerate(line):
             if np.isfinite(value):
-                axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=10)
+                color = "white" if value > 0.7 else "black"
+                axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=10, color=color)
     axes.set_yticks(range(len(names)), names, fontsize=10)
     axes.set_xticks(range(len(columns)), [c.replace(", ", "\n") for c in columns], fontsize=9.5, rotation=40, ha="left")
     axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import multiprocessing
 import queue
 import time
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from typing import Any
 
 from tqdm import tqdm
 
-from experiments.run.workers import pool
+from experiments.run.workers import cores, pool
 
-_reports = None  # in a worker: the queue of (run, fraction)
+_reports = None  # in a worker: the queue of (run, words)
 
 
 def _start_worker(reports):
@@ -21,16 +21,16 @@ def _start_worker(reports):
     _reports = reports
 
 
+def report(run: Hashable, words: str):
+    """Says in a worker how far a run is; the bar shows it."""
+    if _reports is not None:
+        _reports.put((run, words))
+
+
 def _execute(function, run):
     started = time.process_time()
-    report(run, 0.0)
+    report(run, "compiling")
     return function(run), time.process_time() - started
-
-
-def report(run: Hashable, fraction: float):
-    """Says in a worker how much of a run is done, from 0 to 1."""
-    if _reports is not None:
-        _reports.put((run, fraction))
 
 
 def sweep(
@@ -60,8 +60,8 @@ def sweep(
     todo = sorted((run for run in seconds if run not in finished), key=lambda run: -seconds[run])
     if not todo:
         return
-    done = set(seconds) - set(todo)
-    workers = min(workers, len(todo))
+    done, workers = set(seconds) - set(todo), min(workers, len(todo))
+    print(f"{len(todo)} runs, {workers} at a time; {duration([seconds[run] for run in todo], workers)}", flush=True)
     reports = multiprocessing.get_context("spawn").Queue()
     try:
         with _Progress(name, seconds, done, words) as progress, pool(workers, _start_worker, (reports,)) as executor:
@@ -79,17 +79,27 @@ def sweep(
         ) from error
 
 
+def duration(seconds: Sequence[float], workers: int) -> str:
+    """The estimated time of runs that take so many seconds of one core each, in words."""
+    total = max(sum(seconds) / min(workers, len(cores())), *seconds)
+    if total < 90:
+        return f"about {total:.0f} seconds"
+    return f"about {total / 60:.0f} minutes" if total < 90 * 60 else f"about {total / 3600:.0f} hours"
+
+
 class _Progress:
-    """The bar. A run advances it by its estimated seconds; the text beside it names one unfinished run."""
+    """The bar. A run advances it by its estimated seconds, with the clock while it is unfinished.
+
+    The text beside the bar names one unfinished run and what it reported last, until that run ends.
+    """
 
     def __init__(self, name, seconds, done, words):
         self.name, self.seconds, self.done, self.words = name, seconds, done, words
-        self.fractions = {}  # of the runs that have started, in the order of their start
+        self.started, self.reported = {}, {}  # of the runs of this sweep, in the order of their start
 
     def __enter__(self):
-        initial = sum(self.seconds[run] for run in self.done)
+        total, initial = sum(self.seconds.values()), sum(self.seconds[run] for run in self.done)
         layout = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}{postfix}]"
-        total = sum(self.seconds.values())
         self.bar = tqdm(desc=self.name, total=total, initial=initial, bar_format=layout, dynamic_ncols=True)
         return self
 
@@ -97,17 +107,21 @@ class _Progress:
         self.bar.close()
 
     def show(self, reports):
+        """Takes the reports of the workers, and shows the bar."""
         while True:
             try:
-                run, fraction = reports.get_nowait()
+                run, words = reports.get_nowait()
             except queue.Empty:
                 break
-            self.fractions[run] = fraction
-        running = {run: fraction for run, fraction in self.fractions.items() if run not in self.done}
+            self.started.setdefault(run, time.monotonic())
+            self.reported[run] = words
+        now = time.monotonic()
+        running = [run for run in self.started if run not in self.done]
         self.bar.n = sum(self.seconds[run] for run in self.done)
-        self.bar.n += sum(fraction * self.seconds[run] for run, fraction in running.items())
+        self.bar.n += sum(min(now - self.started[run], 0.9 * self.seconds[run]) for run in running)
         self.bar.set_description_str(f"{self.name}, {len(self.done)}/{len(self.seconds)} runs", refresh=False)
-        self.bar.set_postfix_str(", ".join([*self._remaining(), *map(self.words, [*running][:1])]))
+        one = [f"{self.words(run)}: {self.reported[run]}" for run in running[:1]]
+        self.bar.set_postfix_str(", ".join([*self._remaining(), *one]))
 
     def _remaining(self):
         """The remaining time, from the speed so far; none in the first seconds."""
