@@ -41,6 +41,7 @@ def test_what_is_no_input_keeps_its_traceback():
 
 
 PROGRAMS = {
+    "atlas": ("nothing", "error: no task 'nothing'"),
     "language": ("--preset nothing", "error: --preset must be one of demo"),
     "language.comparison": ("--train no.txt --validation v.txt --test t.txt", "error: v.txt is not there"),
     "retrieval.plot": ("--results nowhere", "error: nowhere has none of quick.csv"),

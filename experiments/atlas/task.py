@@ -46,7 +46,9 @@ class Task(NamedTuple):
       execute: (run, report) -> points. ``report(fraction)`` is called now and then with what is done, from 0 to 1.
       seconds: a run -> an estimate of its seconds on one core, to start the longest first.
       solved: the summary of a run for the overview figure, from its points, a number from 0 (fails) to 1 (solves it).
-      draw: (axes or figure, rows of the csv) -> None, the task's own figure.
+      draw: (figure, rows) -> None: the task's own figure, from rows of its csv, dicts of text with the keys model,
+        setting, seed, x, score and seconds.
+      overview: the settings that the overview figure shows; all of them if not given.
     """
 
     name: str
@@ -58,3 +60,4 @@ class Task(NamedTuple):
     seconds: Callable[[Run], float]
     solved: Callable[[list[Point]], float]
     draw: Callable[..., None]
+    overview: tuple[str, ...] | None = None

@@ -13,23 +13,21 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import io
-import multiprocessing
 import pathlib
-import queue
 import time
-from concurrent.futures import FIRST_COMPLETED, wait
 from typing import Literal
 
 import filelock
 import tyro
-from tqdm import tqdm
 
 from experiments.retrieval import plot
 from experiments.retrieval.model import EVAL_EVERY, MAX_STEPS, Model, Task, is_finished, read_unfinished, train
 from experiments.retrieval.plot import COLUMNS
 from experiments.run import command_line, files
-from experiments.run.workers import cores, pool
+from experiments.run import sweep as sweeps
+from experiments.run.workers import cores
 
 CAPACITY_MODELS = (
     Model("softmax", "softmax"),
@@ -103,21 +101,17 @@ def save(path: pathlib.Path, rows: dict[tuple[str, ...], dict[str, str]]):
     files.write(path, content.getvalue())
 
 
-_reports = None  # in a worker: the queue of (Run.id, step)
-
-
-def _start_worker(reports):
-    global _reports
-    _reports = reports
-
-
-def _execute(run: Run, max_steps: int, checkpoint: pathlib.Path) -> dict[str, str]:
+def _execute(max_steps: int, path: pathlib.Path, run: Run) -> dict[str, str]:
     def report(step, loss=None):
-        _reports.put((run.id, step))
+        sweeps.report(run, f"step {step}")
 
-    report(0)
-    losses, seconds = train(run.model, run.task, run.seed, max_steps, report, checkpoint)
+    losses, seconds = train(run.model, run.task, run.seed, max_steps, report, _checkpoint(path, run))
     return row(run, losses, seconds)
+
+
+def _checkpoint(path, run):
+    """The file of an unfinished run, beside the results file."""
+    return path.with_name("-".join((path.stem, *run.id)) + ".unfinished")
 
 
 def row(run: Run, losses: list[float], seconds: float) -> dict[str, str]:
@@ -156,103 +150,28 @@ def sweep(runs: list[Run], path: pathlib.Path, *, workers: int, max_steps: int =
     for run in runs:
         if run.id in rows and not is_finished([*map(float, rows[run.id]["losses"].split())], max_steps):
             del rows[run.id]
-    todo = sorted((run for run in runs if run.id not in rows), key=lambda run: -run.cost)
-    if not todo:
-        return rows
+    finished = {run for run in runs if run.id in rows}
     path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoints = {run.id: path.with_name("-".join((path.stem, *run.id)) + ".unfinished") for run in todo}
-    for checkpoint in checkpoints.values():
-        if checkpoint.exists():
-            read_unfinished(checkpoint)  # damage is reported now, and not after hours
-    workers = min(workers, len(todo))
-    print(f"{len(todo)} runs, {workers} at a time; {duration(todo, workers)}", flush=True)
-    reports = multiprocessing.get_context("spawn").Queue()
+    for run in runs:
+        if run not in finished and _checkpoint(path, run).exists():
+            read_unfinished(_checkpoint(path, run))  # damage is reported now, and not after hours
+
+    def save_run(run, row, _):
+        rows[run.id] = row
+        save(path, rows)
+        _checkpoint(path, run).unlink(missing_ok=True)
+
+    seconds, function = {run: run.cost for run in runs}, functools.partial(_execute, max_steps, path)
     try:
-        with Progress(path.stem, runs, todo) as progress, pool(workers, _start_worker, (reports,)) as executor:
-            pending = {executor.submit(_execute, run, max_steps, checkpoints[run.id]) for run in todo}
-            while pending:
-                done, pending = wait(pending, timeout=1, return_when=FIRST_COMPLETED)
-                for future in sorted(done, key=lambda future: future.exception() is not None):
-                    row = future.result()
-                    run_id = tuple(row[column] for column in COLUMNS[:5])
-                    rows[run_id] = row
-                    save(path, rows)
-                    checkpoints[run_id].unlink(missing_ok=True)
-                    progress.finish(run_id)
-                progress.show(reports)
+        sweeps.sweep(path.stem, seconds, finished, function, save_run, workers=workers, words=_words)
     except KeyboardInterrupt as error:
-        saved = sum(run.id in rows for run in runs)
-        raise KeyboardInterrupt(
-            f"stopped; {saved} of {len(runs)} runs are finished and saved. The same command goes on, with unfinished "
-            "runs from where they were up to a minute ago"
-        ) from error
+        raise KeyboardInterrupt(f"{error}, with unfinished runs from where they were up to a minute ago") from error
     return rows
 
 
-def duration(runs: list[Run], workers: int) -> str:
-    """The estimated time of runs, in words."""
-    seconds = sum(run.cost for run in runs) / min(workers, len(cores()))
-    seconds = max(seconds, *(run.cost for run in runs))
-    if seconds < 90:
-        return f"about {seconds:.0f} seconds"
-    return f"about {seconds / 60:.0f} minutes" if seconds < 90 * 60 else f"about {seconds / 3600:.0f} hours"
-
-
-class Progress:
-    """A progress bar for runs. A run advances it by its estimated seconds, with the clock while it is unfinished.
-
-    The text beside the bar names one unfinished run and its step, until that run ends.
-    """
-
-    def __init__(self, name: str, runs: list[Run], todo: list[Run]):
-        self.name, self.costs = name, {run.id: run.cost for run in runs}
-        self.finished = set(self.costs) - {run.id for run in todo}
-        self.started, self.steps = {}, {}  # of unfinished runs, in the order of their start
-
-    def __enter__(self):
-        total, initial = sum(self.costs.values()), sum(self.costs[run_id] for run_id in self.finished)
-        layout = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}{postfix}]"
-        self.bar = tqdm(desc=self._words(), total=total, initial=initial, bar_format=layout, dynamic_ncols=True)
-        return self
-
-    def __exit__(self, *_):
-        self.bar.close()
-
-    def _words(self):
-        return f"{self.name}, {len(self.finished)}/{len(self.costs)} runs"
-
-    def finish(self, run_id: tuple[str, ...]):
-        self.finished.add(run_id)
-        self.started.pop(run_id, None)
-        self.bar.set_description_str(self._words(), refresh=False)
-
-    def show(self, reports):
-        """Takes the reports (Run.id, step) of the workers, and shows the bar."""
-        while True:
-            try:
-                run_id, step = reports.get_nowait()
-            except queue.Empty:
-                break
-            if run_id not in self.finished:  # a report may come after the end of its run
-                self.started.setdefault(run_id, time.monotonic())
-                self.steps[run_id] = step
-        now = time.monotonic()
-        self.bar.n = sum(self.costs[run_id] for run_id in self.finished)
-        self.bar.n += sum(min(now - start, 0.9 * self.costs[run_id]) for run_id, start in self.started.items())
-        self.bar.set_postfix_str(", ".join([*self._remaining(), *self._one_run()]))
-
-    def _remaining(self):
-        """The remaining time, from the speed so far; none in the first seconds."""
-        done = self.bar.n - self.bar.initial
-        if done > 5:
-            seconds = self.bar.format_dict["elapsed"] / done * (self.bar.total - self.bar.n)
-            yield f"{self.bar.format_interval(seconds)} to go"
-
-    def _one_run(self):
-        for run_id in [*self.started][:1]:
-            model, rule, num_keys, replace, _ = run_id
-            step = f"step {self.steps[run_id]}" if self.steps[run_id] else "compiling"
-            yield f"{plot.label(model, rule, replace)}, S = {num_keys}: {step}"
+def _words(run):
+    model, rule, num_keys, replace, _ = run.id
+    return f"{plot.label(model, rule, replace)}, S = {num_keys}"
 
 
 # --- command line ----------------------------------------------------------------------------------------------------
