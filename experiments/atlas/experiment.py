@@ -21,13 +21,15 @@ from typing import Annotated
 import filelock
 import tyro
 
-from experiments.atlas import groups, languages, plot, recall
+from experiments.atlas import forgetting, groups, languages, plot, recall, regression
 from experiments.atlas.task import Point, Run, Task
 from experiments.run import command_line, files
 from experiments.run.sweep import report, sweep
 from experiments.run.workers import cores
 
-TASKS: dict[str, Task] = {task.name: task for task in (recall.TASK, languages.TASK, groups.TASK)}
+TASKS: dict[str, Task] = {
+    task.name: task for task in (regression.TASK, forgetting.TASK, recall.TASK, languages.TASK, groups.TASK)
+}
 
 
 @dataclasses.dataclass(frozen=True)
