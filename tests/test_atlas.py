@@ -31,7 +31,7 @@ def test_beta_2_is_parity_at_any_length_and_beta_below_1_never_turns_a_sign():
     ones = np.random.default_rng(0).random(250) < 0.5
     np.testing.assert_array_equal(read_signs(ones, 2.0), 1 - 2 * (np.cumsum(ones) % 2))
     for beta in (0.1, 0.5, 0.9, 1.0):
-        assert np.all(read_signs(ones, beta) >= 0)
+        assert np.all(read_signs(ones, beta) > -1e-6)  # 0 but for rounding
 
 
 def transpositions(permutation):
