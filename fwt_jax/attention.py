@@ -84,7 +84,8 @@ def fast_weight_attention(
       value: ``[B, T, HV, V]``, floating point. HV is H, or a multiple r·H: query and key head h then serve the value
         heads h·r to h·r + r − 1 (Gated DeltaNet), as if ``jnp.repeat`` repeated them. In chunks of plain JAX nothing
         repeats them, and their products are made once: on CPU a tenth to a third less time for r = 4, and a third
-        to half less memory for temporaries. Kernels, attention normalisation and the recurrent form repeat them.
+        to half less memory for temporaries. The kernels for TPU have one product for as many as eight of a group's
+        values. Those for GPU, attention normalisation and the recurrent form repeat them.
       beta: write strength, ``[B, T, HV]``; in (0, 1) in the paper, up to 2 with unit keys (for "oja", with unit
         values: it diverges for β‖v‖² > 2). All rules but "sum" need it; 1 for "sum" if not given. It is no
         number per value channel: each channel would then have a triangular system of its own in each chunk.
@@ -323,9 +324,9 @@ def _attend(
     if by_default:
         kernels = next((x for x in (tpu, gpu) if x.is_default(*arrays, **options)), None)
     # A group shares the products within a chunk. Token by token it shares none, and takes up to 7 times as long on CPU.
-    # A kernel takes as many keys as values. A key sum decays with its value head, so each value head has its own.
+    # A GPU's kernel takes as many keys as values. A key sum decays with its value head, so each has its own.
     in_chunks = form != "recurrent" and bool(rule.chunk)
-    if not in_chunks or normalize or kernels:
+    if not in_chunks or normalize or kernels is gpu:
         query, key = (of_value_heads(x, value.shape[2]) for x in (query, key))
     key_sum, recall_scale = memory.key_sum, None
     if normalize:

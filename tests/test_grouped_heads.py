@@ -117,16 +117,37 @@ def test_the_blocks_of_a_gpu_take_groups(x64, monkeypatch):
     jax.clear_caches()
 
 
-def in_plain_jax(arrays, cotangents, **options):
-    return outputs(arrays, cotangents, **options | {"implementation": "xla"})
+def in_plain_jax(arrays, cotangents, run=outputs, **options):
+    return run(arrays, cotangents, **options | {"implementation": "xla", "chunk_size": None})
 
 
-@pytest.mark.parametrize("implementation", some(2, ["pallas", "triton"]))
-def test_kernels_get_repeated_queries_and_keys(implementation):
-    if implementation == "triton":
-        pytest.importorskip("jax_triton")
-    case = Of13Tokens(decay="head", form=None, sizes=(1, 4, 8, 5), implementation=implementation)
+def test_a_gpu_kernel_gets_repeated_queries_and_keys():
+    pytest.importorskip("jax_triton")
+    case = Of13Tokens(decay="head", form=None, sizes=(1, 4, 8, 5), implementation="triton")
     check(case, outputs, whole=in_plain_jax, group=2, tolerance=1e-6)
+
+
+@pytest.mark.parametrize(
+    "heads_group_decay_key_size",
+    some(
+        1,
+        [
+            (6, 3, "head", 8),
+            (4, 2, "channel", 8),
+            (8, 8, None, 8),
+            (4, 4, "head", 300),  # which are too large for one step
+            (32, 2, "head", 8),  # two steps of eight key heads
+            (9, 3, "channel", 300),
+        ],
+    ),
+    ids=str,
+)
+def test_the_value_heads_of_a_tpu_kernel_share_queries_and_keys(heads_group_decay_key_size):
+    heads, group, decay, key_size = heads_group_decay_key_size
+    case = Case("delta", decay=decay, form=None, length=37, packed=True, start=True, sizes=(2, heads, key_size, 5))
+    run = functools.partial(outputs_and_gradients, chunk_size=16, implementation="pallas")
+    whole = functools.partial(in_plain_jax, run=outputs_and_gradients)
+    check(case, run, whole=whole, group=group, tolerance=3e-6, precision="highest")
 
 
 # --- pieces, meshes and vmap -----------------------------------------------------------------------------------------

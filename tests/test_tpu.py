@@ -113,7 +113,7 @@ def test_a_kernel_is_the_default_where_a_mesh_splits_rows_and_heads_alone(axes, 
 
     sequence_axis = "sequence" if axes == {"sequence": 4} else None
     rows = P() if axes == {"fsdp": 4} else spec
-    shapes = ((2, 40, 4, 16),) * 3 + ((2, 40, 4),)
+    shapes = ((2, 40, 2, 16),) * 2 + ((2, 40, 4, 16), (2, 40, 4))
     inputs = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, rows)) for shape in shapes]
     with jax.set_mesh(mesh):
         text = jax.jit(gradient).lower(*inputs).compile().as_text()
@@ -166,6 +166,47 @@ def test_kernels_compile_for_other_sizes_an_odd_number_of_heads_and_whatever_jax
     inputs = [jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(one, P())) for shape in shapes]
     with jax.default_matmul_precision(matmul_precision):
         assert compiled_text(both, inputs, one).count("tpu_custom_call") >= 2
+
+
+@pytest.mark.exhaustive
+def test_a_group_of_more_value_heads_than_a_step_interleaves_fits_in_vmem():
+
+    def gradient(*inputs):
+        attention = functools.partial(fwt_jax.fast_weight_attention, implementation="pallas")
+        reads, pull = jax.vjp(lambda *inputs: attention(*inputs)[0], *inputs)
+        return pull(reads)
+
+    one = mesh("v5e:2x2", (1, 1))
+    key, value = (jax.ShapeDtypeStruct((1, 300, heads, 256), jnp.bfloat16) for heads in (1, 16))
+    beta, log_decay = (jax.ShapeDtypeStruct((1, 300, 16, *size), jnp.float32) for size in ((), (256,)))
+    inputs = [x.update(sharding=NamedSharding(one, P())) for x in (key, key, value, beta, log_decay)]
+    assert compiled_text(gradient, inputs, one).count("tpu_custom_call") >= 2
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("decay", [(), (64,)], ids=["head", "channel"])
+@pytest.mark.parametrize("tensor", [2, 4])
+def test_value_heads_share_the_queries_and_keys_of_a_chip(decay, tensor):
+    """Of 2 key heads and 8 value heads. Four chips split the value heads alone, so each has its own copy of a key."""
+    mesh = sharding.make_mesh(fsdp=4 // tensor, tensor=tensor, devices=devices_of("v5e:2x2"))
+
+    def gradient(*inputs):
+        reads, pull = jax.vjp(lambda *inputs: fwt_jax.fast_weight_attention(*inputs)[0], *inputs)
+        return pull(reads)
+
+    by_head = NamedSharding(mesh, SPLIT)
+    of_keys = by_head if tensor == 2 else NamedSharding(mesh, P(SPLIT[0]))
+    shapes = [(2, 256, heads, *size) for heads, size in ((2, (64,)), (2, (64,)), (8, (64,)), (8, ()), (8, decay))]
+    kinds = [(jnp.bfloat16, of_keys)] * 2 + [(jnp.bfloat16, by_head)] + [(jnp.float32, by_head)] * 2
+    inputs = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=kind) for shape, (dtype, kind) in zip(shapes, kinds, strict=True)
+    ]
+    with jax.set_mesh(mesh):
+        text = jax.jit(gradient).lower(*inputs).compile().as_text()
+    assert text.count("tpu_custom_call") >= 2
+    if tensor == 2:
+        assert not [word for word in COLLECTIVES if word in text]
+        assert "bf16[1,256,1,64]" in text and "bf16[1,256,1,4,64]" not in text
 
 
 @pytest.mark.parametrize(

@@ -92,15 +92,18 @@ class Row:
     value_size: int = 128
     heads_first: bool = False
     """[H, B, T, ·] instead of [B, T, H, ·]."""
+    value_heads_per_key: int = 1
+    """H is the number of value heads."""
 
     def shapes(self) -> tuple[list[jax.ShapeDtypeStruct], jax.ShapeDtypeStruct]:
         """The arguments, and the reads."""
         tokens = (self.batch, self.length, self.heads)
         tokens = (self.heads, self.batch, self.length) if self.heads_first else tokens
-        key = jax.ShapeDtypeStruct((*tokens, self.key_size), jnp.bfloat16)
+        of_keys = tokens if self.value_heads_per_key == 1 else (*tokens[:2], self.heads // self.value_heads_per_key)
+        key = jax.ShapeDtypeStruct((*of_keys, self.key_size), jnp.bfloat16)
         value = jax.ShapeDtypeStruct((*tokens, self.value_size), jnp.bfloat16)
         gate = jax.ShapeDtypeStruct(tokens, jnp.float32)
-        decays = {"none": [], "head": [gate], "channel": [jax.ShapeDtypeStruct(key.shape, jnp.float32)]}
+        decays = {"none": [], "head": [gate], "channel": [jax.ShapeDtypeStruct((*tokens, self.key_size), jnp.float32)]}
         return [key, key, value, gate, *decays[self.decay]], value
 
 
@@ -239,6 +242,7 @@ def report_kernels(config: Config, folder: pathlib.Path):
     rows = [
         Row("delta", ours),
         Row("gated delta", ours, "head"),
+        Row("gated delta, 8 key heads", ours, "head", value_heads_per_key=2),
         Row("delta, decay per channel", ours, "channel"),
         Row("delta, H = 8, K = V = 64", ours, heads=8, key_size=64, value_size=64),
         Row("delta, K = 256", ours, key_size=256),

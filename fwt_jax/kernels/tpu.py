@@ -1,9 +1,10 @@
 """The chunkwise form of the sum and delta rules as Pallas kernels for TPU: one forward, and one for its gradient.
 
-A step of a kernel takes one chunk of several heads, whose products the compiler interleaves. The chunks of a sequence
-follow each other, and the memories stay in VMEM. Only the inputs and the results move to and from HBM, as they are
-``[B, T, H, ·]``. For the gradient, the forward kernel also writes the memory at each chunk's start: T/C matrices per
-head, in float32. The backward kernel recomputes each chunk from there and applies JAX's derivative of it.
+A step of a kernel takes one chunk of several heads, whose products the compiler interleaves. Value heads that share a
+key head share its products with the queries. The chunks of a sequence follow each other, and the memories stay in VMEM.
+Only the inputs and the results move to and from HBM, as they are ``[B, T, H, ·]``. For the gradient, the forward kernel
+also writes the memory at each chunk's start: T/C matrices per head, in float32. The backward kernel recomputes each
+chunk from there and applies JAX's derivative of it.
 
 tpu_chunk.py has the mathematics of a chunk.
 """
@@ -22,7 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from fwt_jax.chunkwise import chunkwise as chunkwise_of_head
 from fwt_jax.decays import cumulative_log_decay
-from fwt_jax.heads import over_heads
+from fwt_jax.heads import of_value_heads, over_heads
 from fwt_jax.kernels.derivatives import Kernels, advance
 from fwt_jax.kernels.over_mesh import axes_of_mesh, over_axes_of_mesh
 from fwt_jax.kernels.refused import refused, zero_of
@@ -31,12 +32,13 @@ from fwt_jax.rules import name_of
 
 REFUSAL = 'implementation="pallas" is for TPU, got {platforms}; use implementation="xla"'
 CHUNK_SIZES = (16, 32, 64, 128)  # 16: the rows of a tile of bfloat16. 128: the width of the multiplier
-HEADS = 8  # of a step of the kernel: the rows of a tile of float32
+HEADS = 8  # key heads of a step of the kernel: the rows of a tile of float32
 NUMBERS = 8 * 128 * 128  # of the memories whose products are interleaved
 BLOCK_BYTES = 24 * 2**20  # of the blocks of a step. What the compiler spills comes on top
 VMEM_BYTES = 48 * 2**20
-# The axes of the arrays of the kernels: C tokens of a chunk, n chunks, r rows of gates.
-MEMORY, STARTS, GATES, KEYS, VALUES = "b h k v", "b n h k v", "b n r h c", "b t h k", "b t h v"
+# The axes of the arrays of the kernels: C tokens of a chunk, n chunks, r rows of gates, g key heads, h value heads.
+MEMORY, STARTS, GATES, KEYS, VALUES = "b h k v", "b n h k v", "b n r h c", "b t g k", "b t h v"
+CHANNELS = "b t h k"  # of a decay per key channel
 
 
 def chunkwise(
@@ -64,7 +66,8 @@ def chunkwise(
     ``jax.checkpoint``. With them kept, the gradient runs the forward kernel once.
 
     Args:
-      fast_weights, query, key, value, beta, log_decay, reset, recall_scale, rule: see ``why_not``.
+      fast_weights, query, key, value, beta, log_decay, reset, recall_scale, rule: see ``why_not``. Value heads in
+        groups share a query and a key head, which nothing repeats for up to as many as a step interleaves.
       chunk_size: 16, 32, 64 or 128; None takes 128, or less if T is less.
       precision: of the products: one, three or six passes of the bfloat16 multiplier for "default", "high" and
         "highest". The triangular system takes at least three.
@@ -82,9 +85,13 @@ def chunkwise(
     if reason:
         raise ValueError(f'implementation="pallas" {reason}; use implementation="xla"')
     settings = Settings(rule, chunk_size, lax.Precision(precision or "default"), fallback)
+    heads, key_heads = value.shape[2], key.shape[2]
+    if axes_of_mesh(len(key), heads) and not axes_of_mesh(len(key), key_heads):
+        query, key = (of_value_heads(x, heads) for x in (query, key))
     inputs = (fast_weights, query, key, value, beta, log_decay, reset, recall_scale)
-    decay_axes = KEYS if log_decay is not None and log_decay.ndim == 4 else "b t h"
-    axes = (MEMORY, KEYS, KEYS, VALUES, "b t h", decay_axes, "b t", "b t h")
+    decay_axes = CHANNELS if log_decay is not None and log_decay.ndim == 4 else "b t h"
+    # What splits the heads of a mesh splits key heads and value heads alike.
+    axes = (MEMORY, CHANNELS, CHANNELS, VALUES, "b t h", decay_axes, "b t", "b t h")
 
     def of_device(*inputs):
         # In shard_map the results vary over every mesh axis that any input varies over. A zero makes the inputs agree.
@@ -219,9 +226,14 @@ def _prepared(settings, fast_weights, query, key, value, beta, log_decay, reset,
     length = max(length, chunk_size)
     of_chunk = ChunkSettings(settings.rule.corrects, channels, tuple(gates), settings.precision, length, chunk_size)
     gates = jnp.stack([jnp.swapaxes(x, 2, 3) for x in gates.values()], axis=2)
+    # Larger groups than a step interleaves become several, each with the same query and key.
+    group = value.shape[2] // key.shape[2]
+    most = _heads_at_once(of_chunk, key.shape[3], value.shape[3])
+    parts = next(n for n in range(1, group + 1) if group % n == 0 and group // n <= most)
+    query, key = (of_value_heads(x, parts * x.shape[2]) for x in (query, key))
     tokens = [(KEYS, query), (KEYS, key), (VALUES, value)]
     if log_decay is not None and channels:
-        tokens.append((KEYS, log_decay.astype(jnp.float32)))
+        tokens.append((CHANNELS, log_decay.astype(jnp.float32)))
     return of_chunk, [(MEMORY, fast_weights), (GATES, gates), *((axes, _padded(x, chunk_size)) for axes, x in tokens)]
 
 
@@ -271,14 +283,14 @@ def _forward_kernel(of_chunk, inputs, results, scratch):
     def _():
         end_ref[...] = start_ref[...]
 
-    def one_head(start, gates, *tokens):
+    def one_key_head(start, gates, *tokens):
         reads_of_head, end = chunk(of_chunk, start, gates, *(x.astype(jnp.float32) for x in tokens))
         return reads_of_head.astype(reads.dtype), end
 
     for ref in starts_refs:
         ref[...] = end_ref[...]
     _load(of_chunk, pl.program_id(2), token_refs, tokens)
-    _over_heads(of_chunk, one_head, (end_ref, *tokens), (reads, end_ref))
+    _over_heads(of_chunk, one_key_head, (end_ref, *tokens), (reads, end_ref))
     _store((reads,), (reads_ref,))
 
 
@@ -292,14 +304,14 @@ def _backward_kernel(of_chunk, inputs, results, scratch):
     def _():
         start_grad_ref[...] = end_grad_ref[...]
 
-    def one_head(end_grad, start, gates, *tokens):
+    def one_key_head(end_grad, start, gates, *tokens):
         *tokens, reads_grad = (x.astype(jnp.float32) for x in tokens)
         _, pull = jax.vjp(functools.partial(chunk, of_chunk), start, gates, *tokens)
         start_grad, *token_grads = pull((reads_grad, end_grad))
         return start_grad, *(x.astype(ref.dtype) for x, ref in zip(token_grads, grads, strict=True))
 
     _load(of_chunk, pl.num_programs(2) - 1 - pl.program_id(2), token_refs, tokens)
-    _over_heads(of_chunk, one_head, (start_grad_ref, starts_ref, *tokens), (start_grad_ref, *grads))
+    _over_heads(of_chunk, one_key_head, (start_grad_ref, starts_ref, *tokens), (start_grad_ref, *grads))
     _store(grads, grad_refs)
 
 
@@ -321,26 +333,40 @@ def _store(scratch, refs):
 
 
 def _over_heads(of_chunk, function, inputs, results):
-    """``function`` of each head, of as many heads at a time as the compiler interleaves well."""
+    """``function`` of each key head and its value heads, of as many at a time as the compiler interleaves well.
+
+    inputs, results: refs with an axis of value heads, or of key heads, in front. The function's arrays have one of the
+    value heads that share a key head, or of size 1.
+    """
     heads, *sizes = inputs[0].shape
-    # The products of six passes at each level of the decays spill as much as twice as many heads.
-    numbers = NUMBERS // 2 if of_chunk.channels and of_chunk.precision != DEFAULT else NUMBERS
-    most = max(numbers // math.prod(max(size, 128) for size in sizes), 1)
-    number = max(n for n in range(1, heads + 1) if heads % n == 0 and n <= most)
+    key_heads = min(len(ref) for ref in inputs)
+    most = max(_heads_at_once(of_chunk, *sizes) * key_heads // heads, 1)
+    number = max(n for n in range(1, key_heads + 1) if key_heads % n == 0 and n <= most)
 
     def body(group, _):
-        some = pl.ds(group * number, number)
-        for ref, x in zip(results, jax.vmap(function)(*(ref[some] for ref in inputs)), strict=True):
-            ref[some] = x
+        def some(ref):
+            size = number * (len(ref) // key_heads)
+            return pl.ds(group * size, size)
 
-    lax.fori_loop(0, heads // number, body, None)
+        loaded = (ref[some(ref)].reshape(number, -1, *ref.shape[1:]) for ref in inputs)
+        for ref, x in zip(results, jax.vmap(function)(*loaded), strict=True):
+            ref[some(ref)] = x.reshape(-1, *ref.shape[1:])
+
+    lax.fori_loop(0, key_heads // number, body, None)
+
+
+def _heads_at_once(of_chunk, key_size, value_size):
+    """The number of value heads whose products are interleaved, from 1 to 8."""
+    # The products of six passes at each level of the decays spill as much as twice as many heads.
+    numbers = NUMBERS // 2 if of_chunk.channels and of_chunk.precision != DEFAULT else NUMBERS
+    return max(numbers // (max(key_size, 128) * max(value_size, 128)), 1)
 
 
 # --- a call of a kernel ----------------------------------------------------------------------------------------------
 
 
 def _call(settings, of_chunk, kernel, inputs, results, name, *, backwards=False):
-    """Runs a kernel once per chunk of several heads.
+    """Runs a kernel once per chunk of several key heads and their value heads.
 
     Args:
       inputs: pairs of axes and an array. The first one, a memory, has a block that stays in VMEM for all chunks.
@@ -348,10 +374,12 @@ def _call(settings, of_chunk, kernel, inputs, results, name, *, backwards=False)
     """
     sizes = _sizes(inputs)
     heads = _heads_of_a_step(sizes, of_chunk.chunk_size, [*((names, x.dtype) for names, x in inputs), *results])
-    inputs = [(names, _grouped(names, x, heads)) for names, x in inputs]
+    # A block of a kernel has eight heads of an array, or all, as it is.
+    parts = 1 if heads == HEADS else sizes["g"] // heads
+    inputs = [(names, _grouped(names, x, parts)) for names, x in inputs]
     call = _pallas_call(settings, of_chunk, kernel, inputs, results, heads, name, backwards)
     outputs = call(*(x for _, x in inputs))
-    return tuple(_ungrouped(names, x, sizes) for (names, _), x in zip(results, outputs, strict=True))
+    return tuple(_ungrouped(names, x, parts) for (names, _), x in zip(results, outputs, strict=True))
 
 
 def _sizes(arrays):
@@ -363,14 +391,13 @@ def _pallas_call(settings, of_chunk, kernel, inputs, results, heads, name, backw
     """A function of the arrays. The gates and the tokens of a step lie in scratch memory once more, heads first."""
     sizes = _sizes(inputs)
     num_chunks = sizes["n"]
+    blocks = {"b": None, "n": None, "t": of_chunk.chunk_size, "g": heads, "h": heads * sizes["h"] // sizes["g"]}
     matrix = functools.partial(_matrix, sizes, of_chunk.chunk_size)
 
     def spec(names):
-        blocks = {"b": None, "n": None, "t": of_chunk.chunk_size, "h": heads}
-
         def index(row, group, i):
             i = num_chunks - 1 - i if backwards else i
-            return tuple({"b": row, "n": i, "t": i, "h": group}.get(axis, 0) for axis in names.split())
+            return tuple({"b": row, "n": i, "t": i, "g": group, "h": group}.get(axis, 0) for axis in names.split())
 
         return pl.BlockSpec(tuple(blocks.get(axis, sizes[axis]) for axis in names.split()), index)
 
@@ -387,11 +414,15 @@ def _pallas_call(settings, of_chunk, kernel, inputs, results, heads, name, backw
 
     return pl.pallas_call(
         of_refs,
-        grid=(sizes["b"], sizes["h"] // heads, num_chunks),
+        grid=(sizes["b"], sizes["g"] // heads, num_chunks),
         in_specs=[spec(names) for names, _ in inputs],
         out_specs=[spec(names) for names, _ in results],
         out_shape=[out_shape(*x) for x in results],
-        scratch_shapes=[pltpu.VMEM((heads, *matrix(names)), x) for names, x in arrays if names not in (MEMORY, STARTS)],
+        scratch_shapes=[
+            pltpu.VMEM((blocks["g" if names == KEYS else "h"], *matrix(names)), dtype)
+            for names, dtype in arrays
+            if names not in (MEMORY, STARTS)
+        ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
@@ -424,39 +455,44 @@ def _varies(x):
 
 def _matrix(sizes, chunk_size, names):
     """What a head has of an array in a step: ``[K, V]`` of a memory, ``[r, C]`` of gates, ``[C, K or V]`` of tokens."""
-    rows, columns = {MEMORY: "kv", STARTS: "kv", GATES: "rc", KEYS: "tk", VALUES: "tv"}[names]
+    rows, columns = {MEMORY: "kv", STARTS: "kv", GATES: "rc", KEYS: "tk", CHANNELS: "tk", VALUES: "tv"}[names]
     return chunk_size if rows == "t" else sizes[rows], sizes[columns]
 
 
 def _heads_of_a_step(sizes, chunk_size, arrays):
-    """Eight heads, or all where eight do not divide them, or as many as fit in VMEM, which ``_grouped`` copies.
+    """Eight key heads, or all where eight do not divide them, or as many as fit in VMEM, which ``_grouped`` copies.
 
     Each of the arrays, pairs of axes and a dtype, has two buffers, and gates and tokens lie there once more.
     """
+    heads = sizes["g"]
 
     def num_bytes(names, dtype):
         rows, columns = _matrix(sizes, chunk_size, names)
         buffers = 2 if names in (MEMORY, STARTS) else 3
-        return buffers * rows * -(-columns // 128) * 128 * jnp.dtype(dtype).itemsize
+        shared = 1 if names == KEYS else sizes["h"] // heads
+        return shared * buffers * rows * -(-columns // 128) * 128 * jnp.dtype(dtype).itemsize
 
-    heads = sizes["h"]
     most = max(BLOCK_BYTES // sum(num_bytes(*x) for x in arrays), 1)
     number = HEADS if heads % HEADS == 0 else heads
     return number if number <= most else max(n for n in range(1, most + 1) if heads % n == 0)
 
 
-def _grouped(names, x, number):
-    """The axis of H heads becomes one of ``number`` heads, and the batch H/number times as large."""
-    axis = names.split().index("h")
-    if number in (HEADS, x.shape[axis]):
-        return x  # A block of a kernel has these heads of the array as it is.
-    x = x.reshape(*x.shape[:axis], x.shape[axis] // number, number, *x.shape[axis + 1 :])
+def _grouped(names, x, parts):
+    """The axis of heads becomes one of a part of them, and the batch ``parts`` times as large."""
+    if parts == 1:
+        return x
+    axis = _axis_of_heads(names)
+    x = x.reshape(*x.shape[:axis], parts, x.shape[axis] // parts, *x.shape[axis + 1 :])
     x = jnp.moveaxis(x, axis, 1)
     return x.reshape(-1, *x.shape[2:])
 
 
-def _ungrouped(names, x, sizes):
+def _ungrouped(names, x, parts):
     """The inverse of ``_grouped``."""
-    axis = names.split().index("h")
-    x = jnp.moveaxis(x.reshape(sizes["b"], -1, *x.shape[1:]), 1, axis)
-    return x.reshape(*x.shape[:axis], sizes["h"], *x.shape[axis + 2 :])
+    axis = _axis_of_heads(names)
+    x = jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, axis)
+    return x.reshape(*x.shape[:axis], parts * x.shape[axis + 1], *x.shape[axis + 2 :])
+
+
+def _axis_of_heads(names):
+    return next(i for i, name in enumerate(names.split()) if name in "gh")

@@ -1,4 +1,4 @@
-"""One chunk of one head on a TPU: ``memory.chunk`` in the same letters, for the sum and delta rules.
+"""One chunk of a key head on a TPU: ``memory.chunk`` in the same letters, for the sum and delta rules.
 
 It is written again because the TPU compiler wants arrays of two axes, masks instead of slices, and products of the
 bfloat16 multiplier with a given number of passes. tpu.py maps it over heads by ``jax.vmap``, and differentiates it.
@@ -38,26 +38,47 @@ class ChunkSettings(NamedTuple):
 
 
 def chunk(settings, fast_weights, gates, query, key, value, log_decay=None):
-    """The chunk in float32.
+    """The chunk in float32, of one key head and the r value heads that share it.
 
     Args:
-      fast_weights: W_0, ``[K, V]``.
-      gates: ``[1 to 5, C]``, with the rows of ``settings.gates``.
-      query, key: ``[C, K]``.
-      value: ``[C, V]``.
-      log_decay: None, or that per key channel ``[C, K]``.
+      fast_weights: W_0, ``[r, K, V]``.
+      gates: ``[r, 1 to 5, C]``, with the rows of ``settings.gates``.
+      query, key: ``[1, C, K]``.
+      value: ``[r, C, V]``.
+      log_decay: None, or that per key channel ``[r, C, K]``.
 
     Returns:
-      The reads ``[C, V]`` and W_C ``[K, V]``.
+      The reads ``[r, C, V]`` and W_C ``[r, K, V]``.
+    """
+    query, key = (lax.squeeze(x, (0,)) for x in (query, key))
+    # Where queries and keys meet the same matrix, one product of both loads it once.
+    rows = jnp.concatenate([query, key]) if settings.corrects else query
+    scores = None if settings.channels else _dot("nt", settings.precision, rows, key)
+    log_decays = [None] * len(value) if log_decay is None else log_decay
+    # Unrolled: Pallas has no product of one matrix with several.
+    heads = [
+        _value_head(settings, rows, key, scores, *head)
+        for head in zip(fast_weights, gates, value, log_decays, strict=True)
+    ]
+    reads, end = zip(*heads, strict=True)
+    return jnp.stack(reads), jnp.stack(end)
+
+
+def _value_head(settings, rows, key, scores, fast_weights, gates, value, log_decay):
+    """Its reads ``[C, V]`` and W_C ``[K, V]``.
+
+    rows: queries, and below them keys if the rule corrects; scores: their products with keys, for a decay per head.
     """
     size = len(key)
     gates = {name: gates[i : i + 1] for i, name in enumerate(settings.gates)}
-    decays = _decays_of(gates, size) if log_decay is None else _channel_decays_of(gates, log_decay)
     dot = functools.partial(_dot, precision=settings.precision)
+    if log_decay is None:
+        decays = _decays_of(gates, size)
+        products = decays.times_between(scores)
+    else:
+        decays = _channel_decays_of(gates, log_decay)
+        products = decays.products(rows, key, settings.precision)
     beta = _as_column(gates["beta"])
-    # Where queries and keys meet the same matrix, one product of both loads it once.
-    rows = jnp.concatenate([query, key]) if settings.corrects else query
-    products = decays.products(rows, key, settings.precision)
     recalled = dot("nn", a=decays.scaled(decays.from_start, rows), b=fast_weights)
     b = beta * value
     if settings.corrects:
@@ -95,10 +116,9 @@ class _Decays(NamedTuple):
         """Each C rows of ``[C or 2C, ...]``, or a memory, times a scale."""
         return rows if scale is None else _repeated(scale, rows) * rows
 
-    def products(self, rows, columns, precision):
-        """P_ti = Σ_c rows_tc columns_ic D_ti for i ≤ t, else 0; for each C rows, ``[C or 2C, C]``."""
-        products = _dot("nt", precision, rows, columns)
-        return _repeated(self.between, products) * products
+    def times_between(self, scores):
+        """P_ti = D_ti scores_ti for i ≤ t, else 0; for each C rows of ``[C or 2C, C]``."""
+        return _repeated(self.between, scores) * scores
 
 
 class _ChannelDecays(NamedTuple):
