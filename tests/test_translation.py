@@ -5,6 +5,7 @@ import functools
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import math
 import pathlib
@@ -197,6 +198,23 @@ def test_every_sentence_is_in_one_batch_of_an_epoch_padded_to_few_sizes():
             for a, b in zip(batch["source"], batch["target"], strict=True):
                 assert a[0] == b[0]  # a pair stays a pair
     assert [batch["source"].shape for batch in epochs[0]] != [batch["source"].shape for batch in epochs[1]]
+
+
+def test_an_epoch_has_new_batches_in_an_order_that_does_not_know_their_sizes():
+    rng = np.random.default_rng(0)
+    data = sentences(*([5 + i % 5000] * int(n) + [EOS] for i, n in enumerate(rng.integers(1, 60, 5000))))
+    count = len(parallel_text.plan(data.lengths, np.arange(5000), 256, 1, 0))
+    iterator = parallel_text.batches(data, data, np.arange(5000), 256, 1, seed=1)
+    epochs = [[next(iterator)["source"] for _ in range(count)] for _ in range(20)]
+    members = [{frozenset(batch[:, 0].tolist()) for batch in epoch} for epoch in epochs]
+    for a, b in itertools.combinations(members, 2):
+        assert len(a & b) < count / 20  # what repeats is small: the rest of a size
+    for epoch in epochs:
+        sizes = np.array([batch.shape[1] for batch in epoch])
+        share = np.unique(sizes, return_counts=True)[1] / count
+        chance = np.sum(share**2)
+        equal = np.mean(sizes[1:] == sizes[:-1])
+        assert abs(equal - chance) < 5 * np.sqrt(chance * (1 - chance) / count)
 
 
 def test_batches_go_on_where_they_were():

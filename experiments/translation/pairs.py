@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gzip
 import itertools
 import os
 import pathlib
+import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -263,7 +266,12 @@ MaxRows = Callable[[int], int]  # of a batch of that size
 
 
 def plan(
-    lengths: np.ndarray, rows: np.ndarray, tokens: int, multiple: int, seed: int | None, max_rows: MaxRows | None = None
+    lengths: np.ndarray,
+    rows: np.ndarray,
+    tokens: int,
+    multiple: int,
+    seed: np.random.Generator | int | None,
+    max_rows: MaxRows | None = None,
 ) -> list[Batch]:
     """Batches of sentences of similar lengths.
 
@@ -303,13 +311,43 @@ def pad(sentences: Sentences, rows: np.ndarray, size: int, count: int) -> np.nda
     return out
 
 
+class Epochs:
+    """An endless sequence of batches, which grain reads by number. Each epoch has batches of its own, in its own order.
+
+    Args:
+      plan_epoch: the batches of an epoch, see ``plan``. Their number is the same in each.
+      seed: of all epochs.
+    """
+
+    def __init__(self, plan_epoch: Callable[[np.random.Generator], list[Batch]], seed: int):
+        self._plan, self._seed = plan_epoch, seed
+        self._last = -1, []
+        self._lock = threading.Lock()  # grain reads in threads
+        self._size = len(self._of_epoch(0))
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, number: int) -> Batch:
+        epoch, place = divmod(int(number), self._size)
+        return self._of_epoch(epoch)[place]
+
+    def _of_epoch(self, epoch):
+        with self._lock:
+            if self._last[0] != epoch:
+                rng = np.random.default_rng((self._seed, epoch))
+                planned = self._plan(rng)
+                self._last = epoch, [planned[i] for i in rng.permutation(len(planned))]
+            return self._last[1]
+
+
 def batches(
     source: Sentences, target: Sentences, rows: np.ndarray, tokens: int, multiple: int, seed: int | None
 ) -> Iterator[dict[str, np.ndarray]]:
     """The batches {"source", "target"} of ``plan``, int32 ``[rows, size]``.
 
-    With a seed the iterator has no end, gives the batches in another order in each epoch, and can save and restore its
-    position. Without one it gives each batch once, in order.
+    With a seed the iterator has no end, makes other batches in each epoch, and can save and restore its position.
+    Without one it gives each batch once, in order.
     """
 
     def collate(batch):
@@ -318,6 +356,6 @@ def batches(
         return {"source": pad(source, members, size, count), "target": pad(target, members, size, count)}
 
     lengths = np.maximum(source.lengths, target.lengths)
-    data = grain.MapDataset.source(plan(lengths, rows, tokens, multiple, seed))
-    data = data if seed is None else data.seed(seed).shuffle().repeat(None)
+    planned = functools.partial(plan, lengths, rows, tokens, multiple)
+    data = grain.MapDataset.source(planned(None) if seed is None else Epochs(planned, seed))
     return iter(data.map(collate).to_iter_dataset())
