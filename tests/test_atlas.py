@@ -190,22 +190,41 @@ def test_training_stops_early_and_its_seeds_differ():
     np.testing.assert_array_equal(model.predict(net, parameters, tokens, 1), [tokens, tokens])
 
 
-def last_scores(task, name, setting):
-    points = task.execute(Run(task.name, name, setting), lambda fraction: None)
-    last = max(point.x for point in points)
-    return [point.score for point in points if point.x == last]
+def test_easier_batches_come_first():
+    net = Model(rule="sum", vocabulary=2, classes=2, num_heads=1, head_size=4, d_model=8, hidden=0)
+
+    def sample(key):
+        tokens = jax.random.randint(key, (4, 6), 0, 2)
+        return tokens, tokens
+
+    def easier(key):
+        return jnp.zeros((4, 6), int), jnp.ones((4, 6), int)
+
+    recipe = Recipe(rate=3e-2, steps=150, end=50, enough=0.1, easy=100)
+    _, losses = model.train(net, sample, recipe, 2, easier=easier)
+    assert np.all(losses[1] < 0.05) and np.all(losses[2] > 0.1) and np.all(losses[-1] < losses[2])
+
+
+def test_a_network_learns_parity_beyond_its_lengths_with_beta_to_2_and_not_with_beta_to_1():
+    tokens, labels = languages.sample("parity", 64, 60)(jax.random.key(2**31))
+    scores = {}
+    for beta in (1.0, 2.0):
+        net = Model(max_beta=beta, num_heads=1, head_size=4, d_model=8, hidden=0, vocabulary=5)
+        parameters, _ = model.train(net, languages.sample("parity", 32, 12), Recipe(rate=2e-2, steps=100, end=50), 5)
+        predicted = np.asarray(model.predict(net, parameters, tokens))[:, :, 1:]
+        points = languages.windows(predicted, np.asarray(labels)[:, 1:], 12)
+        scores[beta] = [point.score for point in points if point.x == 60]
+    assert max(scores[2.0]) > 0.99 and max(scores[1.0]) < 0.1  # not each seed learns it in 150 steps
 
 
 @pytest.mark.exhaustive
-def test_delta_learns_parity_with_beta_to_2_and_not_with_beta_to_1():
-    assert np.median(last_scores(languages.TASK, "delta β<2", "parity")) > 0.95
-    assert max(last_scores(languages.TASK, "delta", "parity")) < 0.1
-
-
-@pytest.mark.exhaustive
-def test_delta_learns_s3_with_two_writes_and_not_with_one():
-    assert np.median(last_scores(groups.TASK, "delta β<2, 2 writes", "S3")) > 0.8
-    assert max(last_scores(groups.TASK, "delta β<2", "S3")) < 0.1
+def test_delta_learns_s3_with_two_writes_and_only_its_sign_with_one():
+    scores = {}
+    for name in ("delta β<2", "delta β<2, 2 writes"):
+        points = groups.TASK.execute(Run("groups", name, "S3"), lambda fraction: None)
+        scores[name] = [point.score for point in points if point.x == groups.TEST_LENGTH]
+    assert np.median(scores["delta β<2, 2 writes"]) > 0.8
+    assert max(scores["delta β<2"]) < 0.25  # the sign leaves three products: (1/3 − 1/6) / (5/6) is 0.2
 
 
 # --- the frame -------------------------------------------------------------------------------------------------------
@@ -242,7 +261,7 @@ def test_runs_that_are_saved_are_not_made_again(tmp_path, capsys):
     experiment.write(tmp_path / "groups.csv", rows_of(groups.TASK))
     experiment.main(experiment.Config(tasks=("groups",), out=tmp_path, seeds=2, workers=1))
     printed = capsys.readouterr().out
-    assert "runs, " not in printed and "S5       delta β<2, 4 writes  0.175 ± 0.05" in printed
+    assert "runs, " not in printed and "S5       delta β<2, 4 writes  0.175 ± 0.07" in printed
 
 
 def test_every_task_has_a_figure_and_the_overview_shows_its_settings(tmp_path):

@@ -81,6 +81,9 @@ class FastWeights(nnx.Module):
         self.value = linear(model.d_model, (model.writes, *shape))
         self.beta = linear(model.d_model, (model.writes, model.num_heads), use_bias=True)
         self.decay = Decay(model.d_model, model.num_heads, rngs=rngs) if model.decay else None
+        if self.decay is not None:
+            # α of 0.99 and more. Where Decay starts, one head alone may forget at once, and then it never learns.
+            self.decay.log_rate[...] = jnp.full(model.num_heads, -2.0)
         channels = () if model.conv_size is None else (shape, (model.writes, *shape), (model.writes, *shape))
         self.convolutions = nnx.List([ShortConvolution(c, model.conv_size or 1, rngs=rngs) for c in channels])
         self.norm = RMSNorm(model.head_size, rngs=rngs)
@@ -150,6 +153,7 @@ class Recipe(NamedTuple):
       enough: a loss, the mean of the last ``EVERY`` steps.
       warm_up: steps.
       weight_decay: of AdamW.
+      easy: the first steps, with easier sequences.
     """
 
     rate: float = 3e-3
@@ -158,6 +162,7 @@ class Recipe(NamedTuple):
     enough: float = 0.01
     warm_up: int = 50
     weight_decay: float = 0.0
+    easy: int = 0
 
 
 EVERY = 50  # steps in one call
@@ -181,12 +186,14 @@ def train(
     recipe: Recipe,
     seeds: int,
     report: Callable[[float], Any] = lambda fraction: None,
+    easier: Callable[[jax.Array], tuple[jax.Array, jax.Array]] | None = None,
 ) -> tuple[Any, np.ndarray]:
     """Trains a network with seeds 0 to ``seeds`` − 1, all in one program.
 
     Args:
       sample: a key -> tokens and labels ``[B, T]`` of one batch. Every seed has its own batches.
       report: is called with what is done, from 0 to 1.
+      easier: ``sample`` of the first ``recipe.easy`` steps.
 
     Returns:
       The parameters, with an axis of the seeds in front, and the mean losses ``[calls, seeds]``.
@@ -204,18 +211,18 @@ def train(
         parameters = nnx.state(Network(model, nnx.Rngs(key)), nnx.Param)
         return parameters, optimizer.init(parameters)
 
-    def step(parameters, state, key, rate):
-        tokens, labels = sample(key)
+    def step(draw, parameters, state, key, rate):
+        tokens, labels = draw(key)
         loss, gradients = jax.value_and_grad(lambda p: _loss(apply(model, p, tokens), labels))(parameters)
         updates, state = optimizer.update(gradients, state, parameters)
         return optax.apply_updates(parameters, jax.tree.map(lambda u: -rate * u, updates)), state, loss
 
-    @jax.jit
-    def steps(parameters, state, numbers, rates):
+    @functools.partial(jax.jit, static_argnums=0)
+    def steps(draw, parameters, state, numbers, rates):
         def body(carry, now):
             number, rate = now
             batch_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
-            *carry, loss = jax.vmap(step, (0, 0, 0, None))(*carry, batch_keys, rate)
+            *carry, loss = jax.vmap(functools.partial(step, draw), (0, 0, 0, None))(*carry, batch_keys, rate)
             return tuple(carry), loss
 
         return lax.scan(body, (parameters, state), (numbers, rates))
@@ -227,10 +234,11 @@ def train(
         rates = recipe.rate * np.minimum(
             1, np.minimum((numbers + 1) / recipe.warm_up, (end + recipe.end - numbers) / recipe.end)
         )
-        (parameters, state), loss = steps(parameters, state, numbers, np.float32(rates))
+        is_easy = easier is not None and done < recipe.easy
+        (parameters, state), loss = steps(easier if is_easy else sample, parameters, state, numbers, np.float32(rates))
         losses.append(np.asarray(loss).mean(0))
         done += EVERY
-        if done < end and np.all(losses[-1] < recipe.enough):
+        if not is_easy and done < end and np.all(losses[-1] < recipe.enough):
             end = done
         report(done / (end + recipe.end))
     return parameters, np.array(losses)

@@ -58,10 +58,15 @@ def table(task: Task, rows: list[dict[str, str]]) -> str:
             run = [row for row in rows if (row["model"], row["setting"]) == (model, setting)]
             by_x = scores(run)
             if run:
-                cells = [f"{by_x[x].mean():.3g} ± {by_x[x].std():.1g}" if x in by_x else "" for x in xs]
+                cells = [_spread(by_x[x]) if x in by_x else "" for x in xs]
                 lines.append([setting, model, *cells, f"{float(run[0]['seconds']):.0f}"])
     head = f"{task.name}: {task.question}\n{task.score} by {task.x}; mean ± standard deviation of the seeds"
     return head + "\n\n" + tables.text(lines, right=range(2, len(lines[0])), rule_after=1)
+
+
+def _spread(values):
+    deviation = f" ± {values.std(ddof=1):.1g}" if len(values) > 1 else ""
+    return f"{values.mean():.3g}{deviation}"
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------
