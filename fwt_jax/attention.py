@@ -84,8 +84,9 @@ def fast_weight_attention(
       value: ``[B, T, HV, V]``, floating point. HV is H, or a multiple r·H: query and key head h then serve the value
         heads h·r to h·r + r − 1 (Gated DeltaNet), as if ``jnp.repeat`` repeated them. In chunks of plain JAX nothing
         repeats them, and their products are made once: on CPU a tenth to a third less time for r = 4, and a third
-        to half less memory for temporaries. The kernels for TPU have one product for as many as eight of a group's
-        values. Those for GPU, attention normalisation and the recurrent form repeat them.
+        to half less memory for temporaries. In the kernels for TPU, up to eight value heads share a product (fewer if
+        K or V is above 128), if the decay is one number per head. A decay per channel needs one for each head. Kernels
+        for GPU, attention normalisation and the recurrent form repeat queries and keys.
       beta: write strength, ``[B, T, HV]``; in (0, 1) in the paper, up to 2 with unit keys (for "oja", with unit
         values: it diverges for β‖v‖² > 2). All rules but "sum" need it; 1 for "sum" if not given. It is no
         number per value channel: each channel would then have a triangular system of its own in each chunk.

@@ -150,6 +150,37 @@ def test_the_value_heads_of_a_tpu_kernel_share_queries_and_keys(heads_group_deca
     check(case, run, whole=whole, group=group, tolerance=3e-6, precision="highest")
 
 
+def kernel_operands(jaxpr):
+    """The shapes of the arguments of each Pallas kernel in a program."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "pallas_call":
+            yield [x.aval.shape for x in eqn.invars]
+        for inner in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "jaxpr") or hasattr(x, "eqns")):
+            if hasattr(inner, "jaxpr") or hasattr(inner, "eqns"):
+                yield from kernel_operands(getattr(inner, "jaxpr", inner))
+
+
+@pytest.mark.parametrize(
+    "key_heads_heads_size_of_kernel",
+    some(2, [(8, 32, 128, 8), (1, 4, 256, 2), (1, 4, 128, 1), (8, 16, 128, 8), (8, 64, 128, 16), (2, 32, 64, 4)]),
+    ids=str,
+)
+def test_a_tpu_kernel_gets_each_query_and_key_once_as_long_as_a_step_has_room(key_heads_heads_size_of_kernel):
+    key_heads, heads, key_size, of_kernel = key_heads_heads_size_of_kernel
+    shapes = [(2, 256, key_heads, key_size)] * 2 + [(2, 256, heads, key_size), (2, 256, heads), (2, 256, heads)]
+    inputs = [jnp.zeros(shape, jnp.bfloat16 if len(shape) == 4 else jnp.float32) for shape in shapes]
+
+    def gradient(*inputs):
+        reads, pull = jax.vjp(lambda *x: fwt_jax.fast_weight_attention(*x, implementation="pallas")[0], *inputs)
+        return pull(reads)
+
+    operands = list(kernel_operands(jax.make_jaxpr(gradient)(*inputs).jaxpr))
+    assert len(operands) >= 2
+    for kernel in operands:
+        tokens = [shape for shape in kernel if shape[:2] == (2, 256)]  # as they are, in no groups of their own
+        assert tokens.count((2, 256, of_kernel, key_size)) >= 2 and (2, 256, heads, key_size) in tokens
+
+
 # --- pieces, meshes and vmap -----------------------------------------------------------------------------------------
 
 IN_PIECES = [

@@ -1,8 +1,9 @@
 """The chunkwise form of the sum and delta rules as Pallas kernels for TPU: one forward, and one for its gradient.
 
 A step of a kernel takes one chunk of several heads, whose products the compiler interleaves. Value heads that share a
-key head share its products with the queries. The chunks of a sequence follow each other, and the memories stay in VMEM.
-Only the inputs and the results move to and from HBM, as they are ``[B, T, H, ·]``. For the gradient, the forward kernel
+key head have one product of queries and keys, if a decay is one number per head. The chunks of a sequence follow each
+other, and the memories stay in VMEM. Only the inputs and the results move to and from HBM, as they are
+``[B, T, H, ·]``, but where eight heads are too large for VMEM (``_call``). For the gradient, the forward kernel
 also writes the memory at each chunk's start: T/C matrices per head, in float32. The backward kernel recomputes each
 chunk from there and applies JAX's derivative of it.
 
@@ -34,7 +35,7 @@ REFUSAL = 'implementation="pallas" is for TPU, got {platforms}; use implementati
 CHUNK_SIZES = (16, 32, 64, 128)  # 16: the rows of a tile of bfloat16. 128: the width of the multiplier
 HEADS = 8  # key heads of a step of the kernel: the rows of a tile of float32
 NUMBERS = 8 * 128 * 128  # of the memories whose products are interleaved
-BLOCK_BYTES = 24 * 2**20  # of the blocks of a step. What the compiler spills comes on top
+BLOCK_BYTES = 26 * 2**20  # of the blocks of a step. What the compiler spills comes on top
 VMEM_BYTES = 48 * 2**20
 # The axes of the arrays of the kernels: C tokens of a chunk, n chunks, r rows of gates, g key heads, h value heads.
 MEMORY, STARTS, GATES, KEYS, VALUES = "b h k v", "b n h k v", "b n r h c", "b t g k", "b t h v"
@@ -67,7 +68,8 @@ def chunkwise(
 
     Args:
       fast_weights, query, key, value, beta, log_decay, reset, recall_scale, rule: see ``why_not``. Value heads in
-        groups share a query and a key head, which nothing repeats for up to as many as a step interleaves.
+        groups share a query and a key head. It is repeated where a group is too large for a step, and on a mesh that
+        splits the value heads into more parts than there are key heads.
       chunk_size: 16, 32, 64 or 128; None takes 128, or less if T is less.
       precision: of the products: one, three or six passes of the bfloat16 multiplier for "default", "high" and
         "highest". The triangular system takes at least three.
@@ -226,15 +228,28 @@ def _prepared(settings, fast_weights, query, key, value, beta, log_decay, reset,
     length = max(length, chunk_size)
     of_chunk = ChunkSettings(settings.rule.corrects, channels, tuple(gates), settings.precision, length, chunk_size)
     gates = jnp.stack([jnp.swapaxes(x, 2, 3) for x in gates.values()], axis=2)
-    # Larger groups than a step interleaves become several, each with the same query and key.
-    group = value.shape[2] // key.shape[2]
-    most = _heads_at_once(of_chunk, key.shape[3], value.shape[3])
-    parts = next(n for n in range(1, group + 1) if group % n == 0 and group // n <= most)
-    query, key = (of_value_heads(x, parts * x.shape[2]) for x in (query, key))
+    key_heads = _key_heads(of_chunk, fast_weights.dtype, query, key, value, gates.shape[2])
+    query, key = (of_value_heads(x, key_heads) for x in (query, key))
     tokens = [(KEYS, query), (KEYS, key), (VALUES, value)]
     if log_decay is not None and channels:
         tokens.append((CHANNELS, log_decay.astype(jnp.float32)))
     return of_chunk, [(MEMORY, fast_weights), (GATES, gates), *((axes, _padded(x, chunk_size)) for axes, x in tokens)]
+
+
+def _key_heads(of_chunk, dtype, query, key, value, num_gates):
+    """The number of key heads for the kernels. A group that is too large for a step becomes several with equal keys."""
+    number, heads = key.shape[2], value.shape[2]
+    most = _heads_at_once(of_chunk, key.shape[3], value.shape[3])
+    possible = [n for n in range(number, heads + 1, number) if heads % n == 0 and heads // n <= most]
+    arrays = [(MEMORY, dtype), (GATES, jnp.float32), (KEYS, query.dtype), (KEYS, key.dtype), (VALUES, value.dtype)]
+    arrays += [(CHANNELS, jnp.float32)] if of_chunk.channels else []
+    of_gradient = [*arrays, *arrays, (STARTS, dtype), (VALUES, value.dtype)]
+    sizes = {"h": heads, "k": key.shape[3], "v": value.shape[3], "r": num_gates, "c": of_chunk.chunk_size}
+
+    def must_copy(number):
+        return _heads_of_a_step(sizes | {"g": number}, of_chunk.chunk_size, of_gradient) not in (HEADS, number)
+
+    return min(possible, key=must_copy)  # the first that copies nothing, else the first
 
 
 def _padded(x, length):
@@ -435,14 +450,15 @@ def _pallas_call(settings, of_chunk, kernel, inputs, results, heads, name, backw
 def _cost(of_chunk, sizes, arrays, backwards):
     """What XLA's scheduler and ``cost_analysis`` take a call for. ``arrays``: pairs of axes and a dtype."""
     key_size, value_size, size = sizes["k"], sizes["v"], of_chunk.chunk_size
-    levels = size.bit_length() if of_chunk.channels else 1
-    flops = 4 * key_size * value_size + 2 * size * (key_size * levels + value_size)
+    # Of queries and keys, for each value head: a product at each level of the decays, or its share of its group's.
+    products = size.bit_length() if of_chunk.channels else sizes["g"] / sizes["h"]
+    flops = 4 * key_size * value_size + 2 * size * (key_size * products + value_size)
     if of_chunk.corrects:
-        flops += 2 * key_size * value_size + 2 * size * (key_size + value_size) + 16 * size**2
+        flops += 2 * key_size * value_size + 2 * size * (key_size * products + value_size) + 16 * size**2
     tokens = sizes["b"] * sizes["h"] * sizes["t"]
     numbers = (math.prod(sizes[axis] for axis in names.split()) * dtype.itemsize for names, dtype in arrays)
     return pl.CostEstimate(
-        flops=tokens * flops * (3 if backwards else 1),
+        flops=round(tokens * flops * (3 if backwards else 1)),
         transcendentals=tokens * (key_size if of_chunk.channels else size),
         bytes_accessed=sum(numbers),
     )

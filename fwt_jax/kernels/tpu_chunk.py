@@ -40,6 +40,8 @@ class ChunkSettings(NamedTuple):
 def chunk(settings, fast_weights, gates, query, key, value, log_decay=None):
     """The chunk in float32, of one key head and the r value heads that share it.
 
+    With a decay per head they also share the products of queries and keys.
+
     Args:
       fast_weights: W_0, ``[r, K, V]``.
       gates: ``[r, 1 to 5, C]``, with the rows of ``settings.gates``.
