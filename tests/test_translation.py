@@ -209,7 +209,7 @@ def test_an_epoch_has_new_batches_in_an_order_that_does_not_know_their_sizes():
     members = [{frozenset(batch[:, 0].tolist()) for batch in epoch} for epoch in epochs]
     for a, b in itertools.combinations(members, 2):
         assert len(a & b) < count / 20  # what repeats is small: the rest of a size
-    for epoch in epochs:
+    for epoch in epochs:  # grain's own shuffle of these batches is 6 deviations off in one of them
         sizes = np.array([batch.shape[1] for batch in epoch])
         share = np.unique(sizes, return_counts=True)[1] / count
         chance = np.sum(share**2)

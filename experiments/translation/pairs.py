@@ -321,7 +321,7 @@ class Epochs:
 
     def __init__(self, plan_epoch: Callable[[np.random.Generator], list[Batch]], seed: int):
         self._plan, self._seed = plan_epoch, seed
-        self._last = -1, []
+        self._epochs = {}
         self._lock = threading.Lock()  # grain reads in threads
         self._size = len(self._of_epoch(0))
 
@@ -334,11 +334,13 @@ class Epochs:
 
     def _of_epoch(self, epoch):
         with self._lock:
-            if self._last[0] != epoch:
+            if epoch not in self._epochs:
                 rng = np.random.default_rng((self._seed, epoch))
                 planned = self._plan(rng)
-                self._last = epoch, [planned[i] for i in rng.permutation(len(planned))]
-            return self._last[1]
+                # At the end of an epoch, grain's threads read from it and from the next one in turn.
+                self._epochs = {n: batches for n, batches in self._epochs.items() if n == epoch - 1}
+                self._epochs[epoch] = [planned[i] for i in rng.permutation(len(planned))]
+            return self._epochs[epoch]
 
 
 def batches(
