@@ -205,16 +205,24 @@ def test_easier_batches_come_first():
     assert np.all(losses[1] < 0.05) and np.all(losses[2] > 0.1) and np.all(losses[-1] < losses[2])
 
 
+def test_a_recipe_has_whole_calls_and_easier_sequences_for_its_easy_steps():
+    for recipe in (Recipe(steps=100, end=10), Recipe(steps=110), Recipe(easy=30)):
+        with pytest.raises(ValueError, match="must be multiples of 50, got"):
+            model.train(Model(), languages.sample("parity", 2, 4), recipe, 1)
+    with pytest.raises(ValueError, match="easy steps and easier sequences go together, got 50 steps and easier=None"):
+        model.train(Model(), languages.sample("parity", 2, 4), Recipe(easy=50), 1)
+
+
 def test_a_network_learns_parity_beyond_its_lengths_with_beta_to_2_and_not_with_beta_to_1():
     tokens, labels = languages.sample("parity", 64, 60)(jax.random.key(2**31))
     scores = {}
     for beta in (1.0, 2.0):
-        net = Model(max_beta=beta, num_heads=1, head_size=4, d_model=8, hidden=0, vocabulary=5)
+        net = Model(max_beta=beta, num_heads=2, head_size=8, d_model=16, hidden=0, vocabulary=5)
         parameters, _ = model.train(net, languages.sample("parity", 32, 12), Recipe(rate=2e-2, steps=100, end=50), 5)
         predicted = np.asarray(model.predict(net, parameters, tokens))[:, :, 1:]
         points = languages.windows(predicted, np.asarray(labels)[:, 1:], 12)
         scores[beta] = [point.score for point in points if point.x == 60]
-    assert max(scores[2.0]) > 0.99 and max(scores[1.0]) < 0.1  # not each seed learns it in 150 steps
+    assert np.median(scores[2.0]) > 0.99 and max(scores[1.0]) < 0.1  # not each seed learns it in 150 steps
 
 
 @pytest.mark.exhaustive

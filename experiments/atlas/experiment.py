@@ -37,7 +37,7 @@ class Config:
     """The tasks, and how their runs are executed."""
 
     tasks: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Names of tasks; all of them if none is named."""
+    """Names of tasks to run; all of them if none is named. Tables and figures are of all results in --out."""
     out: pathlib.Path = pathlib.Path("runs/atlas")
     """Folder of results and figures. Runs in its results files are not repeated."""
     seeds: int = 5

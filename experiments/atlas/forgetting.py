@@ -1,4 +1,4 @@
-"""Task e of the atlas: overwriting and forgetting, in a memory that is carried on to 16 times the trained length.
+"""Overwriting and forgetting, in a memory that is carried on to 16 times the trained length.
 
 A stream of pairs (key, value) is written. After each piece of 64 pairs, keys are asked for: which value does the key
 have now, or has it none? Keys are fixed vectors of length 1 in 32 dimensions, values are one-hot, and the answer is the
@@ -16,8 +16,8 @@ Recipe. A model is a rule and at most five numbers: β before its sigmoid (not f
 logit for "none", and the a and b of a gate, α = sigmoid(a − b·mark). They are learned for each seed with Adam, rate
 0.05, on 300 batches of 32 streams of one piece, 64 pairs. The test streams 64 sequences of 16 pieces. The memory that a
 piece leaves is the start of the next: x is the length divided by the trained one, the score is the share of right
-answers. "decay 0.95" is a fixed α. A seed draws keys and streams; models of a setting see the same. Guessing gets 1/33,
-and who always says "none" gets ½ in the contexts.
+answers. "decay 0.95" is a fixed α. A seed draws keys and streams; models of a setting see the same. Guessing a value
+gets 1/32, and who always says "none" gets ½ in the contexts.
 
 Expected: sum never removes a value; delta with β = 1 and orthonormal keys replaces it exactly, and also keeps what
 another context left. Oja's rule replaces the key of a value, not the value of a key.

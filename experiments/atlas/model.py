@@ -82,7 +82,7 @@ class FastWeights(nnx.Module):
         self.beta = linear(model.d_model, (model.writes, model.num_heads), use_bias=True)
         self.decay = Decay(model.d_model, model.num_heads, rngs=rngs) if model.decay else None
         if self.decay is not None:
-            # α of 0.99 and more. Where Decay starts, one head alone may forget at once, and then it never learns.
+            # Mostly α > 0.996. Where Decay starts, one head alone may forget at once, and then it never learns.
             self.decay.log_rate[...] = jnp.full(model.num_heads, -2.0)
         channels = () if model.conv_size is None else (shape, (model.writes, *shape), (model.writes, *shape))
         self.convolutions = nnx.List([ShortConvolution(c, model.conv_size or 1, rngs=rngs) for c in channels])
@@ -144,15 +144,15 @@ class Network(nnx.Module):
 
 
 class Recipe(NamedTuple):
-    """How the models of a task are trained: AdamW with a warm-up, a constant rate, and a linear end.
+    """How the models of a task are trained: Adam with a warm-up of 50 steps, a constant rate, and a linear end.
+
+    All numbers of steps are multiples of ``EVERY``.
 
     Attributes:
       rate: the largest learning rate.
       steps: after which the end begins, at the latest. It begins earlier if the loss of every seed is below ``enough``.
       end: the steps in which the rate then falls to 0.
       enough: a loss, the mean of the last ``EVERY`` steps.
-      warm_up: steps.
-      weight_decay: of AdamW.
       easy: the first steps, with easier sequences.
     """
 
@@ -160,12 +160,11 @@ class Recipe(NamedTuple):
     steps: int = 1000
     end: int = 200
     enough: float = 0.01
-    warm_up: int = 50
-    weight_decay: float = 0.0
     easy: int = 0
 
 
 EVERY = 50  # steps in one call
+WARM_UP = 50
 
 
 def _loss(logits, labels):
@@ -193,15 +192,21 @@ def train(
     Args:
       sample: a key -> tokens and labels ``[B, T]`` of one batch. Every seed has its own batches.
       report: is called with what is done, from 0 to 1.
-      easier: ``sample`` of the first ``recipe.easy`` steps.
+      easier: the ``sample`` of the first ``recipe.easy`` steps, if there are any.
 
     Returns:
       The parameters, with an axis of the seeds in front, and the mean losses ``[calls, seeds]``.
+
+    Raises:
+      ValueError: steps that are no multiples of ``EVERY``, or easy steps without easier sequences.
     """
+    if recipe.steps % EVERY or recipe.end % EVERY or recipe.easy % EVERY:
+        raise ValueError(f"steps, end and easy must be multiples of {EVERY}, got {recipe}")
+    if (recipe.easy > 0) != (easier is not None):
+        raise ValueError(f"easy steps and easier sequences go together, got {recipe.easy} steps and easier={easier}")
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.scale_by_adam(b2=0.98),
-        optax.add_decayed_weights(recipe.weight_decay),
     )
     keys = jax.vmap(jax.random.key)(jnp.arange(seeds))
 
@@ -232,7 +237,7 @@ def train(
     while done < end + recipe.end:
         numbers = np.arange(done, done + EVERY)
         rates = recipe.rate * np.minimum(
-            1, np.minimum((numbers + 1) / recipe.warm_up, (end + recipe.end - numbers) / recipe.end)
+            1, np.minimum((numbers + 1) / WARM_UP, (end + recipe.end - numbers) / recipe.end)
         )
         is_easy = easier is not None and done < recipe.easy
         (parameters, state), loss = steps(easier if is_easy else sample, parameters, state, numbers, np.float32(rates))

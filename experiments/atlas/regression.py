@@ -1,4 +1,4 @@
-"""Task a of the atlas: in-context regression. A memory reads a linear map from noisy pairs; nothing is trained.
+"""In-context regression: a memory reads a linear map from noisy pairs; nothing is trained.
 
 A head sees pairs (k_t, v_t) of an unknown map A ``[V, d]`` and is asked for A k_{t+1} before it sees that pair:
 
