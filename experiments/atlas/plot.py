@@ -116,7 +116,7 @@ def panels(figure, rows: list[dict[str, str]], task: Task, columns: int = 3):
         [handles[m] for m in order],
         order,
         loc="outside upper center",
-        ncols=min(5, len(order)),
+        ncols=min(4, len(order)),
         frameon=False,
         fontsize=10,
     )
@@ -141,7 +141,8 @@ def overview(figure, results: dict[str, tuple[Task, list[dict[str, str]]]]):
                 color = "white" if value > 0.7 else "black"
                 axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=10, color=color)
     axes.set_yticks(range(len(names)), names, fontsize=10)
-    axes.set_xticks(range(len(columns)), [c.replace(", ", "\n") for c in columns], fontsize=9.5, rotation=40, ha="left")
+    labels = [column.removeprefix("delta β<2, ") for column in columns]
+    axes.set_xticks(range(len(columns)), labels, fontsize=10, rotation=40, ha="left")
     axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
     axes.spines[:].set_visible(False)
 
