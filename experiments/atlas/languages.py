@@ -14,8 +14,8 @@ window (Grazzi et al. 2025 scale theirs by chance).
 
 Theory: in one layer a symbol that comes again and again multiplies the memory by the same 1 − β k kᵀ, whose eigenvalues
 are real, from 1 − b to 1. So b = 1 cannot count modulo 2, and b = 2 can. Modulo 3 takes complex eigenvalues, which a
-product of two writes for each token has. A sum counts up and down, but it cannot drop
-what it does not know, as a reset must.
+product of two writes for each token has. A sum counts up and down, but it cannot drop what it does not know, as a reset
+must.
 
 Sources:
   Irie, Csordás & Schmidhuber 2023, "Practical computational power of linear Transformers and their recurrent and

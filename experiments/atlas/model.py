@@ -204,10 +204,7 @@ def train(
         raise ValueError(f"steps, end and easy must be multiples of {EVERY}, got {recipe}")
     if (recipe.easy > 0) != (easier is not None):
         raise ValueError(f"easy steps and easier sequences go together, got {recipe.easy} steps and easier={easier}")
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.scale_by_adam(b2=0.98),
-    )
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b2=0.98))
     keys = jax.vmap(jax.random.key)(jnp.arange(seeds))
 
     @jax.jit

@@ -242,7 +242,8 @@ def attempt(action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return action()
     except ModuleNotFoundError as error:
         return {"refused": f"{error.name} is not installed"}
-    except Exception as error:  # a cell that fails must not end the table
+    # Libraries raise errors of any class where they, or JAX, or a card, do not support a call. The table shows them.
+    except Exception as error:
         return {"refused": command_line.in_short(error)}
 
 

@@ -212,7 +212,8 @@ def rows_of(case: Case) -> list[Row]:
         blocks = constants.get("VALUES"), constants.get("KEYS")
         try:
             result = compiled(call)
-        except Exception as error:  # a kernel that does not compile must not end the table
+        # Errors of Triton and of ptxas share no class below Exception. The row shows the reason as its fault.
+        except Exception as error:
             result = command_line.in_short(error)
         rows.append(Row(case, name, *blocks, options["num_warps"], options["num_stages"], result))
     return rows

@@ -60,8 +60,9 @@ def chunkwise(
     """``chunkwise`` of a batch of heads on a TPU. On CPU the kernels are interpreted, which is slow.
 
     The delta rule takes 6KV + C(4K + 4V) FLOPs per token and head, and 16C² for the inverse, in three passes or more.
-    A decay per channel takes 4CK log₂ C FLOPs for the scores instead of 4CK. The gradient takes about three times as
-    many. Forward, 2(K + V) numbers per token move to or from HBM, and K more of a decay per channel.
+    Value heads of one key head share the 4CK. A decay per channel takes 4CK log₂ C FLOPs for the scores instead of 4CK,
+    which nothing shares. The gradient takes about three times as many. Forward, 2(K + V) numbers per token move to or
+    from HBM, and K more of a decay per channel.
 
     The reads and the memories at the starts of the chunks have the name ``derivatives.RESIDUALS`` for the policies of
     ``jax.checkpoint``. With them kept, the gradient runs the forward kernel once.
