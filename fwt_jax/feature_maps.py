@@ -32,6 +32,7 @@ map                F          source
 """
 
 import functools
+import math
 from numbers import Integral
 
 import jax
@@ -268,10 +269,11 @@ def favor_plus(x: jax.Array, projection: jax.Array, *, eps: float = 0.0) -> jax.
             f"draw it with orthogonal_projection(key, M, {x.shape[-1]})"
         )
     projected = jnp.matmul(x, projection.astype(x.dtype).T, precision=lax.Precision.HIGHEST)
-    exponents = jnp.concatenate([projected, -projected], axis=-1)
+    largest = jnp.max(jnp.abs(projected), axis=-1, keepdims=True)
     offset = 0.5 * jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-    offset = jnp.minimum(offset, jnp.max(exponents, axis=-1, keepdims=True) - _least_exponent(x))
-    return (jnp.exp(exponents - offset) + eps) * (2 * projection.shape[0]) ** -0.5
+    size = 2 * projection.shape[0]
+    offset = jnp.minimum(offset, largest - _least_exponent(x)) + 0.5 * math.log(size)
+    return jnp.concatenate([jnp.exp(projected - offset), jnp.exp(-projected - offset)], axis=-1) + eps * size**-0.5
 
 
 @_in_float32

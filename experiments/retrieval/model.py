@@ -7,9 +7,10 @@ L = 2S, keys and values are drawn with replacement, so that keys are reassigned.
 
     k = W_K [v; e(key)] + b_K,   q = W_Q e(key) + b_Q   of size 64,   loss = ½ ‖v* − v̂‖².
 
-Three things make it fast. W_K e, W_Q e and W_β e are computed once for each of the S vocabulary entries and then
+Four things make it fast. W_K e, W_Q e and W_β e are computed once for each of the S vocabulary entries and then
 gathered. W_K v is a row of W_K, because v is one-hot. The one query is read by its weight for each position
-(``fwt_jax.read_weights``, O(L·F)) instead of from a memory (O(L·F·S)).
+(``fwt_jax.read_weights``, O(L·F)) instead of from a memory (O(L·F·S)). And each sequence's gradient is computed right
+after its loss, while its arrays are in the cache.
 """
 
 from __future__ import annotations
@@ -250,7 +251,9 @@ def project(params, keys, values, queries):
 def predict(model: Model, num_values: int, key, beta, values, query, projection):
     """v̂ ``[Q, S]`` for queries ``[Q, D]`` to one sequence: keys ``[L, D]``, β ``[L]`` before its sigmoid, value ids."""
     if model.reads_by_weights:
-        return _read(model, num_values, _weights(model, key, query, projection), values)
+        weights = _weights(model, key, query, projection)
+        read = _sum_by_value(weights, values, num_values)
+        return read if model.update is None else read / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-6)
     recipe, beta = RECIPES[model.rule], jax.nn.sigmoid(beta)
     key, query = _features(model, key, projection), _features(model, query, projection)
     if recipe.sum_normalize:
@@ -267,17 +270,32 @@ def predict(model: Model, num_values: int, key, beta, values, query, projection)
 
 
 def _weights(model: Model, key, query, projection):
-    """The weight of each position of a sequence for each query ``[Q, D]``, ``[Q, L]``, before it is normalised."""
+    """The weight of each position of a sequence for each query ``[Q, D]``, ``[Q, L]``.
+
+    Those of a memory are not normalised.
+    """
     if model.update is None:
         return jax.nn.softmax(query @ key.T * key.shape[-1] ** -0.5, axis=-1)
+    if model.feature_map == "favor":
+        return _favor_weights(key, query, projection)
     key, query = _features(model, key, projection), _features(model, query, projection)
     return jax.vmap(lambda q: read_weights(q, key, jnp.ones(len(key)), rule=model.rule)[0])(query)
 
 
-def _read(model: Model, num_values: int, weights, values):
-    """The read ``[Q, S]`` for weights ``[Q, L]``. A memory's read is divided by the sum of the weights."""
-    read = _sum_by_value(weights, values, num_values)
-    return read if model.update is None else read / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-6)
+def _favor_weights(key, query, projection):
+    """``_weights`` of FAVOR+, by halves: an array of all 2M features of the keys takes a third more time.
+
+        φ(k)ᵀφ(q) = exp(−‖k‖²/2)/√(2M) · [exp(Rk)ᵀa + exp(−Rk)ᵀb],   φ(q) = [a; b].
+
+    ‖k‖²/2 is subtracted in the exponents, so that nothing overflows. Its derivative comes from a factor of 1 outside,
+    where it takes one number for each weight instead of a sum over features.
+    """
+    a, b = jnp.split(feature_maps.favor_plus(query, projection) * (2 * len(projection)) ** -0.5, 2, axis=-1)
+    offset = 0.5 * jnp.sum(jnp.square(key), axis=-1, keepdims=True)
+    fixed = jax.lax.stop_gradient(offset)
+    projected = key @ projection.T
+    weights = jnp.exp(projected - fixed) @ a.T + jnp.exp(-projected - fixed) @ b.T
+    return (jnp.exp(fixed - offset) * weights).T
 
 
 def _sum_by_value(weights, values, num_values):
@@ -297,19 +315,42 @@ def _write(model: Model, num_values: int, key, beta, values):
 
 
 def batch_loss(params, batch, projection, model: Model):
-    """The training loss: mean over sequences of ½ ‖v* − v̂‖²; and v̂ ``[B, S]``."""
+    """The training loss: mean over sequences of ½ ‖v* − v̂‖²; and v̂ ``[B, S]``.
+
+    A CPU takes one sequence after another, because its features and its memory fit into the cache. The gradient of each
+    is computed with its loss. So no array of all sequences is stored for a backward pass, and none is computed again.
+    """
     keys, values, query, target = batch
     num_values = params["embedding"].shape[0]
     key, beta, query = project(params, keys, values, query[:, None])
-    if model.reads_by_weights:
-        # One sequence after another, because its L·F features fit into the cache. The gradient recomputes them.
-        weigh = jax.checkpoint(lambda inputs: _weights(model, *inputs, projection), prevent_cse=False)
-        weights = jax.lax.map(weigh, (key, query))
-        predicted = jax.vmap(lambda w, v: _read(model, num_values, w, v)[0])(weights, values)
-    else:
-        predicted = jax.vmap(lambda *one: predict(model, num_values, *one, projection)[0])(key, beta, values, query)
-    error = predicted - jax.nn.one_hot(target, num_values)
-    return 0.5 * jnp.mean(jnp.sum(jnp.square(error), axis=-1)), predicted
+
+    @_with_gradient
+    def loss(projected, values, target):
+        key, beta, query = projected
+        (predicted,) = predict(model, num_values, key, beta, values, query, projection)
+        return 0.5 * jnp.sum(jnp.square(predicted - jax.nn.one_hot(target, num_values))), predicted
+
+    at_once = None if jax.default_backend() == "cpu" else len(values)
+    sequences = (key, beta, query), values, target
+    losses, predicted = jax.lax.map(lambda sequence: loss(*sequence), sequences, batch_size=at_once)
+    return jnp.mean(losses), predicted
+
+
+def _with_gradient(function):
+    """``function(x, ...) -> (scalar, others)`` whose derivative in x is computed at once, and not in a backward pass.
+
+    The other arguments and the other results are not differentiated.
+    """
+
+    def forward(*args):
+        return jax.value_and_grad(function, has_aux=True)(*args)
+
+    def backward(gradient, cotangents):
+        return jax.tree.map(lambda x: cotangents[0] * x, gradient), None, None
+
+    differentiable = jax.custom_vjp(function)
+    differentiable.defvjp(forward, backward)
+    return differentiable
 
 
 def eval_loss(params, key, model: Model, task: Task, batch_size: int):
