@@ -455,6 +455,10 @@ def test_presets_are_the_papers():
         assert layer.num_features == features
     _, delta = find("tiny-delta-dpfp-2")
     assert (delta.decoder.rule, delta.encoder.rule, delta.decoder.feature_size) == ("delta", "sum", 2)
+    assert not delta.decoder.decay
+    _, gated = find("tiny-gated-delta")
+    assert gated == dataclasses.replace(gated, decoder=dataclasses.replace(find("tiny-delta")[1].decoder, decay=True))
+    assert find("tiny-gated-delta-dpfp-2")[1].decoder == dataclasses.replace(delta.decoder, decay=True)
     assert set(SIZES) == {"big", "base", "tiny", "demo"}
 
 

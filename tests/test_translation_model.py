@@ -27,12 +27,14 @@ SOFTMAX, SUM = Attention(), Attention("sum")
 DPFP = Attention("sum", "dpfp", 2)
 FAVOR = Attention("sum", "favor_plus", 8)
 DELTA = Attention("delta", feature_normalization="sum", normalize=False)
+GATED = dataclasses.replace(DELTA, decay=True)
 MODELS = {
     "softmax": {},
     "sum": {"encoder": SUM, "decoder": SUM, "cross": SUM},
     "pre-norm, DPFP": {"encoder": DPFP, "decoder": DPFP, "cross": DPFP, "norm": "pre"},
     "FAVOR+": {"encoder": FAVOR, "decoder": FAVOR, "cross": FAVOR},
     "delta decoder": {"decoder": DELTA, "decoder_layers": 2, "scan": True},
+    "gated delta decoder": {"decoder": GATED, "decoder_layers": 2, "scan": True},
     "each another": {"encoder": SUM, "decoder": SOFTMAX, "decoder_layers": 2, "cross": DPFP},
 }
 some_models = pytest.mark.parametrize("name", some(2, list(MODELS)))
@@ -75,7 +77,7 @@ def array(parameter):
     return np.asarray(parameter[...], np.float64)
 
 
-def numpy_attention(layer, options, x, source, seen):
+def numpy_attention(layer, options, x, source, seen, decay=None):
     q, k, v = (
         np.einsum("td,dhk->htk", y, array(projection.kernel)) + array(projection.bias)[:, None]
         for y, projection in ((x, layer.query), (source, layer.key), (source, layer.value))
@@ -88,7 +90,12 @@ def numpy_attention(layer, options, x, source, seen):
         if options.memory_rule.corrects:
             beta = 1 / (1 + np.exp(-x @ array(layer.beta.kernel) - array(layer.beta.bias)))
             q, k = (y / y.sum(axis=-1, keepdims=True) for y in (q, k))
-            out = [reference.attention(q[h], k[h], v[h], beta[:, h], rule=options.rule)[0] for h in range(len(q))]
+            log_decay = np.zeros_like(beta)
+            if decay is not None:
+                softplus = np.log1p(np.exp(x @ array(decay.projection.kernel) + array(decay.bias)))
+                log_decay = -np.exp(array(decay.log_rate)) * softplus
+            heads = zip(q, k, v, beta.T, log_decay.T, strict=True)
+            out = [reference.attention(*head, rule=options.rule)[0] for head in heads]
         else:
             weights = seen * (q @ np.swapaxes(k, 1, 2))
             out = weights @ v / weights.sum(axis=-1, keepdims=True)
@@ -120,8 +127,8 @@ def numpy_log_probabilities(model, source, tokens, dropout=1.0):
         x = array(model.embedding)[tokens] * np.sqrt(config.d_model)
         return dropout * (x + np.hstack([np.sin(angles), np.cos(angles)]))
 
-    def attend(layer, options, seen, source=None):
-        return lambda x: numpy_attention(layer, options, x, x if source is None else source, seen)
+    def attend(layer, options, seen, source=None, decay=None):
+        return lambda x: numpy_attention(layer, options, x, x if source is None else source, seen, decay)
 
     seen, causal = source != config.pad_id, np.tri(len(tokens))
     y, x = embed(source), embed(tokens)
@@ -130,7 +137,7 @@ def numpy_log_probabilities(model, source, tokens, dropout=1.0):
         y = add(y, block.norms[1], functools.partial(numpy_feed_forward, block.feed_forward))
     y = numpy_layer_norm(y, model.encoder_norm) if config.norm == "pre" else y
     for block in model.decoder:
-        x = add(x, block.norms[0], attend(block.attention, config.decoder, causal))
+        x = add(x, block.norms[0], attend(block.attention, config.decoder, causal, decay=block.decay))
         x = add(x, block.norms[1], attend(block.cross_attention, config.cross, seen, y))
         x = add(x, block.norms[2], functools.partial(numpy_feed_forward, block.feed_forward))
     x = numpy_layer_norm(x, model.decoder_norm) if config.norm == "pre" else x
@@ -146,6 +153,7 @@ def numpy_log_probabilities(model, source, tokens, dropout=1.0):
         ("sum", "post", 2.0),
         ("delta decoder", "post", 1.0),
         ("delta decoder", "pre", 1.0),
+        ("gated delta decoder", "pre", 1.0),
     ],
 )
 def test_the_model_is_that_of_its_equations(name, norm, factor, monkeypatch):
@@ -534,6 +542,7 @@ def test_no_scores_leave_their_device():
         ({"d_model": 18, "num_heads": 4}, "even and a multiple of num_heads 4, got 18"),
         ({"encoder": DELTA}, "encoder.rule must be .*depends on the order"),
         ({"cross": DELTA}, "cross.rule must be"),
+        ({"encoder": dataclasses.replace(SUM, decay=True)}, "encoder.decay must be False, got True: .*order"),
         ({"cross": "sum"}, r'cross must be an Attention, as Attention\("sum"\), got .sum'),
         ({"norm": "both"}, "norm must be one of 'post', 'pre', got 'both'"),
         ({"dropout": 1.0}, "dropout must be in"),
@@ -555,7 +564,8 @@ def test_configurations_that_are_refused(options, words):
         ({"feature_size": 0}, "feature_size must be at least 1, got 0"),
         ({"eps": 0.0}, "eps must be above 0, because .*, got 0.0"),
         ({"rule": "delta"}, 'diverges .* feature_normalization=None; take "sum"'),
-        ({"feature_map": "dpfp", "feature_size": 2}, "softmax.*has no features to which feature_map, feature_size"),
+        ({"feature_map": "dpfp", "feature_size": 2}, "softmax.*has no memory to which feature_map, feature_size"),
+        ({"decay": True}, "softmax.*has no memory to which decay could apply"),
     ],
 )
 def test_attentions_that_are_refused(options, words):

@@ -76,7 +76,7 @@ PAPER = {
     "big-dpfp-2": (26.2, 26.9),
     "big-dpfp-4": (26.2, 27.1),
 }
-NAMES = "SIZE-softmax, SIZE-elu, SIZE-performer-M, SIZE-dpfp-NU, SIZE-delta, SIZE-delta-dpfp-NU"
+NAMES = "SIZE-softmax, SIZE-elu, SIZE-performer-M, SIZE-dpfp-NU, SIZE-[gated-]delta, SIZE-[gated-]delta-dpfp-NU"
 
 
 def find(name: str) -> tuple[Size, TranslationConfig]:
@@ -84,28 +84,32 @@ def find(name: str) -> tuple[Size, TranslationConfig]:
 
     "elu", "performer-M" (2M features) and "dpfp-NU" (2·NU·head_size features) use the sum rule in all three attentions,
     because the paper does not say which of them it replaced. "delta" and "delta-dpfp-NU" are "elu" and "dpfp-NU" with
-    the delta rule in the decoder.
+    the delta rule in the decoder. "gated-" adds a decay to its memory.
 
     Raises:
       ValueError: there is no preset of this name.
     """
     name = "demo-delta" if name == "demo" else name
     size, _, kind = name.partition("-")
-    delta = kind.startswith("delta")
-    match = re.fullmatch(r"(softmax)|(?:delta|elu)|(?:delta-)?(dpfp)-(\d+)|(performer)-(\d+)", kind)
+    match = re.fullmatch(
+        r"(?P<softmax>softmax)|elu|performer-(?P<m>\d+)|dpfp-(?P<nu>\d+)"
+        r"|(?P<gated>gated-)?(?P<delta>delta)(-dpfp-(?P<delta_nu>\d+))?",
+        kind,
+    )
     if size not in SIZES or not match:
         raise ValueError(
             f"--preset must be one of {NAMES}, or the preset demo; SIZE is one of {', '.join(SIZES)}; got {name!r}"
         )
     base = SIZES[size].model
-    softmax, dpfp, nu, performer, m = match.groups()
-    if softmax:
+    if match["softmax"]:
         return SIZES[size], base
-    options = {}
-    if dpfp:
-        options = {"feature_map": "dpfp", "feature_size": int(nu)}
-    elif performer:
-        options = {"feature_map": "favor_plus", "feature_size": int(m)}
-    attention = Attention("sum", **options)
-    decoder = Attention("delta", **options, feature_normalization="sum", normalize=False) if delta else attention
+    features = {}
+    if nu := match["nu"] or match["delta_nu"]:
+        features = {"feature_map": "dpfp", "feature_size": int(nu)}
+    elif match["m"]:
+        features = {"feature_map": "favor_plus", "feature_size": int(match["m"])}
+    attention = decoder = Attention("sum", **features)
+    if match["delta"]:
+        gated = match["gated"] is not None
+        decoder = Attention("delta", **features, feature_normalization="sum", normalize=False, decay=gated)
     return SIZES[size], dataclasses.replace(base, encoder=attention, cross=attention, decoder=decoder)

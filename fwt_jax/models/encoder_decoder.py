@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fwt_jax import arguments
-from fwt_jax.layers import CrossAttention, FastWeightAttention, FavorPlus, SoftmaxAttention
+from fwt_jax.layers import CrossAttention, Decay, FastWeightAttention, FavorPlus, SoftmaxAttention
 from fwt_jax.layers.common import check_rngs
 from fwt_jax.models import output_layer
 from fwt_jax.models.blocks import (
@@ -46,10 +46,12 @@ class Attention:
       feature_map, feature_size, feature_normalization: as in ``ModelConfig``. Only "favor_plus" differs: it estimates
         the kernel of softmax attention, exp(kᵀq / √D). So x is divided by D^¼, and nothing is added to the features.
       normalize, eps: attention normalisation, see ``fast_weight_attention``; eps is above 0.
+      decay: whether the memory decays, by a factor for each head from x (``layers.Decay``, as in Gated DeltaNet); only
+        in the decoder's self-attention.
 
     Raises:
-      ValueError: an unknown name, a feature_size below 1, an eps of 0, features for softmax, or "delta" with features
-        that are not normalised, because the delta rule diverges with features of long keys (section 4.2).
+      ValueError: an unknown name, a feature_size below 1, an eps of 0, features or a decay for softmax, or "delta" with
+        features that are not normalised, because the delta rule diverges with features of long keys (section 4.2).
 
     Example:
       >>> from fwt_jax.models import Attention
@@ -62,6 +64,7 @@ class Attention:
     feature_normalization: Literal[None, "sum", "l2"] = None
     normalize: Literal[False, "read"] = "read"
     eps: float = 1e-6
+    decay: bool = False
 
     def __post_init__(self):
         arguments.one_of(FEATURE_MAPS, feature_map=self.feature_map)
@@ -76,12 +79,10 @@ class Attention:
                 f"rule {name_of(rule)} diverges with features that are not normalised, got feature_normalization=None; "
                 'take "sum", with normalize=False, or "l2"'
             )
-        _, *feature_options = dataclasses.fields(self)
-        changed = [field.name for field in feature_options if getattr(self, field.name) != field.default]
+        _, *memory_options = dataclasses.fields(self)
+        changed = [field.name for field in memory_options if getattr(self, field.name) != field.default]
         if rule is None and changed:
-            raise ValueError(
-                f'rule "softmax" has no features to which {", ".join(changed)} could apply; take rule "sum"'
-            )
+            raise ValueError(f'rule "softmax" has no memory to which {", ".join(changed)} could apply; take rule "sum"')
 
     @property
     def memory_rule(self) -> Rule | None:
@@ -142,6 +143,11 @@ class TranslationConfig:
                     f'{name}.rule must be "softmax" or "sum", got {name_of(rule)}, which depends on the order in which '
                     "the source is written; only the decoder's attention is causal"
                 )
+            if name != "decoder" and attention.decay:
+                raise ValueError(
+                    f"{name}.decay must be False, got True: a decay depends on the order in which the source is "
+                    "written; only the decoder's attention is causal"
+                )
         arguments.one_of(("post", "pre"), norm=self.norm)
         arguments.one_of(("float32", "bfloat16"), dtype=self.dtype)
         if not 0 <= self.dropout < 1:
@@ -179,6 +185,10 @@ class TranslationConfig:
         options |= features(attention, self.head_size, rngs, _SoftmaxFeatures)
         options |= {"rule": attention.rule, "normalize": attention.normalize, "eps": attention.eps}
         return FastWeightAttention(*sizes, **options) if place == "decoder" else CrossAttention(*sizes, **options)
+
+    def make_decay(self, rngs: nnx.Rngs) -> Decay:
+        """The decay of the memory of the decoder's self-attention."""
+        return Decay(self.d_model, self.num_heads, kernel_init=INIT, dtype=jnp.dtype(self.dtype), rngs=rngs)
 
 
 class _SoftmaxFeatures(FavorPlus):
@@ -231,6 +241,7 @@ class DecoderBlock(_Sublayers):
     def __init__(self, config: TranslationConfig, rngs: nnx.Rngs):
         super().__init__(config, rngs, 3)
         self.attention = config.make_attention("decoder", rngs)
+        self.decay = config.make_decay(rngs) if config.decoder.decay else None
         self.cross_attention = config.make_attention("cross", rngs)
 
     def __call__(self, x: jax.Array, memory: tuple[Any, Any], encoded: Encoded | None, rngs: nnx.Rngs | None):
@@ -245,11 +256,16 @@ class DecoderBlock(_Sublayers):
           x, and the memory of the target.
         """
         target, source = memory
-        y, target = self.attention(self._input(0, x), target, rngs=rngs)
+        y, target = self._read_target(self._input(0, x), target, rngs)
         x = self._add(0, x, y, rngs)
         y = self._read_source(self._input(1, x), source, encoded, rngs)
         x = self._add(1, x, y, rngs)
         return self._add(2, x, self.feed_forward(self._input(2, x), rngs), rngs), target
+
+    def _read_target(self, x, target, rngs):
+        if self.decay is None:
+            return self.attention(x, target, rngs=rngs)
+        return self.attention(x, target, log_decay=self.decay(x), rngs=rngs)
 
     def _read_source(self, x, source, encoded, rngs):
         if encoded is not None:
