@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -19,9 +20,10 @@ import pytest
 import sacrebleu
 from flax import nnx
 
-from experiments.run import training
+from experiments.run import files, training
 from experiments.translation import experiment as translation
 from experiments.translation import pairs as parallel_text
+from experiments.translation import results as runs
 from experiments.translation import translate as translating
 from experiments.translation.pairs import EOS, PAD, Pairs, Sentences, Subwords
 from experiments.translation.presets import PAPER, SIZES, find
@@ -294,6 +296,8 @@ def test_a_run_learns_writes_what_it_says_and_scores_as_sacrebleus_own_command(t
     evaluations = [line for line in lines if "validation_loss" in line]
     assert json.loads(last)["loss"] < 0.7 * json.loads(first)["loss"]
     assert results["nats"] == min(json.loads(line)["validation_loss"] for line in evaluations)
+    statistics = runs.read_statistics(config.out / runs.STATISTICS)
+    np.testing.assert_allclose(runs.bleu_of(statistics.sum(axis=0)), results["test"]["bleu"], rtol=1e-12)
     assert "demo-delta" in translation.table([results])
     assert "mean of 3, to 60" in translation.table([results | {"average": 3}])
     row = results | {"preset": "big-elu"}
@@ -521,6 +525,61 @@ def test_the_table_has_the_runs_of_this_experiment(trained, tmp_path, capsys):
     (tmp_path / "run" / "results.json").write_text(json.dumps(results))
     translation.main(translation.Config(table=True, out=tmp_path))
     assert capsys.readouterr().out == translation.table([results]) + "\n"
+
+
+def write_run(folder, preset, seed, nats, translations, references):
+    """Results as a run writes them."""
+    folder.mkdir(parents=True)
+    scores = runs.score(translations, references) | {"sentences_per_second": 0}
+    results = {"preset": preset, "seed": seed, "data": "parallel", "references": "a", "nats": nats, "step": 10 * seed}
+    results |= {"average": 1, "beam_size": 4, "length_penalty": 0.6, "validation": scores, "test": scores}
+    files.write(folder / "results.json", json.dumps(results))
+    runs.write_statistics(translations, references, folder / runs.STATISTICS)
+    return results
+
+
+def test_the_table_has_the_mean_of_the_seeds_and_says_which_models_they_tell_apart(tmp_path, capsys):
+    """good and same differ in a few sentences, and in the order of their nats; bad has a wrong word everywhere."""
+    draw = np.random.default_rng(0)
+    references = [" ".join(draw.choice(list("abcdefghij"), 8)) for _ in range(60)]
+    for seed in (1, 2, 3):
+        good = [line if draw.random() < 0.8 else line[2:] for line in references]
+        same = [line if draw.random() < 0.8 else line[2:] for line in references]
+        bad = [line[:6] + "?" + line[7:] for line in good]
+        write_run(tmp_path / f"tiny-elu-{seed}", "tiny-elu", seed, 1.0 + seed / 10, good, references)
+        write_run(tmp_path / f"tiny-delta-{seed}", "tiny-delta", seed, 1.2 + (seed == 1) / 2, same, references)
+        write_run(tmp_path / f"tiny-dpfp-1-{seed}", "tiny-dpfp-1", seed, 2.0 + seed / 10, bad, references)
+    translation.main(translation.Config(table=True, out=tmp_path))
+    table, bleu, nats = capsys.readouterr().out.split("\n\n")
+    assert "1 2 3  1.200 ± 0.100" in table and "10–30" in table and len(table.splitlines()) == 4
+
+    def pairs(report):
+        apart, not_apart = report.split("not told apart")
+        return [
+            {frozenset(re.findall(r"tiny-\S+", line)) for line in x.splitlines() if "−" in line}
+            for x in (apart, not_apart)
+        ]
+
+    similar = {frozenset(("tiny-elu", "tiny-delta"))}
+    different = {frozenset((name, "tiny-dpfp-1")) for name in ("tiny-elu", "tiny-delta")}
+    assert pairs(bleu) == [different, similar]
+    assert pairs(nats) == [
+        {frozenset(("tiny-elu", "tiny-dpfp-1"))},
+        {*similar, frozenset(("tiny-delta", "tiny-dpfp-1"))},
+    ]
+
+
+def test_only_runs_of_one_test_set_and_search_are_compared(tmp_path):
+    references = ["a b c d e f"] * 5
+    first = write_run(tmp_path / "1", "tiny-elu", 1, 1.0, references, references)
+    second = write_run(tmp_path / "2", "tiny-delta", 1, 1.0, ["a b c d e g"] * 5, references)
+    compared = {tmp_path / "1": first, tmp_path / "2": second}
+    assert "told apart" in runs.verdict(compared)
+    for change in ({"references": "b"}, {"beam_size": 1}, {"seed": 2}):
+        assert runs.verdict(compared | {tmp_path / "2": second | change}) == ""
+    (tmp_path / "2" / runs.STATISTICS).write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match=r"bleu.test.csv does not have the columns correct_1, .*run its command again"):
+        runs.verdict(compared)
 
 
 def test_too_few_pairs_to_hold_some_out(tmp_path):

@@ -4,11 +4,13 @@
     python -m experiments.translation --preset tiny-dpfp-2 --parallel train.en train.de \\
         --validation val.en val.de --test test.en test.de    on your own files
     python -m experiments.translation --preset big-dpfp-4    a row of the paper's table 1, WMT14 from TFDS
-    python -m experiments.translation --table                all finished runs beside the paper's numbers
+    python -m experiments.translation --table                all finished runs beside the paper's numbers, and which
+                                                             models they tell apart
     python -m experiments.translation translate RUN < FILE   a finished run translates your sentences
 
-A run is a folder, runs/translation/PRESET/ or --out. After an interruption the same command goes on. The folder holds
-checkpoints/, metrics.jsonl, tensorboard/, subwords.model, loss.png, translations.{validation,test}.txt, results.json.
+A run is a folder: runs/translation/PRESET/, PRESET-seed-N/ with --seed N, or --out. After an interruption the same
+command goes on. The folder holds checkpoints/, metrics.jsonl, tensorboard/, subwords.model, loss.png,
+translations.{validation,test}.txt, bleu.test.csv, results.json.
 An option whose default is None has the preset's value. Training leaves out pairs with an empty side, and pairs with
 more than --max-length tokens on a side. Translating keeps an empty line empty, and cuts a sentence after 1,024 tokens.
 The program prints how many it left out or cut.
@@ -29,13 +31,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import sacrebleu
 from flax import nnx
 
-from experiments.run import devices, files, folder, log, loss_curve, tables, training
+from experiments.run import devices, files, folder, log, loss_curve, training
 from experiments.translation import pairs
 from experiments.translation.pairs import Pairs, Sentences, Subwords
-from experiments.translation.presets import PAPER, Size, find
+from experiments.translation.presets import Size, find
+from experiments.translation.results import STATISTICS, score, table, verdict, write_statistics
 from experiments.translation.translate import check_search, translate
 from fwt_jax.models import EncoderDecoder
 
@@ -103,7 +105,7 @@ class Config:
     accumulate: int | None = None
     """Splits a batch into so many, computed one after another, which needs less memory."""
     seed: int | None = None
-    """Seed of the parameters, of dropout and of the order of the batches."""
+    """Seed of the parameters, of dropout and of the order of the batches; names the folder, too."""
     vocabulary: int | None = None
     """Number of subwords, of both languages together."""
     average: int = 1
@@ -317,7 +319,8 @@ class Task:
 def prepare(config: Config) -> Task:
     """Reads the text and makes or reads the subwords. Writes nothing, so that a refused start leaves no folder."""
     size = settings(config)
-    out = folder.folder(config.out or RUNS / config.preset)
+    seed = "" if config.seed is None else f"-seed-{config.seed}"
+    out = folder.folder(config.out or RUNS / f"{config.preset}{seed}")
     mesh = devices.make_mesh(config.fsdp, config.tensor)
     nnx.eval_shape(lambda: EncoderDecoder(size.model, rngs=nnx.Rngs(0)))  # Refuses wrong options before the work.
     text = read_data(config)
@@ -351,7 +354,7 @@ def run(config: Config) -> dict:
     with contextlib.nullcontext() if task.mesh is None else jax.set_mesh(task.mesh):
         average = _saved_steps(recipe)[-config.average :] if config.average > 1 else ()
         model, step = training.load(out, task.make_model, average=average, mesh=task.mesh)
-        results = {"preset": config.preset, "step": step, "average": config.average}
+        results = {"preset": config.preset, "seed": recipe.seed, "step": step, "average": config.average}
         results |= _translate_and_score(config, task, model)
     if jax.process_index() == 0:
         _write(config, results, out)
@@ -391,10 +394,13 @@ def _translate_and_score(config, task, model):
         label = f"translating {name}" if first else None
         options = {"multiple": task.multiple, "mesh": task.mesh, "label": label} | search
         translations, cut, speed = translate(model, task.subwords, task.text[name].source, **options)
-        results[name] = score(translations, list(task.text[name].target))
+        references = list(task.text[name].target)
+        results[name] = score(translations, references)
         results[name] |= {"sentences": len(translations), "cut": cut, "sentences_per_second": round(speed, 1)}
         if first:
             files.write(out / f"translations.{name}.txt", "".join(line + "\n" for line in translations))
+            if name == "test":
+                write_statistics(translations, references, out / STATISTICS)
             if cut:
                 print(f"{cut:,} of {len(translations):,} sentences were cut to {pairs.SIZES[-1]:,} tokens")
     if first:
@@ -409,15 +415,6 @@ def _data_name(config):
     return "demo" if config.preset.startswith("demo") else f"wmt14 {config.pair or 'en-de'}"
 
 
-def score(translations: list[str], references: list[str]) -> dict:
-    """BLEU and chrF of sacrebleu with their signatures."""
-    out = {}
-    for name, metric in (("bleu", sacrebleu.BLEU()), ("chrf", sacrebleu.CHRF())):
-        out[name] = metric.corpus_score(translations, [references]).score
-        out[f"{name}_signature"] = str(metric.get_signature())
-    return out
-
-
 def _write(config, results, out):
     files.write(out / "results.json", json.dumps(results, indent=1))
     text = config.parallel[0].name if config.parallel else results["data"]
@@ -430,39 +427,14 @@ def _write(config, results, out):
     print(f"wrote {out}/: results.json, translations.test.txt, loss.png, metrics.jsonl, checkpoints")
 
 
-HEADINGS = ("preset", "text", "nats", "valid BLEU", "chrF", "test BLEU", "chrF", "paper's valid", "test")
-HEADINGS += ("checkpoint", "beam", "sentences/s")
-
-
-def table(results: list[dict]) -> str:
-    """The nats of a token of validation, BLEU and chrF. Runs of WMT14 En-De have the paper's BLEU beside theirs."""
-    rows = [HEADINGS, *map(_row, results)]
-    if not any(row[7] for row in rows[1:]):  # The paper has none of these runs.
-        rows = [row[:7] + row[9:] for row in rows]
-    return tables.text(rows, right=range(2, len(HEADINGS)))
-
-
-def _row(result):
-    scores = (f"{result[name][metric]:.2f}" for name in ("validation", "test") for metric in ("bleu", "chrf"))
-    paper = PAPER.get(result["preset"]) if result["data"] == "wmt14 en-de" else None
-    average, step = result["average"], result["step"]
-    return (
-        result["preset"],
-        result["data"],
-        f"{result['nats']:.3f}",
-        *scores,
-        *(paper or ("", "")),
-        f"mean of {average}, to {step}" if average > 1 else step,
-        f"{result['beam_size']}, {result['length_penalty']}",
-        result["test"]["sentences_per_second"] or "",  # 0 if there were too few sentences to measure it.
-    )
-
-
 def main(config: Config):
     if config.table:
         out = config.out or RUNS
-        results = folder.results(out, "references", table)
-        print(table(results) if results else f"{out}/ has no results of translation; train first, or name --out")
+        runs = folder.results(out, "references", table)
+        if not runs:
+            print(f"{out}/ has no results of translation; train first, or name --out")
+            return
+        print("\n\n".join(filter(None, (table([*runs.values()]), verdict(runs)))))
         return
     find(config.preset)
     if config.distributed:

@@ -263,9 +263,8 @@ class DecoderBlock(_Sublayers):
         return self._add(2, x, self.feed_forward(self._input(2, x), rngs), rngs), target
 
     def _read_target(self, x, target, rngs):
-        if self.decay is None:
-            return self.attention(x, target, rngs=rngs)
-        return self.attention(x, target, log_decay=self.decay(x), rngs=rngs)
+        options: dict[str, Any] = {} if self.decay is None else {"log_decay": self.decay(x)}
+        return self.attention(x, target, rngs=rngs, **options)
 
     def _read_source(self, x, source, encoded, rngs):
         if encoded is not None:
