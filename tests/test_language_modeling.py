@@ -442,6 +442,21 @@ def test_the_comparison_trains_every_model_and_goes_on(tmp_path, monkeypatch):
     assert matplotlib.image.imread(tmp_path / "plot.png").std() > 0.01
 
 
+def test_the_comparison_says_which_models_several_seeds_tell_apart():
+    perplexities = {"softmax": (20.0, 22.0, 21.0), "delta, ELU+1": (10.0, 11.1, 10.4), "sum, ELU+1": (21.0, 20.5, 22.0)}
+    results = [
+        {"model": model, "seed": seed, "parameters": 1, "test": {"segments": value, "sliding_window": value}}
+        for model, values in perplexities.items()
+        for seed, value in enumerate(values)
+    ]
+    assert "| sum, ELU+1 | 1 | 21.2 ± 0.8 | 21.2 ± 0.8 | 3 | 38.3 |" in comparison.table(results, ["test"])
+    apart, not_apart = comparison.verdict(results, ["test"]).split("not told apart")
+    assert apart.startswith("nats of a word of test: mean difference")
+    assert "delta, ELU+1 − softmax       -0.693 (-0.7" in apart and "delta, ELU+1 − sum, ELU+1" in apart
+    assert "softmax" in not_apart and "sum, ELU+1" in not_apart and "delta" not in not_apart
+    assert comparison.verdict([row for row in results if row["seed"] == 0], ["test"]) == ""
+
+
 def test_words_and_signs_are_taken_apart():
     content = "A well @-@ known 1 @,@ 000 m (3.5 ft) <unk> , it's.\n"
     assert comparison.separate(content) == "A well - known 1 , 000 m ( 3 . 5 ft ) <unk> , it ' s .\n"

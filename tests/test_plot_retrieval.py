@@ -5,6 +5,7 @@ import math
 import os
 import re
 
+import numpy as np
 import pytest
 
 from experiments.retrieval import plot as plot_retrieval
@@ -192,6 +193,19 @@ def test_draw_takes_partial_rows_several_seeds_and_nan(tmp_path):
     written = draw(rows, tmp_path, "update_rules")
     assert [path.name for path in written] == ["figure5.png", "figure3.png"]
     assert sorted(os.listdir(tmp_path)) == ["figure3.png", "figure5.png"]
+
+
+def test_several_seeds_are_a_line_of_medians_in_a_band_of_all():
+    lasts = {20: (0.1, 0.4, 0.2), 40: (1.0, math.nan, 7.0), 60: (0.3, 0.3, 0.3)}
+    rows = [row("dpfp1", "delta", size, True, [last], seed) for size, x in lasts.items() for seed, last in enumerate(x)]
+    (axes,) = plot_retrieval._draw_losses(
+        plot_retrieval._by_point(rows), "2", {("dpfp1", "delta"): ("DPFP-1", "red", "o")}
+    ).axes
+    (band,) = axes.collections
+    (medians,) = (line for line in axes.lines if line.get_linestyle() == "-" and len(line.get_xdata()) == 3)
+    np.testing.assert_allclose(medians.get_xydata(), [(20, 0.2), (40, 4), (60, 0.3)])
+    corners = {*map(tuple, band.get_paths()[0].vertices)}
+    assert corners == {(20, 0.1), (20, 0.4), (40, 1), (40, 7), (60, 0.3)}
 
 
 def test_draw_leaves_out_a_figure_without_rows(tmp_path):

@@ -10,6 +10,7 @@ continues an interrupted comparison. Results: experiments/language/README.md.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -28,7 +29,7 @@ from flax import nnx
 from experiments.language import evaluation, text
 from experiments.language.experiment import loss
 from experiments.language.presets import DELTA, SOFTMAX, SUM, dpfp, performer
-from experiments.run import command_line, files, training, workers
+from experiments.run import command_line, files, significance, training, workers
 from fwt_jax.models import DecoderLM, ModelConfig
 
 MODELS = {
@@ -133,20 +134,49 @@ def _evaluate(model, vocabulary, path):
 
 
 def table(results: list[dict], texts: list[str]) -> str:
-    """A Markdown table of each model's perplexities, the mean over its seeds, and the paper's."""
+    """A Markdown table of each model's perplexities, mean ± standard deviation of its seeds, and the paper's."""
     head = ["model", "parameters", *(f"{name}, {kind}" for name in texts for kind in ("segments", "windows"))]
     lines = [[*head, "seeds", "paper, test"], ["---"] * (len(head) + 2)]
     for name in MODELS:
         rows = [row for row in results if row["model"] == name]
         if rows:
-            means = [np.mean([row[t][kind] for row in rows]) for t in texts for kind in ("segments", "sliding_window")]
-            cells = [name, f"{rows[0]['parameters']:,}", *(f"{x:.1f}" for x in means), len(rows), PAPER[name]]
-            lines.append(cells)
+            values = ([row[t][kind] for row in rows] for t in texts for kind in ("segments", "sliding_window"))
+            lines.append([name, f"{rows[0]['parameters']:,}", *map(_mean, values), len(rows), PAPER[name]])
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
 
+def _mean(values):
+    return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
+
+
+def verdict(results: list[dict], texts: list[str]) -> str:
+    """Which models differ by more than chance, in nats of a word of each text by segments, in lines of text.
+
+    Two models are compared by the seeds that both have, at least two. See ``significance.difference``.
+    """
+    reports = []
+    for name in texts:
+        nats = {
+            model: {r["seed"]: math.log(r[name]["segments"]) for r in results if r["model"] == model}
+            for model in MODELS
+        }
+        order = sorted((model for model in MODELS if nats[model]), key=lambda model: np.mean([*nats[model].values()]))
+        differences = {}
+        for first, second in itertools.combinations(order, 2):
+            seeds = sorted(nats[first].keys() & nats[second].keys())
+            if len(seeds) > 1:
+                sides = ([nats[model][seed] for seed in seeds] for model in (first, second))
+                differences[first, second] = significance.difference(*sides)
+        if differences:
+            reports.append(significance.report(f"nats of a word of {name}", differences, ".3f"))
+    return "\n\n".join(reports)
+
+
 def draw(results: list[dict], texts: list[str], path: pathlib.Path):
-    """Plots perplexities on the test texts, and the paper's, each divided by the perplexity of softmax."""
+    """Plots perplexities on the test texts, and the paper's, each divided by the perplexity of softmax.
+
+    A line on a bar is the range of several seeds.
+    """
     names = [name for name in MODELS if any(row["model"] == name for row in results)]
     figure, axes = plt.subplots(figsize=(7.5, 3.8), layout="constrained")
     x, width = np.arange(len(names)), 0.8 / (len(texts) + 1)
@@ -157,6 +187,9 @@ def draw(results: list[dict], texts: list[str], path: pathlib.Path):
             values = [[PAPER[name]] for name in names]
         base = np.mean(values[names.index("softmax")]) if "softmax" in names else np.mean(values[0])
         bars = axes.bar(x + (i - len(texts) / 2) * width, [np.mean(v) / base for v in values], width, label=label)
+        for bar, seeds in zip(bars, values, strict=True):
+            if len(seeds) > 1:
+                axes.vlines(bar.get_x() + width / 2, min(seeds) / base, max(seeds) / base, color="black", linewidth=0.8)
         axes.bar_label(bars, [f"{np.mean(v):.0f}" for v in values], fontsize=6, padding=1)
     axes.set_xticks(x, [name.replace(", ", "\n") for name in names], fontsize=8)
     axes.set(ylabel="perplexity / softmax's", ylim=(0.85, None), title="By sliding window; numbers: perplexities")
@@ -188,7 +221,7 @@ def main(config: Config):
             files.write(config.out / "results.json", json.dumps(results, indent=1))
             files.write(config.out / "table.md", table(results, texts))
     draw(results, texts[1:], config.out / "language_comparison.png")
-    print(table(results, texts))
+    print("\n".join(filter(None, (table(results, texts), verdict(results, texts[1:])))))
     print(f"wrote {config.out}/: results.json, table.md, language_comparison.png")
 
 

@@ -292,7 +292,8 @@ def _finish(figure, lines, looks, paper_limits):
     from matplotlib.lines import Line2D
 
     (axes,) = figure.axes
-    values = np.concatenate([line.get_ydata(orig=False) for line in axes.lines])
+    bands = (path.vertices[:, 1] for band in axes.collections for path in band.get_paths())
+    values = np.concatenate([*(line.get_ydata(orig=False) for line in axes.lines), *bands])
     values = values[np.isfinite(values) & ((values > 0) | (axes.get_yscale() == "linear"))]
     axes.set_ylim(np.min(0.8 * values, initial=paper_limits[0]), np.max(1.1 * values, initial=paper_limits[1]))
     solid = looks["this library"] | {"alpha": 1}
@@ -312,7 +313,7 @@ def _last_losses(points, line):
 
 
 def _draw_losses(points, setting, lines):
-    """Figures 2 and 5: the last loss over S; of several seeds the mean and range of those that did not end in NaN."""
+    """Figures 2 and 5: the last loss over S; of several seeds the median and range of those that did not end in NaN."""
     title = f"Setting {setting}: {TASKS[setting]}" + (" (dotted: capacity)" if setting == "1" else "")
     figure, axes = _new_figure(title, "number of keys S", "last evaluation loss", log=setting == "2")
     looks = {
@@ -327,9 +328,11 @@ def _draw_losses(points, setting, lines):
         axes.plot(list(theirs), [losses[0] for losses in theirs.values()], **hollow | look, alpha=0.85)
         failed += [(size, color) for size, losses in ours.items() if not np.all(np.isfinite(losses))]
         ours = {size: losses[np.isfinite(losses)] for size, losses in ours.items() if np.any(np.isfinite(losses))}
-        mean, low, high = (np.array([pick(losses) for losses in ours.values()]) for pick in (np.mean, np.min, np.max))
-        bars = {"yerr": np.maximum(0, (mean - low, high - mean)), "capsize": 2.5} if np.any(high > low) else {}
-        axes.errorbar(list(ours), mean, **solid | look | bars)
+        median, low, high = ([pick(losses) for losses in ours.values()] for pick in (np.median, np.min, np.max))
+        axes.plot(list(ours), median, **solid | look)
+        if low != high:
+            axes.fill_between(list(ours), low, high, color=color, alpha=0.2, linewidth=0)
+            looks["all seeds"] = {"linewidth": 8, "alpha": 0.2}
     if failed:
         looks["a run that ends in NaN"] = {"linestyle": "", "marker": "x"}
     _finish(figure, lines, looks, (1e-4, 1e3) if setting == "2" else (-0.015, 0.53))
