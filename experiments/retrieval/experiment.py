@@ -64,9 +64,8 @@ class Run:
     def cost(self) -> float:
         """A rough estimate of its seconds on one core, to start the longest first and to show the progress.
 
-        It counts 4 s of compilation, and steps whose number and time grow with S. The constant is fitted: the runs of
-        results/quick.csv took 371 s in all, and their estimates add up to 382 s. The sum for update_rules.csv is half
-        of the measured time.
+        It counts 4 s of compilation, and steps whose number and time grow with S. The constant is fitted roughly: the
+        runs of results/quick.csv took 264 s in all, and their estimates add up to 382 s.
         """
         features = {"favor": 10 * self.model.size, "dpfp": 128 * self.model.size}.get(self.model.feature_map, 64)
         sequential = self.model.update is not None and not self.model.update.parallel

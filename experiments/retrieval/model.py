@@ -324,29 +324,30 @@ def batch_loss(params, batch, projection, model: Model):
     num_values = params["embedding"].shape[0]
     key, beta, query = project(params, keys, values, query[:, None])
 
-    @_with_gradient
-    def loss(projected, values, target):
-        key, beta, query = projected
+    @with_gradient
+    def loss(projected, ids):
+        (key, beta, query), (values, target) = projected, ids
         (predicted,) = predict(model, num_values, key, beta, values, query, projection)
         return 0.5 * jnp.sum(jnp.square(predicted - jax.nn.one_hot(target, num_values))), predicted
 
     at_once = None if jax.default_backend() == "cpu" else len(values)
-    sequences = (key, beta, query), values, target
+    sequences = (key, beta, query), (values, target)
     losses, predicted = jax.lax.map(lambda sequence: loss(*sequence), sequences, batch_size=at_once)
     return jnp.mean(losses), predicted
 
 
-def _with_gradient(function):
-    """``function(x, ...) -> (scalar, others)`` whose derivative in x is computed at once, and not in a backward pass.
+def with_gradient(function):
+    """A function whose derivative in x is computed with its value, and not in a backward pass.
 
-    The other arguments and the other results are not differentiated.
+    Args:
+      function: (x, constants) -> (scalar, others), trees of arrays. Only the scalar is differentiated, and only in x.
     """
 
-    def forward(*args):
-        return jax.value_and_grad(function, has_aux=True)(*args)
+    def forward(x, constants):
+        return jax.value_and_grad(function, has_aux=True)(x, constants)
 
     def backward(gradient, cotangents):
-        return jax.tree.map(lambda x: cotangents[0] * x, gradient), None, None
+        return jax.tree.map(lambda x: cotangents[0] * x, gradient), None
 
     differentiable = jax.custom_vjp(function)
     differentiable.defvjp(forward, backward)

@@ -44,13 +44,13 @@ UPDATE_RULES = {
     ("linear", "delta"): ("Linear (ELU+1), delta rule", "#009E73", "v"),
     ("dpfp1", "delta"): ("DPFP-1, delta rule", "#56B4E9", "o"),
     ("dpfp2", "delta"): ("DPFP-2, delta rule", "#0072B2", "^"),
+    ("favor64", "delta"): ("FAVOR+, 64, delta rule", "#D55E00", "<"),
+    ("favor128", "delta"): ("FAVOR+, 128, delta rule", "#8C510A", ">"),
 }
 FOUR_RULES = {line: look for line, look in UPDATE_RULES.items() if line[0] in ("tanh", "dpfp1")}
 LABELS = {
     **{("1", *line): look[0] for line, look in CAPACITY.items()},
     **{("2", *line): look[0] for line, look in UPDATE_RULES.items()},
-    ("2", "favor64", "delta"): "FAVOR+, 64, delta rule",  # in no figure
-    ("2", "favor128", "delta"): "FAVOR+, 128, delta rule",
 }
 NUM_FEATURES = {64: "Linear", 128: "DPFP-1", 256: "DPFP-2", 384: "DPFP-3"}  # as many keys can be orthogonal
 # The columns of a results file
@@ -299,7 +299,8 @@ def _finish(figure, lines, looks, paper_limits):
     solid = looks["this library"] | {"alpha": 1}
     styles = {label: solid | {"color": color, "marker": marker} for label, color, marker in lines.values()} | looks
     handles = [Line2D([], [], label=label, **{"color": "#777777"} | style) for label, style in styles.items()]
-    layout = {"ncols": 5 if len(lines) > 6 else 3, "columnspacing": 1.4, "handlelength": 1.8}
+    short = len(lines) > 6 and max(len(label) for label, *_ in lines.values()) < 16
+    layout = {"ncols": 5 if short else 3, "columnspacing": 1.4, "handlelength": 1.8}
     figure.legend(handles=handles, loc="outside lower center", frameon=False, fontsize=10, **layout)
     return figure
 
@@ -343,7 +344,7 @@ def _draw_losses(points, setting, lines):
         _mark_capacities(axes)
     else:
         axes.set_xticks(range(20, 201, 20))
-        note = "FAVOR+ is left out, as in the paper:\n18 of the authors' 20 runs end in NaN"
+        note = "18 of the authors' 20 runs\nwith FAVOR+ end in NaN"
         axes.set_title(note, loc="right", fontsize=9, color="#555555", pad=8)
     return figure
 
