@@ -146,8 +146,10 @@ def over_batch(function, arrays, shared, spec: P = ROWS):
       spec: ``ROWS`` or ``TOKENS``. What the mesh does not have or does not divide stays whole.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    spec = P(*(tuple(name for name in _names(axes) if kinds.get(name) == AxisType.Auto) for axes in spec))
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    # XLA does not compile the gradient if an axis of size 1 is manual and the mesh has larger axes that are not.
+    split = {name for name, kind in kinds if kind == AxisType.Auto and mesh.shape[name] > 1}
+    spec = P(*(tuple(name for name in _names(axes) if name in split) for axes in spec))
     spec = _that_divides(mesh, spec, jax.tree.leaves(arrays)[0].shape)
     axes = tuple(itertools.chain.from_iterable(map(_names, spec)))
     if not axes:

@@ -201,11 +201,13 @@ def test_several_seeds_are_a_line_of_medians_in_a_band_of_all():
     (axes,) = plot_retrieval._draw_losses(
         plot_retrieval._by_point(rows), "2", {("dpfp1", "delta"): ("DPFP-1", "red", "o")}
     ).axes
-    (band,) = axes.collections
+    band, ranges = axes.collections
     (medians,) = (line for line in axes.lines if line.get_linestyle() == "-" and len(line.get_xdata()) == 3)
     np.testing.assert_allclose(medians.get_xydata(), [(20, 0.2), (40, 4), (60, 0.3)])
     corners = {*map(tuple, band.get_paths()[0].vertices)}
     assert corners == {(20, 0.1), (20, 0.4), (40, 1), (40, 7), (60, 0.3)}
+    ends = [path.vertices.tolist() for path in ranges.get_paths()]  # a band of one S alone has no area
+    assert ends == [[[20, 0.1], [20, 0.4]], [[40, 1], [40, 7]], [[60, 0.3], [60, 0.3]]]
 
 
 def test_draw_leaves_out_a_figure_without_rows(tmp_path):

@@ -23,7 +23,7 @@ from experiments.retrieval import experiment as retrieval
 from experiments.retrieval import model as retrieval_model
 from experiments.retrieval.experiment import Config, Run, load, save, sweep
 from experiments.retrieval.model import Model, Task, batch_loss, params_from_torch
-from fwt_jax import clipped
+from fwt_jax import clipped, feature_maps
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -134,6 +134,37 @@ def test_one_query_is_read_as_many_are(model):
 
     one_by_one = jnp.concatenate([predict(query[i : i + 1]) for i in range(9)])
     np.testing.assert_allclose(predict(query), one_by_one, rtol=0, atol=2e-5 * jnp.abs(one_by_one).max())
+
+
+@pytest.mark.parametrize("model", some(3, ALL_MODELS), ids=lambda model: f"{model.name}-{model.rule}")
+def test_accelerators_take_all_sequences_at_once_with_the_same_gradient(model, monkeypatch):
+    params, task = small_params(model, 6), Task(6, True)
+    batch = retrieval_model.sample_batch(jax.random.key(1), task, 5)
+    projection = retrieval_model.draw_projection(jax.random.key(2), model)
+
+    def derivatives():
+        return jax.value_and_grad(batch_loss, has_aux=True)(params, batch, projection, model)
+
+    expected = derivatives()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    chex.assert_trees_all_close(derivatives(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [1.0, 3.0])
+def test_favor_by_halves_is_favor_by_features_with_all_digits(length):
+    key, query = length * jax.random.normal(jax.random.key(0), (7, 8)), jax.random.normal(jax.random.key(1), (2, 8))
+    projection = retrieval_model.draw_projection(jax.random.key(2), Model("favor", "sum", 5), (), 8)
+
+    def by_features(key, query):
+        return feature_maps.favor_plus(query, projection) @ feature_maps.favor_plus(key, projection).T
+
+    def by_halves(key, query):
+        return retrieval_model._favor_weights(key, query, projection)
+
+    for function in (lambda f: f, lambda f: jax.grad(lambda *x: jnp.sum(jnp.sin(f(*x))), argnums=(0, 1))):
+        weights = function(by_halves)(key, query)
+        chex.assert_trees_all_close(weights, function(by_features)(key, query), rtol=1e-4, atol=1e-7)
+    assert "DEFAULT" not in jax.jit(by_halves).lower(key, query).as_text()
 
 
 def test_the_fast_weight_memory_starts_without_a_clip():

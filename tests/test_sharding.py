@@ -150,6 +150,25 @@ def test_devices_exchange_only_the_tokens_that_a_convolution_looks_back():
     assert "collective-permute" in compiled.as_text()
 
 
+@pytest.mark.parametrize("axis", ["tensor", "fsdp"])
+def test_a_mesh_with_one_axis_above_1_trains(axis):
+    """XLA compiled no gradient of the output layer on a mesh of tensor=N alone."""
+    batch = batch_of(0)
+    graph, params = nnx.split(maker(TINY)(), nnx.Param)
+
+    def total(params, batch):
+        losses, _, _ = loss(nnx.merge(graph, params), batch, maker(TINY)().init_memory(8), nnx.Rngs(0))
+        return losses
+
+    gradient = jax.jit(jax.value_and_grad(total))
+    params = nnx.as_pure(params)
+    want = gradient(params, batch)
+    mesh = sharding.make_mesh(**{axis: 2}, devices=jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        got = gradient(jax.device_put(params, sharding.partition(mesh, params)), devices.place(batch, mesh))
+    chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 def test_parameters_moments_and_memories_are_split_by_the_table():
     mesh = sharding.make_mesh(fsdp=2, tensor=2)
     make = maker(TINY)

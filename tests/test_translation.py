@@ -298,10 +298,11 @@ def test_a_run_learns_writes_what_it_says_and_scores_as_sacrebleus_own_command(t
     assert results["nats"] == min(json.loads(line)["validation_loss"] for line in evaluations)
     statistics = runs.read_statistics(config.out / runs.STATISTICS)
     np.testing.assert_allclose(runs.bleu_of(statistics.sum(axis=0)), results["test"]["bleu"], rtol=1e-12)
-    assert "demo-delta" in translation.table([results])
-    assert "mean of 3, to 60" in translation.table([results | {"average": 3}])
+    assert "demo-delta" in runs.table({config.out: results})
+    assert "mean of 3, to 60" in runs.table({config.out: results | {"average": 3}})
     row = results | {"preset": "big-elu"}
-    assert "25.5" not in translation.table([row]) and "25.5" in translation.table([row | {"data": "wmt14 en-de"}])
+    tables = [runs.table({config.out: row | data}) for data in ({}, {"data": "wmt14 en-de"})]
+    assert ["25.5" in table for table in tables] == [False, True]
 
 
 def test_a_trained_run_translates_standard_input_line_by_line(trained, monkeypatch, capsys):
@@ -524,7 +525,7 @@ def test_the_table_has_the_runs_of_this_experiment(trained, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "results.json").write_text(json.dumps(results))
     translation.main(translation.Config(table=True, out=tmp_path))
-    assert capsys.readouterr().out == translation.table([results]) + "\n"
+    assert capsys.readouterr().out == runs.table({tmp_path / "run": results}) + "\n"
 
 
 def write_run(folder, preset, seed, nats, translations, references):
@@ -533,6 +534,7 @@ def write_run(folder, preset, seed, nats, translations, references):
     scores = runs.score(translations, references) | {"sentences_per_second": 0}
     results = {"preset": preset, "seed": seed, "data": "parallel", "references": "a", "nats": nats, "step": 10 * seed}
     results |= {"average": 1, "beam_size": 4, "length_penalty": 0.6, "validation": scores, "test": scores}
+    results |= {"settings": preset, "validation_tokens": "b"}
     files.write(folder / "results.json", json.dumps(results))
     runs.write_statistics(translations, references, folder / runs.STATISTICS)
     return results
@@ -569,17 +571,41 @@ def test_the_table_has_the_mean_of_the_seeds_and_says_which_models_they_tell_apa
     ]
 
 
-def test_only_runs_of_one_test_set_and_search_are_compared(tmp_path):
+def test_only_what_is_comparable_is_compared(tmp_path):
     references = ["a b c d e f"] * 5
-    first = write_run(tmp_path / "1", "tiny-elu", 1, 1.0, references, references)
-    second = write_run(tmp_path / "2", "tiny-delta", 1, 1.0, ["a b c d e g"] * 5, references)
-    compared = {tmp_path / "1": first, tmp_path / "2": second}
-    assert "told apart" in runs.verdict(compared)
-    for change in ({"references": "b"}, {"beam_size": 1}, {"seed": 2}):
-        assert runs.verdict(compared | {tmp_path / "2": second | change}) == ""
-    (tmp_path / "2" / runs.STATISTICS).write_text("a,b\n1,2\n")
+    compared = {}
+    for seed in (1, 2):
+        for preset, line in (("tiny-elu", "a b c d e f"), ("tiny-delta", "a b c d e g")):
+            path = tmp_path / f"{preset}-{seed}"
+            compared[path] = write_run(path, preset, seed, 1.0, [line] * 5, references)
+    assert ["BLEU of test" in line or "nats" in line for line in runs.verdict(compared).split("\n\n")] == [True, True]
+    for change, left in ({"references": "b"}, "nats"), ({"beam_size": 1}, "nats"), ({"validation_tokens": "c"}, "BLEU"):
+        changed = {path: row | change if "delta" in path.name else row for path, row in compared.items()}
+        found = runs.verdict(changed)
+        assert found.startswith(left) and "\n\n" not in found
+    last = tmp_path / "tiny-delta-2"
+    assert runs.verdict(compared | {last: compared[last] | {"seed": 3}}) == ""  # one seed in common
+    (last / runs.STATISTICS).write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match=r"bleu.test.csv does not have the columns correct_1, .*run its command again"):
         runs.verdict(compared)
+
+
+def test_runs_with_other_settings_or_the_same_seed_are_not_seeds_of_one_model(tmp_path):
+    first = write_run(tmp_path / "a", "tiny-elu", 1, 1.0, ["a b c d e"], ["a b c d e"])
+    others = [first | {"settings": "another", "seed": 2}, first, {k: v for k, v in first.items() if k != "seed"}]
+    for other in others:
+        lines = runs.table({tmp_path / "a": first, tmp_path / "b": other}).splitlines()
+        assert len(lines) == 3 and "tiny-elu in a" in "".join(lines) and "tiny-elu in b" in "".join(lines)
+
+
+def test_a_seed_that_is_not_the_presets_has_its_own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths = write(tmp_path, "text", pairs_of_words(400))
+    names = [
+        translation.prepare(translation.Config("tiny-elu", parallel=paths, vocabulary=300, seed=seed)).out.name
+        for seed in (None, 1, 2)
+    ]
+    assert names == ["tiny-elu", "tiny-elu", "tiny-elu-seed-2"]
 
 
 def test_too_few_pairs_to_hold_some_out(tmp_path):

@@ -505,7 +505,7 @@ def test_the_scores_are_those_of_the_teacher_forced_model_and_better_with_a_larg
 
 
 @pytest.mark.parametrize("axes", some(2, [{"fsdp": 2, "tensor": 2}, {}]), ids=str)
-@pytest.mark.parametrize("name", some(3, ["each another", "softmax", "delta decoder"]))
+@pytest.mark.parametrize("name", some(3, ["each another", "softmax", "delta decoder", "gated delta decoder"]))
 def test_eight_devices_decode_and_score_as_one(name, axes):
     model, source, target = make(name), sentences(8, 6, seed=6), sentences(8, 6, seed=7)
     expected = score(model, source, target), decode.beam_search(model, source, max_length=6, beam_size=3)

@@ -561,7 +561,7 @@ def _rows(result):
 def main(config: Config):
     if config.table:
         out = config.out or RUNS
-        results = [*folder.results(out, "evaluation", table).values()]
+        results = [*folder.results(out, "evaluation", lambda row: table([row])).values()]
         print(table(results) if results else f"{out}/ has no results of language models; train first, or name --out")
         return
     settings(config)  # raises before several processes wait for each other

@@ -283,18 +283,19 @@ def _weights(model: Model, key, query, projection):
 
 
 def _favor_weights(key, query, projection):
-    """``_weights`` of FAVOR+, by halves: an array of all 2M features of the keys takes a third more time.
+    """``_weights`` of FAVOR+, by halves: an array of all 2M features of the keys takes a third more time on a CPU.
 
         φ(k)ᵀφ(q) = exp(−‖k‖²/2)/√(2M) · [exp(Rk)ᵀa + exp(−Rk)ᵀb],   φ(q) = [a; b].
 
-    ‖k‖²/2 is subtracted in the exponents, so that nothing overflows. Its derivative comes from a factor of 1 outside,
-    where it takes one number for each weight instead of a sum over features.
+    ‖k‖²/2 is subtracted in the exponents, so that nothing overflows. The last factor is 1, and carries the gradient of
+    ‖k‖²/2: one number for each weight, instead of a sum over features.
     """
     a, b = jnp.split(feature_maps.favor_plus(query, projection) * (2 * len(projection)) ** -0.5, 2, axis=-1)
     offset = 0.5 * jnp.sum(jnp.square(key), axis=-1, keepdims=True)
     fixed = jax.lax.stop_gradient(offset)
-    projected = key @ projection.T
-    weights = jnp.exp(projected - fixed) @ a.T + jnp.exp(-projected - fixed) @ b.T
+    matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    projected = matmul(key, projection.T)
+    weights = matmul(jnp.exp(projected - fixed), a.T) + matmul(jnp.exp(-projected - fixed), b.T)
     return (jnp.exp(fixed - offset) * weights).T
 
 
@@ -315,7 +316,7 @@ def _write(model: Model, num_values: int, key, beta, values):
 
 
 def batch_loss(params, batch, projection, model: Model):
-    """The training loss: mean over sequences of ½ ‖v* − v̂‖²; and v̂ ``[B, S]``.
+    """The training loss: mean over sequences of ½ ‖v* − v̂‖²; and v̂ ``[B, S]``, which is not differentiated.
 
     A CPU takes one sequence after another, because its features and its memory fit into the cache. The gradient of each
     is computed with its loss. So no array of all sequences is stored for a backward pass, and none is computed again.

@@ -333,6 +333,7 @@ def _draw_losses(points, setting, lines):
         axes.plot(list(ours), median, **solid | look)
         if low != high:
             axes.fill_between(list(ours), low, high, color=color, alpha=0.2, linewidth=0)
+            axes.vlines(list(ours), low, high, color=color, alpha=0.4, linewidth=2)
             looks["all seeds"] = {"linewidth": 8, "alpha": 0.2}
     if failed:
         looks["a run that ends in NaN"] = {"linestyle": "", "marker": "x"}

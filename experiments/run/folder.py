@@ -92,20 +92,20 @@ def words(config: Any, identity: dict[str, Any], options: Mapping[str, str]) -> 
     return {name: f"{name.rpartition('.')[2]} of --preset" for name in names} | dict(options)
 
 
-def results(folder: pathlib.Path, mark: str, table: Callable[[list[dict]], str]) -> dict[pathlib.Path, dict]:
+def results(folder: pathlib.Path, mark: str, check: Callable[[dict], object]) -> dict[pathlib.Path, dict]:
     """The results of all runs below a folder, by the run's own folder.
 
     These are the results that have the key ``mark``; each experiment has its own.
 
     Raises:
-      ValueError: a file that is damaged, or from which ``table`` cannot make a row.
+      ValueError: a file that is damaged, or in which ``check`` misses something.
     """
     rows = {}
     for path in sorted(folder.glob("**/results.json")):
         row = files.read_json(path)
         if mark in row:
             try:
-                table([row])
+                check(row)
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"{path} is not whole ({in_short(error)}); run its command again") from error
             rows[path.parent] = row

@@ -21,19 +21,18 @@ class Difference(NamedTuple):
 
     @property
     def is_told_apart(self) -> bool:
-        """Whether 0 is outside of the interval."""
-        return not self.low <= 0 <= self.high
+        """Whether 0 is outside of the interval; False for NaN."""
+        return self.low > 0 or self.high < 0
 
 
-def difference(first: Sequence[float], second: Sequence[float], error: float | None = None) -> Difference:
+def difference(first: Sequence[float], second: Sequence[float], error: float = 0.0) -> Difference:
     """The mean of first_s − second_s over seeds s, and where it would lie with other seeds and another test text.
 
         mean ± √(t² sd²/n + z² error²)
 
     sd is the standard deviation of the n differences. t and z are the quantiles of Student's distribution with n − 1
     degrees of freedom and of the normal distribution for an interval of ``LEVEL``. Without ``error`` it is the interval
-    of the paired t-test. With both parts it holds the true difference a little more often than ``LEVEL`` says. One seed
-    says nothing about other seeds: then the interval is that of ``error`` alone.
+    of the paired t-test. With both parts it holds the true difference a little more often than ``LEVEL`` says.
 
     Args:
       first, second: a number for each seed, of the same seeds in the same order.
@@ -41,17 +40,15 @@ def difference(first: Sequence[float], second: Sequence[float], error: float | N
         test set.
 
     Raises:
-      ValueError: no seeds, not as many, or one seed without ``error``.
+      ValueError: not as many runs of both, or less than two, which say nothing about other seeds.
     """
-    if len(first) != len(second) or len(first) < (2 if error is None else 1):
+    if len(first) != len(second) or len(first) < 2:
         raise ValueError(f"the runs must be of the same seeds, two or more, got {len(first)} and {len(second)} runs")
     differences = np.subtract(first, second)
     mean, count = float(np.mean(differences)), len(differences)
     quantile = (1 + LEVEL) / 2
-    half = float(stats.norm.ppf(quantile)) * (error or 0.0)
-    if count > 1:
-        by_seeds = float(stats.t.ppf(quantile, count - 1) * np.std(differences, ddof=1)) / math.sqrt(count)
-        half = math.hypot(by_seeds, half)
+    by_seeds = float(stats.t.ppf(quantile, count - 1) * np.std(differences, ddof=1)) / math.sqrt(count)
+    half = math.hypot(by_seeds, float(stats.norm.ppf(quantile)) * error)
     return Difference(mean, mean - half, mean + half)
 
 

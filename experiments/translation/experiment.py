@@ -306,9 +306,12 @@ class Task:
 
     def identity(self) -> dict[str, dict]:
         """The settings for run.json: a run with other settings is another run."""
-        size = self.size
+        size, model = self.size, dataclasses.asdict(self.size.model)
+        for attention in (model["encoder"], model["decoder"], model["cross"]):
+            if not attention["decay"]:
+                del attention["decay"]  # Runs of before it existed can go on.
         return {
-            "model": dataclasses.asdict(size.model),
+            "model": model,
             "batch": {"tokens": size.tokens, "max_length": size.max_length, "label_smoothing": size.label_smoothing},
             "rows": {"multiple": self.batch_multiple},  # Another number of devices makes other batches.
             "subwords": {"asked for": size.vocabulary, "sha256": files.digest(self.subwords.model)},
@@ -319,8 +322,9 @@ class Task:
 def prepare(config: Config) -> Task:
     """Reads the text and makes or reads the subwords. Writes nothing, so that a refused start leaves no folder."""
     size = settings(config)
-    seed = "" if config.seed is None else f"-seed-{config.seed}"
-    out = folder.folder(config.out or RUNS / f"{config.preset}{seed}")
+    seed = size.training.seed
+    name = config.preset if seed == find(config.preset)[0].training.seed else f"{config.preset}-seed-{seed}"
+    out = folder.folder(config.out or RUNS / name)
     mesh = devices.make_mesh(config.fsdp, config.tensor)
     nnx.eval_shape(lambda: EncoderDecoder(size.model, rngs=nnx.Rngs(0)))  # Refuses wrong options before the work.
     text = read_data(config)
@@ -355,10 +359,18 @@ def run(config: Config) -> dict:
         average = _saved_steps(recipe)[-config.average :] if config.average > 1 else ()
         model, step = training.load(out, task.make_model, average=average, mesh=task.mesh)
         results = {"preset": config.preset, "seed": recipe.seed, "step": step, "average": config.average}
+        results |= {"settings": _digest_but_seed(recipe, identity)}
         results |= _translate_and_score(config, task, model)
     if jax.process_index() == 0:
         _write(config, results, out)
     return results
+
+
+def _digest_but_seed(recipe, identity):
+    """Of all settings that the seeds of a model have in common."""
+    training = dataclasses.asdict(recipe)
+    common = {name: training[name] for name in training if name not in ("seed", "log_every", "keep")}
+    return files.digest(json.dumps([common, identity]))
 
 
 def _describe(config, task):
@@ -387,6 +399,7 @@ def _translate_and_score(config, task, model):
         print("evaluating the trained model")
         (out / "results.json").unlink(missing_ok=True)  # The old results are of other translations.
     results = {"vocabulary": len(task.subwords), "nats": task.evaluate(model)["loss"]}
+    results |= {"validation_tokens": task.validation.digest()}
     results |= {"data": _data_name(config), "references": files.digest("\n".join(task.text["test"].target))}
     search = {"beam_size": config.beam_size, "length_penalty": config.length_penalty}
     results |= search
@@ -420,7 +433,7 @@ def _write(config, results, out):
     text = config.parallel[0].name if config.parallel else results["data"]
     title = config.preset if text == config.preset else f"{config.preset} on {text}"
     loss_curve.draw(log.read_metrics(out / "metrics.jsonl"), out / "loss.png", title)
-    print(table([results]))
+    print(table({out: results}))
     print(f"BLEU {results['test']['bleu_signature']}\nchrF {results['test']['chrf_signature']}")
     if results["data"] == "demo":
         print("This is a demo: a few thousand sentences of one manual, minutes of training. The BLEU says little.")
@@ -430,11 +443,11 @@ def _write(config, results, out):
 def main(config: Config):
     if config.table:
         out = config.out or RUNS
-        runs = folder.results(out, "references", table)
+        runs = folder.results(out, "references", lambda row: table({out: row}))
         if not runs:
             print(f"{out}/ has no results of translation; train first, or name --out")
             return
-        print("\n\n".join(filter(None, (table([*runs.values()]), verdict(runs)))))
+        print("\n\n".join(filter(None, (table(runs), verdict(runs)))))
         return
     find(config.preset)
     if config.distributed:

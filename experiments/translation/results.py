@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import csv
+import functools
 import io
 import itertools
 import pathlib
@@ -81,32 +83,45 @@ def resampled_bleu(statistics: np.ndarray) -> np.ndarray:
 
 # --- of all runs -----------------------------------------------------------------------------------------------------
 
-HEADINGS = ("preset", "text", "seeds", "nats", "valid BLEU", "chrF", "test BLEU", "chrF", "paper's valid", "test")
+HEADINGS = ("model", "text", "seeds", "nats", "valid BLEU", "chrF", "test BLEU", "chrF", "paper's valid", "test")
 HEADINGS += ("checkpoint", "beam", "sentences/s")
-Model = tuple[str, ...]  # what the seeds of a model have in common
+EVALUATED = ("validation", "test")
+Runs = Mapping[pathlib.Path, dict]  # the results of runs, by folder
 
 
-def table(results: list[dict]) -> str:
+def table(runs: Runs) -> str:
     """The nats of a token of validation, BLEU and chrF. Runs of WMT14 En-De have the paper's BLEU beside theirs.
 
-    A row is a model. With several seeds it has their mean, ± the standard deviation of the seeds.
+    A row is a model: the runs of one preset with the same settings and search. With several seeds it has their mean,
+    ± the standard deviation of the seeds.
     """
-    rows = [HEADINGS, *map(_row, _by_model(results).values())]
+    rows = [HEADINGS, *itertools.starmap(_row, _models(runs).items())]
     if not any(row[8] for row in rows[1:]):  # The paper has none of these runs.
         rows = [row[:8] + row[10:] for row in rows]
     return tables.text(rows, right=range(2, len(HEADINGS)))
 
 
-def _by_model(results) -> dict[Model, list[dict]]:
-    """{what the seeds of a model have in common: its results, in the order of seeds}."""
-    models = {}
-    for result in sorted(results, key=lambda result: result["seed"]):
-        names = ("preset", "data", "references", "average", "beam_size", "length_penalty")
-        models.setdefault(tuple(str(result[name]) for name in names), []).append(result)
-    return dict(sorted(models.items()))
+def _models(runs: Runs) -> dict[str, dict[pathlib.Path, dict]]:
+    """{name of a model: its runs, in the order of seeds}. The name is the preset; the folder too, if others have it.
+
+    Two runs with one seed are two models.
+    """
+    models, seen = {}, collections.Counter()
+    for path, result in sorted(runs.items(), key=lambda run: run[1].get("seed", 0)):
+        settings = [str(result.get(name)) for name in ("preset", "settings", "data", "references", *SEARCH)]
+        seed = result.get("seed")  # older runs have none
+        seen[(*settings, seed)] += 1
+        models.setdefault((*settings, seed is None, seen[(*settings, seed)]), {})[path] = result
+    presets = collections.Counter(key[0] for key in models)
+    names = {key: key[0] if presets[key[0]] == 1 else f"{key[0]} in {next(iter(models[key])).name}" for key in models}
+    return {names[key]: models[key] for key in sorted(models)}
 
 
-def _row(results):
+SEARCH = ("average", "beam_size", "length_penalty")
+
+
+def _row(name, runs):
+    results = [*runs.values()]
     first = results[0]
     scores = (_mean([r[name][metric] for r in results], ".2f") for name in EVALUATED for metric in ("bleu", "chrf"))
     paper = PAPER.get(first["preset"]) if first["data"] == "wmt14 en-de" else None
@@ -114,9 +129,9 @@ def _row(results):
     checkpoint = "–".join(map(str, dict.fromkeys((steps[0], steps[-1]))))
     speed = np.mean([result["test"]["sentences_per_second"] for result in results])
     return (
-        first["preset"],
+        name,
         first["data"],
-        " ".join(str(result["seed"]) for result in results),
+        " ".join(str(result.get("seed", "?")) for result in results),
         _mean([result["nats"] for result in results], ".3f"),
         *scores,
         *(paper or ("", "")),
@@ -126,45 +141,42 @@ def _row(results):
     )
 
 
-EVALUATED = ("validation", "test")
-
-
 def _mean(values, form):
     mean = format(float(np.mean(values)), form)
     return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):{form}}"
 
 
-def verdict(runs: Mapping[pathlib.Path, dict]) -> str:
-    """Which models differ in nats of validation and in BLEU of test by more than chance, in lines of text.
+def verdict(runs: Runs) -> str:
+    """Which models differ by more than chance in BLEU of test and in nats of validation, in lines of text.
 
-    Two models are compared by the seeds that both have. Runs of other references, or with another search, are not
-    compared. The interval of BLEU also counts the chance that lies in the sentences of the test set, if the runs'
-    folders have ``STATISTICS``. See ``significance.difference``.
-
-    Args:
-      runs: results by folder.
+    Two models are compared if they have two or more seeds in common. BLEU is compared with one test set and search, and
+    its interval also counts the chance that lies in the sentences, by the runs' ``STATISTICS``. Nats are compared with
+    one set of subwords and one text of validation. See ``significance.difference``.
 
     Returns:
       "" without two models to compare.
     """
-    bleu = {}
-    for path, result in runs.items():
-        if (path / STATISTICS).exists():
-            bleu[id(result)] = resampled_bleu(read_statistics(path / STATISTICS))
-    models = _by_model(list(runs.values()))
-    order = sorted(models, key=lambda model: -np.mean([result["test"]["bleu"] for result in models[model]]))
-    nats, scores = {}, {}
-    for first, second in itertools.combinations(order, 2):
-        if first[1:] != second[1:]:
+    models, resampled = _models(runs), functools.cache(lambda path: resampled_bleu(read_statistics(path / STATISTICS)))
+    order = sorted(models, key=lambda name: -np.mean([result["test"]["bleu"] for result in models[name].values()]))
+    scores, nats = {}, {}
+    for names in itertools.combinations(order, 2):
+        first, second = ({result.get("seed"): path for path, result in models[name].items()} for name in names)
+        seeds = [seed for seed in first if seed in second and seed is not None]
+        paths = [[by_seed[seed] for seed in seeds] for by_seed in (first, second)]
+        if len(seeds) < 2:
             continue
-        seeds = [{result["seed"]: result for result in models[model]} for model in (first, second)]
-        common = [[by_seed[seed] for seed in seeds[0] if seed in seeds[1]] for by_seed in seeds]
-        names = first[0], second[0]
-        if len(common[0]) > 1:
-            nats[names] = significance.difference(*([result["nats"] for result in side] for side in common))
-        if common[0] and all(id(result) in bleu for side in common for result in side):
-            means = [np.mean([bleu[id(result)] for result in side], axis=0) for side in common]
-            error = float(np.std(means[0] - means[1]))
-            scores[names] = significance.difference(*([r["test"]["bleu"] for r in side] for side in common), error)
+
+        def numbers(pick, paths=paths):
+            return ([pick(runs[path]) for path in side] for side in paths)
+
+        def agree(*keys, paths=paths):
+            return len({str([runs[path].get(key) for key in keys]) for side in paths for path in side}) == 1
+
+        if agree("references", *SEARCH) and all((path / STATISTICS).exists() for side in paths for path in side):
+            draws = [np.mean([resampled(path) for path in side], axis=0) for side in paths]
+            error = float(np.std(draws[0] - draws[1]))
+            scores[names] = significance.difference(*numbers(lambda result: result["test"]["bleu"]), error)
+        if agree("validation_tokens", "average"):
+            nats[names] = significance.difference(*numbers(lambda result: result["nats"]))
     reports = {"BLEU of test": (scores, ".2f"), "nats of validation": (nats, ".3f")}
     return "\n\n".join(significance.report(title, *report) for title, report in reports.items() if report[0])

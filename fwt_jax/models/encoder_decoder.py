@@ -46,8 +46,8 @@ class Attention:
       feature_map, feature_size, feature_normalization: as in ``ModelConfig``. Only "favor_plus" differs: it estimates
         the kernel of softmax attention, exp(kᵀq / √D). So x is divided by D^¼, and nothing is added to the features.
       normalize, eps: attention normalisation, see ``fast_weight_attention``; eps is above 0.
-      decay: whether the memory decays, by a factor for each head from x (``layers.Decay``, as in Gated DeltaNet); only
-        in the decoder's self-attention.
+      decay: whether the memory decays, by a factor for each head from x (``layers.Decay``); only in the decoder's
+        self-attention. With rule "delta" it is the gated delta rule (Yang et al. 2025).
 
     Raises:
       ValueError: an unknown name, a feature_size below 1, an eps of 0, features or a decay for softmax, or "delta" with
