@@ -188,9 +188,11 @@ def draw(results: list[dict], texts: list[str], path: pathlib.Path):
         base = np.mean(values[names.index("softmax")]) if "softmax" in names else np.mean(values[0])
         bars = axes.bar(x + (i - len(texts) / 2) * width, [np.mean(v) / base for v in values], width, label=label)
         for bar, seeds in zip(bars, values, strict=True):
+            middle, top = bar.get_x() + width / 2, max(seeds) / base
             if len(seeds) > 1:
-                axes.vlines(bar.get_x() + width / 2, min(seeds) / base, max(seeds) / base, color="black", linewidth=0.8)
-        axes.bar_label(bars, [f"{np.mean(v):.0f}" for v in values], fontsize=6, padding=1)
+                axes.vlines(middle, min(seeds) / base, top, color="black", linewidth=0.8)
+            place = {"textcoords": "offset points", "ha": "center", "fontsize": 6}
+            axes.annotate(f"{np.mean(seeds):.0f}", (middle, top), (0, 1.5), **place)
     axes.set_xticks(x, [name.replace(", ", "\n") for name in names], fontsize=8)
     axes.set(ylabel="perplexity / softmax's", ylim=(0.85, None), title="By sliding window; numbers: perplexities")
     axes.legend(fontsize=7, loc="upper left")
