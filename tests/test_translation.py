@@ -595,7 +595,9 @@ def test_runs_with_other_settings_or_the_same_seed_are_not_seeds_of_one_model(tm
     others = [first | {"settings": "another", "seed": 2}, first, {k: v for k, v in first.items() if k != "seed"}]
     for other in others:
         lines = runs.table({tmp_path / "a": first, tmp_path / "b": other}).splitlines()
-        assert len(lines) == 3 and "tiny-elu in a" in "".join(lines) and "tiny-elu in b" in "".join(lines)
+        assert sorted(line.split(" parallel")[0].rstrip() for line in lines[1:]) == [
+            f"tiny-elu in {tmp_path / x}" for x in "ab"
+        ]
 
 
 def test_a_seed_that_is_not_the_presets_has_its_own_folder(tmp_path, monkeypatch):

@@ -113,7 +113,7 @@ def _models(runs: Runs) -> dict[str, dict[pathlib.Path, dict]]:
         seen[(*settings, seed)] += 1
         models.setdefault((*settings, seed is None, seen[(*settings, seed)]), {})[path] = result
     presets = collections.Counter(key[0] for key in models)
-    names = {key: key[0] if presets[key[0]] == 1 else f"{key[0]} in {next(iter(models[key])).name}" for key in models}
+    names = {key: key[0] if presets[key[0]] == 1 else f"{key[0]} in {next(iter(models[key]))}" for key in models}
     return {names[key]: models[key] for key in sorted(models)}
 
 
