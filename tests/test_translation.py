@@ -583,6 +583,8 @@ def test_only_what_is_comparable_is_compared(tmp_path):
         changed = {path: row | change if "delta" in path.name else row for path, row in compared.items()}
         found = runs.verdict(changed)
         assert found.startswith(left) and "\n\n" not in found
+    older = {path: {k: v for k, v in row.items() if k != "validation_tokens"} for path, row in compared.items()}
+    assert "nats" not in runs.verdict(older)
     last = tmp_path / "tiny-delta-2"
     assert runs.verdict(compared | {last: compared[last] | {"seed": 3}}) == ""  # one seed in common
     (last / runs.STATISTICS).write_text("a,b\n1,2\n")
@@ -600,13 +602,15 @@ def test_runs_with_other_settings_or_the_same_seed_are_not_seeds_of_one_model(tm
         ]
 
 
-def test_a_seed_that_is_not_the_presets_has_its_own_folder(tmp_path, monkeypatch):
+def test_a_seed_that_is_not_the_presets_has_its_own_folder_and_the_same_settings(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     paths = write(tmp_path, "text", pairs_of_words(400))
-    names = [
-        translation.prepare(translation.Config("tiny-elu", parallel=paths, vocabulary=300, seed=seed)).out.name
-        for seed in (None, 1, 2)
-    ]
+    changes = ({}, {"seed": 1}, {"seed": 2}, {"dropout": 0.3})
+    configs = [translation.Config("tiny-elu", parallel=paths, vocabulary=300, **change) for change in changes]
+    tasks = [translation.prepare(config) for config in configs]
+    settings = [translation._digest_but_seed(task.size.training, task.identity()) for task in tasks]
+    assert settings[0] == settings[1] == settings[2] != settings[3]
+    names = [task.out.name for task in tasks[:3]]
     assert names == ["tiny-elu", "tiny-elu", "tiny-elu-seed-2"]
 
 

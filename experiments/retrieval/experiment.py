@@ -64,8 +64,8 @@ class Run:
     def cost(self) -> float:
         """A rough estimate of its seconds on one core, to start the longest first and to show the progress.
 
-        It counts 4 s of compilation, and steps whose number and time grow with S. The runs of
-        results/quick.csv took 264 s in all on an Intel Xeon, and their estimates add up to 382 s.
+        It counts 4 s of compilation, and steps whose number and time grow with S. The runs of results/quick.csv took
+        264 s in all on an Intel Xeon, and their estimates add up to 382 s.
         """
         features = {"favor": 10 * self.model.size, "dpfp": 128 * self.model.size}.get(self.model.feature_map, 64)
         sequential = self.model.update is not None and not self.model.update.parallel

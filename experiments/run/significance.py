@@ -32,7 +32,8 @@ def difference(first: Sequence[float], second: Sequence[float], error: float = 0
 
     sd is the standard deviation of the n differences. t and z are the quantiles of Student's distribution with n − 1
     degrees of freedom and of the normal distribution for an interval of ``LEVEL``. Without ``error`` it is the interval
-    of the paired t-test. With both parts it holds the true difference a little more often than ``LEVEL`` says.
+    of the paired t-test. Both parts together (Zou & Donner 2008) hold the true difference a little more often than
+    ``LEVEL`` says.
 
     Args:
       first, second: a number for each seed, of the same seeds in the same order.
