@@ -167,6 +167,23 @@ def test_favor_by_halves_is_favor_by_features_with_all_digits(length):
     assert "DEFAULT" not in jax.jit(by_halves).lower(key, query).as_text()
 
 
+@pytest.mark.parametrize("nu", [1, 2, 7])
+def test_dpfp_without_features_is_dpfp_by_features_with_all_digits(nu):
+    key, query = (jax.random.normal(jax.random.key(seed), shape) for seed, shape in ((0, (5, 4)), (1, (4,))))
+
+    def by_features(key, query):
+        return feature_maps.dpfp(key, nu) @ feature_maps.dpfp(query, nu)
+
+    def without_features(key, query):
+        return retrieval_model._dpfp_weights(nu, key, query)
+
+    for function in (lambda f: f, lambda f: jax.grad(lambda *x: jnp.sum(jnp.sin(f(*x))), argnums=(0, 1))):
+        weights = function(without_features)(key, query)
+        chex.assert_trees_all_close(weights, function(by_features)(key, query), rtol=1e-5, atol=1e-6)
+    gradient = jax.grad(lambda *x: jnp.sum(without_features(*x)))
+    assert "DEFAULT" not in jax.jit(gradient).lower(key, query).as_text()
+
+
 def test_the_fast_weight_memory_starts_without_a_clip():
     """Figure 3's "Schlag (2021)": W_1 = β_1 k_1 v_1ᵀ whatever its norm, then the fwm step."""
     rng = np.random.default_rng(0)
