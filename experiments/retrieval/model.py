@@ -276,8 +276,8 @@ def _weights(model: Model, key, query, projection):
         return jax.nn.softmax(query @ key.T * key.shape[-1] ** -0.5, axis=-1)
     if model.feature_map == "favor":
         return _favor_weights(key, query, projection)
-    if model.feature_map == "dpfp":
-        return jax.vmap(functools.partial(_dpfp_weights, model.size, key))(query)
+    if model.feature_map == "dpfp" and len(query) == 1:  # Many queries share the features of the keys.
+        return _dpfp_weights(model.size, key, query[0])[None]
     key, query = _features(model, key, projection), _features(model, query, projection)
     return jax.vmap(lambda q: read_weights(q, key, jnp.ones(len(key)), rule=model.rule)[0])(query)
 
