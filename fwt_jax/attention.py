@@ -102,7 +102,8 @@ def fast_weight_attention(
         With N memories, ids are from 0 to N − 1, in any order: each token advances and reads the memory that its id
         names, and no other. The memory returned has all N. Known ids are checked, which waits for the device; tokens
         with a traced id outside of the range count as padding. A form or a kernel takes one chunk of one segment at a
-        time, of at most ⌈T/N⌉ tokens: see segments.py. Not with ``memory_every``, ``pieces`` or ``sequence_axis``.
+        time, of at most ⌈T/N⌉ tokens, rounded up to a multiple of 8: see segments.py. Not with ``memory_every``,
+        ``pieces`` or ``sequence_axis``.
       lengths: integers ``[B]`` from 0 to T, for rows that are padded behind; T for all rows if not given. Row b writes
         and decays its first ``lengths[b]`` tokens, and its memory is that of the row cut there. Of the other tokens y
         and all gradients are 0, whatever their arrays hold. Numbers that are not traced are checked, which waits for
@@ -123,8 +124,9 @@ def fast_weight_attention(
         "parallel" (sum, delta, oja) takes all tokens as one chunk. All give the same numbers up to rounding. None picks
         "chunkwise"; and "recurrent" for a single token and where the rule has no chunkwise form ("fwm" and "oja" with a
         decay per channel). (On CPU, for K·V ≤ 4096, "recurrent" takes a third to nine tenths of the time of "chunkwise"
-        without a gradient, and up to four times as much with one.)
-      chunk_size: tokens per chunk of the chunkwise form. None picks 64, or 32 for "fwm" and for K·V ≤ 1024, or fewer.
+        without a gradient, and up to five and a half times as much with one.)
+      chunk_size: tokens per chunk of the chunkwise form. None picks 64 in plain JAX, or 32 for "fwm" and for
+        K·V ≤ 1024; 64 in the GPU kernels, or 32 for products of float32; 128 in the TPU kernels; or fewer.
       implementation: "xla" is plain JAX. "pallas" is a kernel for TPU, "triton" one for NVIDIA GPUs, for the chunkwise
         form of sum and delta. None picks "triton" where JAX's default device is an NVIDIA GPU, ``fwt_jax[cuda]`` is
         installed, and ``kernels.gpu.why_not`` has no reason against it. It picks "pallas" for one TPU, in
@@ -138,10 +140,11 @@ def fast_weight_attention(
         of custom calls is disabled.
       pieces: the number of parts that each sequence is cut into, for "sum", "delta" and "oja". All of them advance at
         once, from the memory that composing the maps of the earlier ones gives: see pieces.py. It takes two to three
-        times the FLOPs, and twice the memory or more. It is for few heads, long sequences and a device that they do not
-        fill; never for a CPU. None picks a number for plain JAX where JAX's default device is an NVIDIA GPU: see
-        ``number_of_pieces`` in pieces.py. It is 1 elsewhere, for a kernel, with a mesh or ``memory_every``, and for
-        what has no pieces. 1 is the default because that number is computed and was never timed.
+        times the FLOPs (up to 1.5 times for "sum"), and twice the memory or more. It is for few heads, long sequences
+        and a device that they do not fill; never for a CPU. None picks a number for plain JAX where JAX's default
+        device is an NVIDIA GPU: see ``number_of_pieces`` in pieces.py. It is 1 elsewhere, for a kernel, with a mesh or
+        ``memory_every``, and for what has no pieces. 1 is the default because that number is computed and was never
+        timed.
       sequence_axis: the name of an axis of the mesh that splits the tokens of each sequence into such pieces, in order.
         In ``jax.shard_map`` over it, the arguments are the piece of one device and W_0, and the results are its piece
         of y and W_T. Elsewhere the operation calls ``jax.shard_map`` itself, with the mesh of ``jax.set_mesh``.

@@ -54,7 +54,7 @@ def chunkwise(
         read.
       written: see ``memory.recurrent``; for a rule without a ``chunk``. Other rules take zeros as no token.
       rule: a row of the table of rules. If it has no ``chunk``, tokens go one by one, and each chunk is recomputed.
-      chunk_size: C, never more than T. None takes as few chunks as cover T, all of one size, of at most
+      chunk_size: C, or T if that is less. None takes as few chunks as cover T, all of one size, of at most
         ``rule.chunk_size`` tokens (32 if K·V ≤ 1024). If K·V ≤ 4096, a CPU computes those of 64 in two halves, one
         after the other: a tenth less time, and twice the time to compile.
       precision: of the matrix products, as in ``jax.lax``.

@@ -32,8 +32,8 @@ def fast_weight_cross_attention(
         W = W_0 + Σ_i k_i v_iᵀ,   z = z_0 + Σ_i k_i,   y_t = Wᵀq_t,  divided by zᵀq_t + eps if normalised
 
     Cost: 2·H·K·V FLOPs per token that is written and as many per token that reads, without a query-by-key matrix. For
-    short sources that matrix is less work, 2·H·S·(K + V) FLOPs per token that reads. Then y comes from it, and under
-    jit the memory costs nothing unless it is used.
+    short sources that matrix is less work, 2·H·S·(K + V) FLOPs per token that reads. Then, without a ``memory`` and a
+    ``sequence_axis``, y comes from it, and under jit the memory costs nothing unless it is used.
 
     Args:
       query: φ(q), ``[B, T, H, K]``, floating point.

@@ -9,8 +9,9 @@ features above 65504 become infinite. If x is float16, map and normalise in floa
 
 Normalisation needs the ratios of a token's features, however small they are. So the two maps of exponentials,
 ``elu_plus_one`` and ``favor_plus``, raise a token whose largest feature is below exp(−60) (exp(−500) for float64) to
-that, by one common factor. No feature changes by more than exp(−60), and no other token changes. The products of
-``relu_squared``, ``dpfp`` and ``taylor`` have no such bound: they are 0 for |x| below 1e-19, and infinite above 1e19.
+that (``favor_plus``: over √(2M)), by one common factor. No feature changes by more than exp(−60), and no other token
+changes. The products of ``relu_squared``, ``dpfp`` and ``taylor`` have no such bound: they are 0 for |x| below 1e-19,
+and infinite above 1e19.
 
 =================  =========  ==============================================================
 map                F          source

@@ -194,7 +194,7 @@ def sum_writes(fast_weights, key, value, beta, recall_scale, decays, precision):
 
 
 def delta_writes(fast_weights, key, value, beta, recall_scale, decays, precision):
-    """a_t = k_t, and b solves a unit lower triangular system; T²K + T²V + 2TKV FLOPs and those of the solve.
+    """a_t = k_t, and b solves a unit lower triangular system; 2T²K + 2TKV FLOPs and those of the solve.
 
     b_t = β_t (v_t − r_t [D_t0 W_0ᵀk_t + Σ_{i<t} D_ti (k_tᵀk_i) b_i])          r = recall_scale, or 1
     """

@@ -42,7 +42,7 @@ class Rule(NamedTuple):
     Attributes:
       step: the definition, (W ``[K, V]``, key ``[K]``, value ``[V]``, beta ``[]``, decay) -> W. The decay α is None,
         ``[]`` or ``[K]``, and the step multiplies W by it before the write. Matrix products in it are exact by default.
-        At padding (``lengths``) its other arguments are 0 and its result is not used.
+        At padding (``lengths``) key, value and beta are 0, the decay is 1, and its result is not used.
       chunk: many tokens at once, with the arguments of ``memory.chunk`` except ``writes``; ``linear`` makes one. Tokens
         whose arrays are all 0 must change nothing. None: the chunkwise form takes the step token by token, and the
         backward pass recomputes each chunk.
@@ -53,9 +53,9 @@ class Rule(NamedTuple):
       normalize: a tuple of the attention normalisations that are defined for the rule. z sums the keys, or β k if
         ``corrects`` is False. With "retrieval", ``step`` and ``chunk`` take a ``recall_scale``.
       corrects: True if the write is β k (v − Wᵀk)ᵀ, False if it is β k vᵀ, None if neither. ``read_weights``, the
-        kernels for TPU and the chunkwise form on a GPU know these two writes, and take W without ``start`` and ``end``.
+        kernels and the chunkwise form on a GPU know these two writes. The kernels take W without ``start`` and ``end``.
       unit_values: True if layers scale values to length 1, because the rule looks values up as "delta" does keys.
-      chunk_size: the largest size that ``chunk_size=None`` picks.
+      chunk_size: the largest size that ``chunk_size=None`` picks in plain JAX.
       piece: the kind of M in the map W ↦ M W + U of a stretch of tokens, see pieces.py: "diagonal"; "matrix";
         "transposed" for a map of Wᵀ; None if the rule is not linear in W, or has no chunk.
     """

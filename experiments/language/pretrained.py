@@ -151,5 +151,5 @@ class Base:
         return {"config": files.digest(self.config.options), "weights": files.digest(json.dumps(sizes))}
 
     def save(self, model: HybridLM, out: pathlib.Path):
-        """Writes a model as a public checkpoint, with all other files of this one."""
+        """Writes a model as a public checkpoint, with this one's tokenizer, templates and options."""
         convert.save_pretrained(model, out, base=self.folder)
