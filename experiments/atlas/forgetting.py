@@ -48,6 +48,7 @@ import numpy as np
 import optax
 from jax import lax
 
+from experiments.atlas import plot
 from experiments.atlas.task import Point, Run, Task
 from fwt_jax import Memory, fast_weight_attention
 
@@ -289,17 +290,6 @@ def solved(points: list[Point]) -> float:
 
 # --- figure ----------------------------------------------------------------------------------------------------------
 
-# model: colour, marker, line. Colours for the colour-blind, after Okabe and Ito.
-LOOKS = {
-    "sum": ("#E69F00", "X", "-"),
-    "sum, decay 0.95": ("#D55E00", "P", ":"),
-    "gated sum": ("#B8860B", "P", "-"),
-    "delta": ("#009E73", "s", "-"),
-    "delta, decay 0.95": ("#1F3A68", "v", ":"),
-    "gated delta": ("#56B4E9", "o", "-"),
-    "fwm": ("#B5559B", "D", "-"),
-    "oja": ("#999999", "h", "-"),
-}
 TITLES = {
     "reassign": "Keys are reassigned",
     "contexts": "Contexts: a decay is needed",
@@ -308,53 +298,18 @@ TITLES = {
 }
 
 
-def draw(figure, rows: list[dict[str, str]]) -> None:
-    """A panel for each setting: the mean accuracy over the length, with a band from the least to the largest seed.
-
-    Args:
-      figure: an empty matplotlib figure, at least 7 inches wide.
-      rows: of the csv, with columns model, setting, seed, x and score.
-    """
-    figure.set_size_inches(8, 7)
-    shown = [setting for setting in SETTINGS if any(row["setting"] == setting for row in rows)]
-    grid = figure.subplots(-(-len(shown) // 2), 2, squeeze=False, sharex=True, sharey=True)
-    for axes, setting in zip(grid.flat, shown, strict=False):
-        for model, (color, marker, line) in LOOKS.items():
-            by_x = {}
-            for row in rows:
-                if (row["model"], row["setting"]) == (model, setting):
-                    by_x.setdefault(float(row["x"]), []).append(float(row["score"]))
-            if not by_x:
-                continue
-            seeds = np.array([by_x[x] for x in sorted(by_x)]).reshape(len(by_x), -1)
-            look = {"color": color, "marker": marker, "linestyle": line, "markersize": 5, "linewidth": 1.5}
-            axes.plot(sorted(by_x), seeds.mean(1), **look, label=model)
-            axes.fill_between(sorted(by_x), seeds.min(1), seeds.max(1), color=color, alpha=0.15, linewidth=0)
-        axes.set_title(TITLES[setting], loc="left", fontsize=11)
+def draw(figure, rows):
+    plot.panels(figure, rows, TASK, columns=2)
+    for axes in figure.axes:
+        axes.set_title(TITLES.get(axes.get_title(loc="left"), ""), loc="left", fontsize=11)
         axes.set_xscale("log", base=2)
         axes.set_xticks(XS, [f"{x}×" for x in XS])
-        axes.grid(color="#E4E4E4", linewidth=0.7)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    for axes in grid.flat[len(shown) :]:
-        axes.set_visible(False)
-    for axes in grid[-1]:
-        axes.set_xlabel("length; 1× is the trained one", fontsize=11)
-    for axes in grid[:, 0]:
-        axes.set_ylabel("share of right answers", fontsize=11)
-    handles = {}
-    for axes in grid.flat:
-        handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    order = [model for model in LOOKS if model in handles]
-    figure.legend(
-        [handles[model] for model in order], order, loc="outside lower center", ncols=4, frameon=False, fontsize=10
-    )
 
 
 TASK = Task(
     name="forgetting",
     question="Does the memory replace what changes, forget what no longer counts, and keep the rest?",
-    x="length, in trained lengths",
+    x="length; 1× is the trained one",
     score="share of right answers",
     runs=runs,
     execute=execute,

@@ -27,6 +27,7 @@ LOOKS = {
     "delta β<2, 3 writes": ("#CC3311", "<"),
     "delta β<2, 4 writes": ("#661100", ">"),
 }
+FIXED_DECAY = {"sum, decay 0.95": ("#D55E00", "P"), "delta, decay 0.95": ("#1F3A68", "v")}  # not in the overview
 OTHER = ("#777777", ".")
 
 
@@ -37,7 +38,7 @@ def unique(values: Iterable) -> list:
 
 def models(rows: list[dict[str, str]]) -> list[str]:
     """The models of rows, in the order of the legend."""
-    rank = {model: i for i, model in enumerate(LOOKS)}
+    rank = {model: i for i, model in enumerate(LOOKS | FIXED_DECAY)}
     return sorted(unique(row["model"] for row in rows), key=lambda model: rank.get(model, len(rank)))
 
 
@@ -82,7 +83,7 @@ def curves(axes, rows: list[dict[str, str]]):
     """A line for each model, the mean of the seeds, and a band from the least to the largest of them."""
     for model in models(rows):
         by_x = scores([row for row in rows if row["model"] == model])
-        color, marker = LOOKS.get(model, OTHER)
+        color, marker = (LOOKS | FIXED_DECAY).get(model, OTHER)
         pick = {name: [getattr(values, name)() for values in by_x.values()] for name in ("mean", "min", "max")}
         axes.plot(list(by_x), pick["mean"], color=color, marker=marker, markersize=4, linewidth=1.5, label=model)
         axes.fill_between(list(by_x), pick["min"], pick["max"], color=color, alpha=0.15, linewidth=0)
