@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.atlas import experiment, groups, languages, model, plot, recall
+from experiments.atlas import experiment, groups, languages, model, plot, recall, regression
 from experiments.atlas.model import IGNORED, Model, Recipe
 from experiments.atlas.task import Point, Run
 from experiments.run.sweep import sweep
@@ -282,6 +282,13 @@ def test_every_task_has_a_figure_and_the_overview_shows_its_settings(tmp_path):
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert "groups: S5" in labels and "recall: silu, d = 32" in labels and "recall: silu, d = 128" not in labels
     assert set(recall.TASK.overview or ()) <= set(recall.SETTINGS)
+
+
+def test_every_model_has_a_colour_and_a_marker_that_no_other_has():
+    for name, task in experiment.TASKS.items():
+        looks = regression.LOOKS if name == "regression" else plot.LOOKS | plot.FIXED_DECAY
+        assert {run.model for run in task.runs(1)} <= looks.keys()
+        assert len(set(looks.values())) == len(looks)
 
 
 def test_estimates_of_seconds_are_positive_and_the_largest_network_is_the_longest():
