@@ -82,6 +82,20 @@ def test_a_permutation_takes_as_many_writes_as_the_rank_by_which_it_changes_the_
     assert np.linalg.matrix_rank(np.asarray(after) - memory, tol=1e-4) == 1  # so one write follows no 3-cycle
 
 
+def test_one_write_for_each_token_tells_at_most_two_powers_of_a_5_cycle_apart():
+    """In one layer a token that comes again writes the same key, value and β, and asks the same query."""
+    rng, length = np.random.default_rng(0), 300
+    betas = np.array([0.1, 0.5, 1.0, 1.5, 1.9, 2.0], np.float32)
+    query, key, value = rng.standard_normal((3, 1, 1, len(betas), 5)).astype(np.float32)
+    key /= np.linalg.norm(key, axis=-1, keepdims=True)
+    query, key, value = (np.repeat(x, length, axis=1) for x in (query, key, value))
+    start = Memory(jnp.asarray(rng.standard_normal((1, len(betas), 5, 5)), jnp.float32), jnp.zeros((1, len(betas), 5)))
+    reads = fast_weight_attention(query, key, value, np.broadcast_to(betas, (1, length, len(betas))), memory=start)[0]
+    np.testing.assert_allclose(reads[:, 298:], reads[:, 296:298], atol=1e-3)  # two in turns, whatever is read from them
+    powers = write_permutations([(1, 2, 3, 4, 0)] * length, 4)[-5:]
+    assert len(np.unique(np.round(powers), axis=0)) == 5
+
+
 # --- data ------------------------------------------------------------------------------------------------------------
 
 
@@ -284,11 +298,21 @@ def test_every_task_has_a_figure_and_the_overview_shows_its_settings(tmp_path):
     assert set(recall.TASK.overview or ()) <= set(recall.SETTINGS)
 
 
-def test_every_model_has_a_colour_and_a_marker_that_no_other_has():
+def test_every_model_has_a_marker_that_no_other_has_and_a_colour_that_no_other_of_its_figure_has():
     for name, task in experiment.TASKS.items():
         looks = regression.LOOKS if name == "regression" else plot.LOOKS | plot.FIXED_DECAY
-        assert {run.model for run in task.runs(1)} <= looks.keys()
-        assert len(set(looks.values())) == len(looks)
+        shown = {run.model for run in task.runs(1)}
+        assert shown <= looks.keys()
+        assert len({marker for _, marker in looks.values()}) == len(looks)
+        assert len({looks[model][0] for model in shown}) == len(shown)
+
+
+def test_lines_in_one_place_are_all_seen():
+    rows = [experiment.as_row(Run("recall", name, "x"), Point(0, x, 0.5), 1.0) for name in plot.LOOKS for x in (1, 2)]
+    axes = plot.new_figure().subplots()
+    plot.curves(axes, rows)
+    widths = [line.get_linewidth() for line in axes.lines]
+    assert len(widths) == len(plot.LOOKS) and all(a > b for a, b in itertools.pairwise(widths))
 
 
 def test_estimates_of_seconds_are_positive_and_the_largest_network_is_the_longest():

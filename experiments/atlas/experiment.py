@@ -41,7 +41,7 @@ class Config:
     out: pathlib.Path = pathlib.Path("runs/atlas")
     """Folder of results and figures. Runs in its results files are not repeated."""
     seeds: int = 5
-    """Networks of each run, with other parameters and data. A run has all of them in one program."""
+    """Networks of each run, with other parameters and other training data. A run has all of them in one program."""
     workers: int = len(cores())
     """Processes, with one core each on CPU."""
     draw: bool = False

@@ -7,6 +7,10 @@ elements and is tested to 120. The score is the accuracy in windows of 24, scale
     A4   the 12 even permutations of four things
     S5   the 120 permutations of five things; the elements read are one transposition, one 5-cycle and its inverse
 
+Recipe: one layer of 64 features with eight heads of 8 and a feed-forward layer of 128; Adam (see ``model.Recipe``) with
+a rate of 0.01 for 1,500 steps and 300 more in which it falls to 0, or earlier if all seeds are below a loss of 0.005;
+batches of 32 words, drawn anew. The test has 128 words, the same for all seeds.
+
 Theory: a write with β = 2 reflects the memory, and a permutation with c cycles of n things is a product of n − c
 reflections (transpositions), and of no fewer, because it differs from 1 by a matrix of rank n − c. So one layer follows
 S3 and A4 with two writes for each token, and S5 with four (Siems et al. 2025). One write for each token follows none of
@@ -135,7 +139,7 @@ def execute(run: Run, report) -> list[Point]:
 
 def seconds(run: Run) -> float:
     """Measured with five seeds on one core."""
-    return 85.0 * MODELS[run.model].get("writes", 1) + (40 if MODELS[run.model].get("rule") is None else 0)
+    return {"softmax": 59, "gated sum": 116}.get(run.model, 45 + 82 * MODELS[run.model].get("writes", 1))
 
 
 TASK = Task(

@@ -12,6 +12,10 @@ and all their prefixes count, so it learns lengths 1 to 50. It is tested on word
 The score is the accuracy in windows of 50 symbols, scaled so that 1 is no error and 0 the most frequent answer of that
 window (Grazzi et al. 2025 scale theirs by chance).
 
+Recipe: one layer of 32 features with four heads of 8 and a feed-forward layer of 64; Adam (see ``model.Recipe``) with a
+rate of 0.01 for 600 steps and 200 more in which it falls to 0, or earlier if all seeds are below a loss of 1e-6;
+batches of 32 words, drawn anew. The test has 128 words, the same for all seeds.
+
 Theory: in one layer a symbol that comes again and again multiplies the memory by the same 1 − β k kᵀ, whose eigenvalues
 are real, from 1 − b to 1. So b = 1 cannot count modulo 2, and b = 2 can. Modulo 3 takes complex eigenvalues, which a
 product of two writes for each token has. A sum counts up and down, but it cannot drop what it does not know, as a reset
@@ -27,8 +31,8 @@ Sources:
   eigenvalues" (arXiv 2411.12537), for β up to 2. Its abstract says that models with positive eigenvalues "cannot solve
   parity, while non-triangular matrices are needed to count modulo 3". The tables of accuracies: not found.
 
-Ours differs: one layer of 32 features with four heads; words are drawn anew for each batch, and do not come from files;
-labels are states, not sets of next symbols; words have no end; the accuracy counts symbols, not whole words.
+Ours differs: one small layer; words are drawn anew for each batch, and do not come from files; labels are states, not
+sets of next symbols; words have no end; the accuracy counts symbols, not whole words.
 """
 
 from __future__ import annotations
@@ -159,7 +163,8 @@ def solved(points: list[Point]) -> float:
 
 def seconds(run: Run) -> float:
     """Measured with five seeds on one core."""
-    return {"softmax": 35, "sum": 35, "gated delta": 75, "fwm": 72, "delta β<2, 2 writes": 82}.get(run.model, 52)
+    times = {"softmax": 34, "sum": 33, "gated sum": 78, "gated delta": 97, "fwm": 70, "delta β<2, 2 writes": 82}
+    return times.get(run.model, 52)
 
 
 TASK = Task(

@@ -146,6 +146,8 @@ class Network(nnx.Module):
 class Recipe(NamedTuple):
     """How the models of a task are trained: Adam with a warm-up of 50 steps, a constant rate, and a linear end.
 
+    Gradients are clipped to a norm of 1. Adam has β₁ = 0.9 and β₂ = 0.98.
+
     All numbers of steps are multiples of ``EVERY``.
 
     Attributes:

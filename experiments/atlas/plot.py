@@ -12,22 +12,22 @@ from experiments.run import files, tables
 
 COLUMNS = ("model", "setting", "seed", "x", "score", "seconds")  # of a results file
 
-# model: colour and marker; in the order of the legend and of the overview. Colours for the colour-blind, after Okabe
-# and Ito.
+# model: colour and marker; in the order of the legend and of the overview. Most colours are of Okabe and Ito, for the
+# colour-blind. Where two are near to each other for them, markers and dashes differ.
 LOOKS = {
     "softmax": ("#000000", "p"),
     "sum": ("#E69F00", "X"),
-    "gated sum": ("#B8860B", "P"),
-    "fwm": ("#B5559B", "D"),
+    "gated sum": ("#7A5200", "P"),
+    "fwm": ("#882255", "D"),
     "oja": ("#999999", "h"),
     "delta": ("#009E73", "s"),
     "gated delta": ("#56B4E9", "o"),
     "delta β<2": ("#0072B2", "^"),
     "delta β<2, 2 writes": ("#D55E00", "v"),
-    "delta β<2, 3 writes": ("#CC3311", "<"),
+    "delta β<2, 3 writes": ("#332288", "<"),
     "delta β<2, 4 writes": ("#661100", ">"),
 }
-FIXED_DECAY = {"sum, decay 0.95": ("#D55E00", "P"), "delta, decay 0.95": ("#1F3A68", "v")}  # not in the overview
+FIXED_DECAY = {"sum, decay 0.95": ("#D55E00", "*"), "delta, decay 0.95": ("#1F3A68", "x")}  # not in the overview
 OTHER = ("#777777", ".")
 
 
@@ -79,13 +79,32 @@ def new_figure(width: float = 8, height: float = 5):
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
+def dashes(model: str) -> str:
+    """The line of a model: dashed with a learned decay, dotted with a fixed one."""
+    return "--" if model.startswith("gated") else ":" if model in FIXED_DECAY else "-"
+
+
 def curves(axes, rows: list[dict[str, str]]):
-    """A line for each model, the mean of the seeds, and a band from the least to the largest of them."""
+    """A line for each model, the mean of the seeds, and a band from the least to the largest of them.
+
+    Each line is thinner than those below it, so that lines in one place are all seen.
+    """
+    widths = dict(zip(LOOKS | FIXED_DECAY, np.linspace(4, 1.2, len(LOOKS | FIXED_DECAY)), strict=True))
     for model in models(rows):
+        width = widths.get(model, 1.2)
         by_x = scores([row for row in rows if row["model"] == model])
         color, marker = (LOOKS | FIXED_DECAY).get(model, OTHER)
         pick = {name: [getattr(values, name)() for values in by_x.values()] for name in ("mean", "min", "max")}
-        axes.plot(list(by_x), pick["mean"], color=color, marker=marker, markersize=4, linewidth=1.5, label=model)
+        axes.plot(
+            list(by_x),
+            pick["mean"],
+            dashes(model),
+            color=color,
+            marker=marker,
+            markersize=3 + width,
+            linewidth=width,
+            label=model,
+        )
         axes.fill_between(list(by_x), pick["min"], pick["max"], color=color, alpha=0.15, linewidth=0)
     axes.grid(color="#E4E4E4", linewidth=0.7)
     axes.set_axisbelow(True)

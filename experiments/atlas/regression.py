@@ -53,6 +53,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.atlas import plot
 from experiments.atlas.task import Point, Run, Task
 from fwt_jax import fast_weight_attention
 
@@ -230,23 +231,23 @@ def solved(points: list[Point]) -> float:
 
 # --- figure ----------------------------------------------------------------------------------------------------------
 
-# model: colour, marker. Colours for the colour-blind, after Okabe and Ito.
+# model: colour, marker
 LOOKS = {
     "sum, no gain": ("#D55E00", "x"),
-    "sum": ("#E69F00", "X"),
-    "gated sum": ("#B8860B", "P"),
+    "sum": plot.LOOKS["sum"],
+    "gated sum": plot.LOOKS["gated sum"],
     "delta 0.25": ("#0072B2", "v"),
     "delta 0.5": ("#332288", "^"),
-    "delta": ("#009E73", "s"),
+    "delta": plot.LOOKS["delta"],
     "delta 1.5": ("#661100", "<"),
-    "gated delta": ("#56B4E9", "o"),
-    "fwm": ("#B5559B", "D"),
-    "oja": ("#999999", "h"),
+    "gated delta": plot.LOOKS["gated delta"],
+    "fwm": plot.LOOKS["fwm"],
+    "oja": plot.LOOKS["oja"],
     "least squares": ("#000000", "*"),
 }
 PANELS = {
     # setting: title, limits of the score
-    "clean": ("The map, read from clean pairs", (5e-4, 30)),
+    "clean": ("The map, read from clean pairs", (1e-4, 100)),
     "noisy": ("Noise of variance ¼ on the values", (2e-2, 10)),
     "change": ("Another map after 64 pairs", (1e-2, 30)),
 }
@@ -283,7 +284,8 @@ def draw(figure, rows: list[dict[str, str]]) -> None:
         axes.grid(color="#E4E4E4", linewidth=0.7)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[-1].set_xlabel(f"pairs seen (d = {SIZE}); points: simulation, lines: closed form", fontsize=10)
+    meaning = "points: simulation, lines: closed form, dotted: no closed form"
+    panels[-1].set_xlabel(f"pairs seen (d = {SIZE}); {meaning}", fontsize=10)
     handles = [Line2D([], [], label=m, color=LOOKS[m][0], marker=LOOKS[m][1], markersize=5) for m in found]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=10)
 
