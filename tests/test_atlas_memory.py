@@ -209,6 +209,14 @@ def test_numbers_that_are_learned_give_more_right_answers(monkeypatch):
     assert before.shape == (2, 2) and np.all(after > before) and np.all(after > 0.9)
 
 
+@pytest.mark.exhaustive
+def test_a_gate_learns_a_decay_that_is_harmless_at_the_trained_length_and_not_at_16_times_that():
+    table, batches, _ = forgetting.draw_seeds(forgetting.SETTINGS["hold"], 5)
+    decay = jax.nn.sigmoid(forgetting.train(forgetting.MODELS["gated delta"], table, batches)["keep"])
+    assert np.all(decay > 0.9990) and np.all(decay < 0.9996)
+    assert np.all(decay**forgetting.LENGTH > 0.93) and np.all(decay**1000 < 0.65)
+
+
 # --- both ------------------------------------------------------------------------------------------------------------
 
 
