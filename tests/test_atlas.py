@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from experiments.atlas import experiment, groups, languages, model, plot, recall, regression
 from experiments.atlas.model import IGNORED, Model, Recipe
@@ -313,6 +314,13 @@ def test_lines_in_one_place_are_all_seen():
     plot.curves(axes, rows)
     widths = [line.get_linewidth() for line in axes.lines]
     assert len(widths) == len(plot.LOOKS) and all(a > b for a, b in itertools.pairwise(widths))
+
+
+@pytest.mark.parametrize("name", languages.MODELS)
+def test_no_parameter_is_weakly_typed(name):
+    """Else the second call of a training, whose parameters come from the first, compiles the program again."""
+    network = nnx.eval_shape(lambda: model.Network(languages.MODELS[name], nnx.Rngs(0)))
+    assert not [x for x in jax.tree.leaves(nnx.state(network, nnx.Param)) if x.weak_type]
 
 
 def test_estimates_of_seconds_are_positive_and_the_largest_network_is_the_longest():

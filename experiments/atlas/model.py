@@ -83,7 +83,7 @@ class FastWeights(nnx.Module):
         self.decay = Decay(model.d_model, model.num_heads, rngs=rngs) if model.decay else None
         if self.decay is not None:
             # Mostly α > 0.996. Where Decay starts, one head alone may forget at once, and then it never learns.
-            self.decay.log_rate[...] = jnp.full(model.num_heads, -2.0)
+            self.decay.log_rate[...] = jnp.full(model.num_heads, -2.0, jnp.float32)
         channels = () if model.conv_size is None else (shape, (model.writes, *shape), (model.writes, *shape))
         self.convolutions = nnx.List([ShortConvolution(c, model.conv_size or 1, rngs=rngs) for c in channels])
         self.norm = RMSNorm(model.head_size, rngs=rngs)
