@@ -205,6 +205,14 @@ def test_training_stops_early_and_its_seeds_differ():
     np.testing.assert_array_equal(model.predict(net, parameters, tokens, 1), [tokens, tokens])
 
 
+def test_a_model_is_compiled_once_for_all_its_languages():
+    net = Model(vocabulary=5, classes=4, num_heads=1, head_size=4, d_model=8, hidden=0)
+    for language in ("parity", "modulo 3"):
+        parameters, _ = model.train(net, languages.sample(language, 2, 6), Recipe(steps=50, end=50), 1)
+        model.predict(net, parameters, jnp.zeros((4, 9), int), 2)
+    assert [program._cache_size() for program in model._programs(net)] == [1, 1]
+
+
 def test_easier_batches_come_first():
     net = Model(rule="sum", vocabulary=2, classes=2, num_heads=1, head_size=4, d_model=8, hidden=0)
 
@@ -234,7 +242,7 @@ def test_a_network_learns_parity_beyond_its_lengths_with_beta_to_2_and_not_with_
     for beta in (1.0, 2.0):
         net = Model(max_beta=beta, num_heads=2, head_size=8, d_model=16, hidden=0, vocabulary=5)
         parameters, _ = model.train(net, languages.sample("parity", 32, 12), Recipe(rate=2e-2, steps=100, end=50), 5)
-        predicted = np.asarray(model.predict(net, parameters, tokens))[:, :, 1:]
+        predicted = model.predict(net, parameters, tokens)[:, :, 1:]
         points = languages.windows(predicted, np.asarray(labels)[:, 1:], 12)
         scores[beta] = [point.score for point in points if point.x == 60]
     assert np.median(scores[2.0]) > 0.99 and max(scores[1.0]) < 0.1  # not each seed learns it in 150 steps

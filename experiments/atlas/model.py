@@ -29,6 +29,9 @@ FEATURES = {
     "dpfp": (functools.partial(feature_maps.dpfp, nu=1), feature_maps.sum_normalize),
 }
 IGNORED = -1  # a label that does not count
+# K·V up to which a CPU trains token by token. With its gradient, a memory of 8 × 8 takes a third to a half of the time of
+# chunks for delta, and a sixth for fwm. One of 16 × 16 takes one and a half times as long.
+SMALL = 8 * 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +112,8 @@ class FastWeights(nnx.Module):
             key, value, beta = (z.reshape(batch, length * model.writes, *z.shape[3:]) for z in (key, value, beta))
         else:
             key, value, beta = key[:, :, 0], value[:, :, 0], beta[:, :, 0]
-        y, _ = fast_weight_attention(query, key, value, beta, log_decay, rule=model.rule)
+        form = "recurrent" if key.shape[-1] * value.shape[-1] <= SMALL else "chunkwise"
+        y, _ = fast_weight_attention(query, key, value, beta, log_decay, rule=model.rule, form=form)
         return self.out(self.norm(y[:, model.writes - 1 :: model.writes]))
 
 
@@ -181,6 +185,59 @@ def apply(model: Model, parameters: Any, tokens: jax.Array) -> jax.Array:
     return nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: Network(model, nnx.Rngs(0)))), parameters)(tokens)
 
 
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b2=0.98))
+
+
+class _Programs(NamedTuple):
+    """What is compiled for a model.
+
+    Attributes:
+      steps: (parameters, optimizer's state, batches, rates) -> ((parameters, state), losses ``[steps, seeds]``), with
+        batches of tokens and labels ``[steps, seeds, B, T]``.
+      labels: (parameters, tokens) -> the most probable labels ``[seeds, B, T]``.
+    """
+
+    steps: Callable
+    labels: Callable
+
+
+# A process that trains one model on several languages compiles its steps once. A few models and not all of them: the
+# programs of a hundred networks are more than a process may map into its memory.
+@functools.lru_cache(maxsize=4)
+def _programs(model: Model) -> _Programs:
+    def step(parameters, state, batch, rate):
+        tokens, labels = batch
+        loss, gradients = jax.value_and_grad(lambda p: _loss(apply(model, p, tokens), labels))(parameters)
+        updates, state = OPTIMIZER.update(gradients, state, parameters)
+        return optax.apply_updates(parameters, jax.tree.map(lambda u: -rate * u, updates)), state, loss
+
+    @jax.jit
+    def steps(parameters, state, batches, rates):
+        def body(carry, now):
+            *carry, loss = jax.vmap(step, (0, 0, 0, None))(*carry, *now)
+            return tuple(carry), loss
+
+        return lax.scan(body, (parameters, state), (batches, rates))
+
+    @jax.jit
+    def labels(parameters, tokens):
+        return jax.vmap(lambda p: jnp.argmax(apply(model, p, tokens), -1))(parameters)
+
+    return _Programs(steps, labels)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _batches(sample, keys, numbers):
+    """Those of the steps with these numbers, ``[steps, seeds, B, T]``; keys: one for each seed."""
+    return jax.vmap(lambda number: jax.vmap(lambda key: sample(jax.random.fold_in(key, number)))(keys))(numbers)
+
+
+def start(model: Model, seeds: int) -> Any:
+    """New parameters, with an axis of the seeds 0 to ``seeds`` − 1 in front."""
+    networks = [nnx.state(Network(model, nnx.Rngs(seed)), nnx.Param) for seed in range(seeds)]
+    return jax.tree.map(lambda *x: jnp.stack(x), *networks)
+
+
 def train(
     model: Model,
     sample: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
@@ -206,32 +263,9 @@ def train(
         raise ValueError(f"steps, end and easy must be multiples of {EVERY}, got {recipe}")
     if (recipe.easy > 0) != (easier is not None):
         raise ValueError(f"easy steps and easier sequences go together, got {recipe.easy} steps and easier={easier}")
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b2=0.98))
     keys = jax.vmap(jax.random.key)(jnp.arange(seeds))
-
-    @jax.jit
-    @jax.vmap
-    def start(key):
-        parameters = nnx.state(Network(model, nnx.Rngs(key)), nnx.Param)
-        return parameters, optimizer.init(parameters)
-
-    def step(draw, parameters, state, key, rate):
-        tokens, labels = draw(key)
-        loss, gradients = jax.value_and_grad(lambda p: _loss(apply(model, p, tokens), labels))(parameters)
-        updates, state = optimizer.update(gradients, state, parameters)
-        return optax.apply_updates(parameters, jax.tree.map(lambda u: -rate * u, updates)), state, loss
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def steps(draw, parameters, state, numbers, rates):
-        def body(carry, now):
-            number, rate = now
-            batch_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
-            *carry, loss = jax.vmap(functools.partial(step, draw), (0, 0, 0, None))(*carry, batch_keys, rate)
-            return tuple(carry), loss
-
-        return lax.scan(body, (parameters, state), (numbers, rates))
-
-    parameters, state = start(keys)
+    parameters = start(model, seeds)
+    state = jax.vmap(OPTIMIZER.init)(parameters)
     losses, done, end = [], 0, recipe.steps
     while done < end + recipe.end:
         numbers = np.arange(done, done + EVERY)
@@ -239,7 +273,8 @@ def train(
             1, np.minimum((numbers + 1) / WARM_UP, (end + recipe.end - numbers) / recipe.end)
         )
         is_easy = easier is not None and done < recipe.easy
-        (parameters, state), loss = steps(easier if is_easy else sample, parameters, state, numbers, np.float32(rates))
+        batches = _batches(easier if is_easy else sample, keys, numbers)
+        (parameters, state), loss = _programs(model).steps(parameters, state, batches, np.float32(rates))
         losses.append(np.asarray(loss).mean(0))
         done += EVERY
         if not is_easy and done < end and np.all(losses[-1] < recipe.enough):
@@ -248,11 +283,7 @@ def train(
     return parameters, np.array(losses)
 
 
-def predict(model: Model, parameters: Any, tokens: jax.Array, batch: int = 64) -> jax.Array:
+def predict(model: Model, parameters: Any, tokens: jax.Array, batch: int = 64) -> np.ndarray:
     """The most probable labels ``[seeds, B, T]`` of tokens ``[B, T]``, from parameters of ``train``."""
-
-    @jax.jit
-    def labels(tokens):
-        return jax.vmap(lambda p: jnp.argmax(apply(model, p, tokens), -1))(parameters)
-
-    return jnp.concatenate([labels(tokens[i : i + batch]) for i in range(0, len(tokens), batch)], axis=1)
+    parts = [_programs(model).labels(parameters, tokens[i : i + batch]) for i in range(0, len(tokens), batch)]
+    return np.concatenate(parts, axis=1)

@@ -29,6 +29,7 @@ sequence, and queries follow each other without filling (theirs come sooner more
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -74,6 +75,7 @@ def network(run: Run) -> Model:
     )
 
 
+@functools.cache  # the same object each time, which is compiled once
 def sample(pairs: Sequence[int], sequences: int, length: int) -> Callable:
     """key -> tokens and labels ``[sequences, length]``: N pairs, with N drawn from ``pairs``, and then queries."""
 
@@ -92,18 +94,26 @@ def sample(pairs: Sequence[int], sequences: int, length: int) -> Callable:
     return draw
 
 
+@functools.cache
+def tests() -> list[tuple[np.ndarray, np.ndarray]]:
+    """Tokens and labels for each of ``TEST_PAIRS``, all padded behind to one length, so that one program reads all."""
+    drawn = [jax.jit(sample((n,), TEST_BATCH, 2 * n + QUERIES))(jax.random.key(2**31)) for n in TEST_PAIRS]
+    longest = max(tokens.shape[1] for tokens, _ in drawn)
+
+    def padded(x, filler):
+        return np.pad(x, ((0, 0), (0, longest - x.shape[1])), constant_values=filler)
+
+    return [(padded(tokens, 0), padded(labels, IGNORED)) for tokens, labels in drawn]
+
+
 def execute(run: Run, report) -> list[Point]:
     net, points = network(run), []
     easier = sample(PAIRS[:1], EASY_BATCH, EASY_LENGTH)
     parameters, _ = model.train(net, sample(PAIRS, BATCH, LENGTH), RECIPE, run.seeds, report, easier)
-    tests = [jax.jit(sample((n,), TEST_BATCH, 2 * n + QUERIES))(jax.random.key(2**31)) for n in TEST_PAIRS]
-    longest = max(tokens.shape[1] for tokens, _ in tests)
-    for pairs, (tokens, labels) in zip(TEST_PAIRS, tests, strict=True):
-        length = tokens.shape[1]  # all are padded behind to one length, so that one program reads all
-        tokens = jnp.pad(tokens, ((0, 0), (0, longest - length)))
-        predicted = np.asarray(model.predict(net, parameters, tokens, TEST_BATCH // 2))[:, :, 2 * pairs : length]
-        right = predicted == np.asarray(labels)[:, 2 * pairs :]
-        points += [Point(seed, pairs, float(score)) for seed, score in enumerate(right.mean((1, 2)))]
+    for pairs, (tokens, labels) in zip(TEST_PAIRS, tests(), strict=True):
+        right = model.predict(net, parameters, tokens, TEST_BATCH // 2) == labels
+        scores = right.sum((1, 2)) / np.sum(labels != IGNORED)
+        points += [Point(seed, pairs, float(score)) for seed, score in enumerate(scores)]
     return points
 
 
