@@ -29,8 +29,8 @@ FEATURES = {
     "dpfp": (functools.partial(feature_maps.dpfp, nu=1), feature_maps.sum_normalize),
 }
 IGNORED = -1  # a label that does not count
-# K·V up to which a CPU trains token by token. With its gradient, a memory of 8 × 8 takes a third to a half of the time of
-# chunks for delta, and a sixth for fwm. One of 16 × 16 takes one and a half times as long.
+# K·V up to which a CPU trains token by token. With its gradient, a memory of 8 × 8 takes a third to a half of the time
+# of chunks for delta, and a sixth for fwm. One of 16 × 16 takes one and a half times as long.
 SMALL = 8 * 8
 
 
