@@ -112,7 +112,8 @@ class FastWeights(nnx.Module):
             key, value, beta = (z.reshape(batch, length * model.writes, *z.shape[3:]) for z in (key, value, beta))
         else:
             key, value, beta = key[:, :, 0], value[:, :, 0], beta[:, :, 0]
-        form = "recurrent" if key.shape[-1] * value.shape[-1] <= SMALL else "chunkwise"
+        small = key.shape[-1] * value.shape[-1] <= SMALL and jax.default_backend() == "cpu"
+        form = "recurrent" if small else None
         y, _ = fast_weight_attention(query, key, value, beta, log_decay, rule=model.rule, form=form)
         return self.out(self.norm(y[:, model.writes - 1 :: model.writes]))
 
@@ -228,7 +229,7 @@ def _programs(model: Model) -> _Programs:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _batches(sample, keys, numbers):
-    """Those of the steps with these numbers, ``[steps, seeds, B, T]``; keys: one for each seed."""
+    """The tokens and labels of the steps with these numbers, ``[steps, seeds, B, T]``; keys: one for each seed."""
     return jax.vmap(lambda number: jax.vmap(lambda key: sample(jax.random.fold_in(key, number)))(keys))(numbers)
 
 
@@ -246,7 +247,7 @@ def train(
     report: Callable[[float], Any] = lambda fraction: None,
     easier: Callable[[jax.Array], tuple[jax.Array, jax.Array]] | None = None,
 ) -> tuple[Any, np.ndarray]:
-    """Trains a network with seeds 0 to ``seeds`` − 1, all in one program.
+    """Trains a network with seeds 0 to ``seeds`` − 1, all at once.
 
     Args:
       sample: a key -> tokens and labels ``[B, T]`` of one batch. Every seed has its own batches.
