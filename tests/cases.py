@@ -19,9 +19,12 @@ if "xla_cpu_use_fusion_emitters" in os.environ["XLA_FLAGS"]:
     AS_USERS["xla_cpu_use_fusion_emitters"] = True
 
 
+MORE_CASES = (pytest.mark.exhaustive, pytest.mark.more_cases)  # of a test with other cases that resemble these
+
+
 def some(every, cases):
     """Parameters of a test: one in ``every`` of the cases, from the first on; the others run with -m exhaustive."""
-    marks = [() if i % every == 0 else pytest.mark.exhaustive for i in range(len(cases))]
+    marks = [() if i % every == 0 else MORE_CASES for i in range(len(cases))]
     return [pytest.param(case, marks=mark) for case, mark in zip(cases, marks, strict=True)]
 
 
@@ -67,7 +70,7 @@ class Case:
 
 
 NORMALIZED_RULES = [(name, normalize) for name, rule in RULES.items() for normalize in rule.normalize]
-FORMS = [("recurrent", None), ("parallel", None), ("chunkwise", 5), ("chunkwise", 16), ("chunkwise", None)]
+FORMS = [("recurrent", None), ("parallel", None), ("chunkwise", 16), ("chunkwise", None)]
 DECAYS = [None, "head", "channel"]
 LENGTHS = [100, 37, 64, 1]
 
@@ -98,7 +101,7 @@ def pairs(case):
 
 @functools.cache
 def covering_cases():
-    """Some forty cases in which every two choices meet that meet in the full product: see ``pairs``.
+    """Some thirty cases in which every two choices meet that meet in the full product: see ``pairs``.
 
     Greedy: the next case is one of those in which most pairs meet that have not met yet.
     """

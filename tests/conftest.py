@@ -74,7 +74,10 @@ def compiled_once(tmp_path_factory):
     }
     before = {name: getattr(jax.config, name) for name in options}
     configure_cache(options)
-    yield
+    with pytest.MonkeyPatch.context() as environment:  # of the processes that tests start
+        for name, value in options.items():
+            environment.setenv(name.upper(), str(value))
+        yield
     configure_cache(before)
 
 

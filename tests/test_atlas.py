@@ -150,6 +150,12 @@ def test_a_query_asks_for_the_value_behind_its_key():
     assert numbers == {4, 8}
 
 
+def test_all_tests_of_recall_have_one_length_and_ask_as_much():
+    for tokens, labels in recall.tests():
+        assert tokens.shape == labels.shape == (recall.TEST_BATCH, 2 * max(recall.TEST_PAIRS) + recall.QUERIES)
+        assert np.all(np.sum(labels != IGNORED, axis=1) == recall.QUERIES)
+
+
 def test_scores_are_scaled_by_the_most_frequent_answer():
     labels = np.array([[0, 0, 0, 1, 1, 1, 0, 0]])
     predicted = np.array([labels, 0 * labels, 1 - labels])
@@ -180,7 +186,7 @@ def test_a_network_writes_n_times_and_reads_once():
 
 @pytest.mark.parametrize("name", ["softmax", "delta β<2, 2 writes"])
 def test_a_network_does_not_see_later_tokens(name):
-    net = dataclasses.replace(languages.MODELS[name], conv_size=4, num_layers=2)
+    net = dataclasses.replace(languages.MODELS[name], conv_size=4, num_layers=2, head_size=16)  # in chunks
     parameters = model.nnx.state(model.Network(net, model.nnx.Rngs(0)), model.nnx.Param)
     tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, 5)
     logits = model.apply(net, parameters, tokens)

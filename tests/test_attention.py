@@ -16,6 +16,7 @@ from cases import (
     DECAYS,
     FORMS,
     LENGTHS,
+    MORE_CASES,
     NORMALIZED_RULES,
     Case,
     attend,
@@ -148,7 +149,7 @@ ROUNDED = [
 ]
 
 
-@pytest.mark.parametrize("case", some(2, ROUNDED), ids=str)
+@pytest.mark.parametrize("case", some(4, ROUNDED), ids=str)
 def test_float32_is_the_float64_reference_to_its_own_rounding(case):
     """Tolerances: 2⁻²⁴ per operation, a hundred steps of them, and sums over tokens in the gradients."""
     check_against_reference(case, jnp.float32, rtol=5e-6, gradient_rtol=2e-5)
@@ -177,8 +178,8 @@ LARGE += [
 
 @pytest.mark.parametrize(
     "case",
-    some(4, [case for case in reversed(LARGE) if case.decay])
-    + [pytest.param(case, marks=pytest.mark.exhaustive) for case in LARGE if not case.decay],
+    some(8, [case for case in reversed(LARGE) if case.decay])
+    + [pytest.param(case, marks=MORE_CASES) for case in LARGE if not case.decay],
     ids=str,
 )
 def test_large_jitted_programs_are_the_float64_reference(case):
@@ -191,7 +192,8 @@ def test_large_jitted_programs_are_the_float64_reference(case):
         assert_relative(name, got, want, 5e-6)
 
 
-@pytest.mark.parametrize("case", [*some(9, LARGE[:-1]), pytest.param(LARGE[-1], marks=pytest.mark.exhaustive)], ids=str)
+# By default delta in chunks, and fwm token by token with a decay.
+@pytest.mark.parametrize("case", some(18, [*LARGE[13:], *LARGE[:13]]), ids=str)
 def test_large_jitted_gradients_are_the_float64_reference(case):
     check_against_reference(case, jnp.float32, rtol=5e-6, gradient_rtol=2e-5, compiler_options=AS_USERS)
 
@@ -213,14 +215,14 @@ KERNELS = [
 
 
 @pytest.mark.parametrize("precision", some(2, ["highest", "high"]))
-@pytest.mark.parametrize("case", some(2, KERNELS), ids=str)
+@pytest.mark.parametrize("case", some(4, KERNELS), ids=str)
 def test_a_kernel_is_the_float64_reference_to_its_rounding(case, precision):
     """Interpreted. Three passes of bfloat16 carry 2⁻¹⁶ for each product; and see float32 above."""
     rtol, gradient_rtol = (5e-6, 2e-5) if precision == "highest" else (1e-4, 2e-4)
     check_against_reference(case, jnp.float32, rtol, gradient_rtol, precision=precision)
 
 
-@pytest.mark.parametrize("case", some(2, KERNELS), ids=str)
+@pytest.mark.parametrize("case", some(4, KERNELS), ids=str)
 def test_a_kernel_loses_no_more_in_bfloat16_than_inputs_outputs_and_operands(case):
     check_against_reference(case, jnp.bfloat16, rtol=4e-2, gradient_rtol=8e-2)
 
@@ -261,7 +263,7 @@ def test_a_memory_may_have_more_digits_than_what_is_written(rule, form, x64):
 # --- other people's programs -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", some(2, ["chunkwise", "recurrent", "pallas", "parallel"]))
+@pytest.mark.parametrize("form", some(4, ["chunkwise", "recurrent", "pallas", "parallel"]))
 @pytest.mark.parametrize("golden", some(2, ["gated_delta_rule_base", "delta_rule_base", "linear_attn_sum"]))
 def test_numbers_of_flash_linear_attention(golden, form):
     """Outputs, final states and all gradients of flash-linear-attention; it multiplies q by K^-½, we do not."""

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import some
+from cases import MORE_CASES, some
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -134,7 +134,7 @@ def test_a_layer_of_flash_linear_attention(name):
 # --- streams ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", some(2, ["gated", "delta", "per channel", "linear", "fast weights", WITHOUT]))
+@pytest.mark.parametrize("name", some(3, ["gated", "delta", "per channel", "fast weights", "linear", WITHOUT]))
 def test_calls_one_after_another_are_one_call(name):
     layer, x = layer_and_input(name)
     y, memory = call(layer, x)
@@ -147,7 +147,7 @@ def test_calls_one_after_another_are_one_call(name):
     assert_close((jnp.concatenate(outs, axis=1), streamed), (y, memory))
 
 
-@pytest.mark.parametrize("name", ["gated", "per channel", "fast weights", "linear"])
+@pytest.mark.parametrize("name", some(2, ["gated", "linear", "fast weights", "per channel"]))
 def test_packed_documents_are_as_alone(name):
     layer, x = layer_and_input(name)
     y, memory = call(layer, x, segment_ids=SEGMENT_IDS)
@@ -158,7 +158,7 @@ def test_packed_documents_are_as_alone(name):
         assert_close(jax.tree.map(lambda leaf, row=row: leaf[row : row + 1], memory), last)
 
 
-@pytest.mark.parametrize("name", ["gated", "fast weights", "linear"])
+@pytest.mark.parametrize("name", some(2, ["gated", "fast weights", "linear"]))
 def test_padding_behind_changes_nothing(name):
     layer, x = layer_and_input(name)
     start = call(layer, x[:, ::-1])[1]
@@ -169,7 +169,7 @@ def test_padding_behind_changes_nothing(name):
     assert_close(jax.tree.map(lambda leaf: leaf[1], memory), jax.tree.map(lambda leaf: leaf[1], start))
 
 
-@pytest.mark.parametrize("name", some(2, ["gated", "fast weights", "linear"]))
+@pytest.mark.parametrize("name", some(3, ["gated", "fast weights", "linear"]))
 def test_memories_on_the_way(name):
     layer, x = layer_and_input(name)
     y, memories = call(layer, x, memory_every=5)
@@ -185,10 +185,10 @@ def test_memories_on_the_way(name):
 @pytest.mark.parametrize(
     "name, is_packed",
     [
-        pytest.param("gated", False, marks=pytest.mark.exhaustive),
+        pytest.param("gated", False, marks=MORE_CASES),
         ("gated", True),
-        ("fast weights", True),
-        ("linear", True),
+        pytest.param("fast weights", True, marks=MORE_CASES),
+        pytest.param("linear", True, marks=MORE_CASES),
     ],
 )
 def test_the_tokens_of_a_mesh_axis(name, is_packed):
@@ -214,7 +214,7 @@ def test_the_tokens_of_a_mesh_axis(name, is_packed):
         assert_close(jax.jit(of_piece)(state, x, ids, lengths), expected)
 
 
-@pytest.mark.parametrize("replicated", some(2, ["segment_ids", "memory", "of nothing given", "lengths"]))
+@pytest.mark.parametrize("replicated", some(4, ["segment_ids", "memory", "of nothing given", "lengths"]))
 def test_the_rows_of_a_mesh_of_explicit_axes(replicated):
     layer, x = layer_and_input("fast weights")
     options = {"segment_ids": SEGMENT_IDS, "memory": call(layer, x[:, ::-1])[1], "lengths": jnp.array([13, 7])}

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import MORE_CASES, some
 from flax import nnx
 from jax import lax
 
@@ -73,9 +74,9 @@ def test_compilations_are_counted():
     [
         {},
         {"form": "recurrent"},
-        {"form": "parallel"},
-        {"chunk_size": 2},
-        {"rule": "sum", "normalize": "read"},
+        pytest.param({"form": "parallel"}, marks=MORE_CASES),
+        pytest.param({"chunk_size": 2}, marks=MORE_CASES),
+        pytest.param({"rule": "sum", "normalize": "read"}, marks=MORE_CASES),
         {"normalize": "retrieval"},
         {"rule": "fwm"},
         {"implementation": "pallas"},
@@ -88,7 +89,7 @@ def test_the_operation_compiles_once(options):
     check_that_it_compiles_once(lambda memory: attend(memory=memory)[1], None)
 
 
-@pytest.mark.parametrize("options", [{}, {"form": "recurrent"}, {"rule": "fwm"}], ids=str)
+@pytest.mark.parametrize("options", some(2, [{}, {"form": "recurrent"}, {"rule": "fwm"}]), ids=str)
 def test_its_gradient_compiles_once(options):
     query, key, value, beta = one_token(length=7)
 
@@ -118,7 +119,7 @@ def test_the_form_of_one_head_compiles_once(scan):
     check_that_it_compiles_once(call, jnp.zeros((8, 5)), times=5)
 
 
-@pytest.mark.parametrize("rule", ["delta", "sum"])
+@pytest.mark.parametrize("rule", some(2, ["delta", "sum"]))
 def test_a_layer_that_streams_compiles_once(rule):
     normalization = feature_maps.sum_normalize
     feature_map = functools.partial(feature_maps.dpfp, nu=1)
@@ -131,7 +132,7 @@ def test_a_layer_that_streams_compiles_once(rule):
 MODELS = [{}, {"scan": True}, {"scan": True, "remat": True}, {"cutoffs": (8, 15)}]
 
 
-@pytest.mark.parametrize("options", MODELS, ids=str)
+@pytest.mark.parametrize("options", some(2, MODELS), ids=str)
 def test_a_language_model_compiles_once(options):
     sizes = {"vocab_size": 23, "num_layers": 2 if "scan" in options else 1, "d_model": 12, "d_ff": 20}
     sizes |= {"num_heads": 3, "head_size": 4}
@@ -140,7 +141,7 @@ def test_a_language_model_compiles_once(options):
     check_that_it_compiles_once(lambda memory: model.losses(tokens, tokens, memory)[1], None, times=5)
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", some(2, [True, False]))
 def test_a_translation_model_compiles_once(scan):
     layers = 2 if scan else 1
     sizes = {"vocab_size": 23, "encoder_layers": layers, "decoder_layers": layers, "d_model": 12, "d_ff": 20}

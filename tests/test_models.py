@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import some
+from cases import MORE_CASES, some
 from flax import nnx
 
 from fwt_jax import convert
@@ -152,7 +152,7 @@ def losses_of(model, tokens, targets, memory=None, **options):
     return model.losses(tokens, targets, memory, **options)
 
 
-@pytest.mark.parametrize("cutoffs", [(10, 30, 40), pytest.param((10,), marks=pytest.mark.exhaustive), ()])
+@pytest.mark.parametrize("cutoffs", [(10, 30, 40), pytest.param((10,), marks=MORE_CASES), ()])
 @pytest.mark.parametrize("length", some(2, [2000, 7]))
 def test_losses_are_those_of_the_log_probabilities(cutoffs, length):
     """The members of a cluster are none, some or all of the tokens; and all probabilities sum to one."""
@@ -342,7 +342,7 @@ def test_a_scan_over_blocks_needs_no_stream_that_nothing_draws_from():
     assert jnp.max(jnp.abs(one - other)) > 1e-2
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", some(2, [True, False]))
 def test_dropout_is_of_training_alone_and_favor_plus_draws_there(scan):
     config = dataclasses.replace(TINY, feature_map="favor_plus", feature_size=4, dropout=0.5, scan=scan)
     model, tokens = DecoderLM(config, rngs=nnx.Rngs(0)), tokens_of((1, 10))

@@ -135,7 +135,7 @@ def gradients_behind_a_reset(**options):
     return jax.jit(jax.grad(late))
 
 
-@pytest.mark.parametrize("options", some(2, list(FORMS.values())), ids=FORMS)
+@pytest.mark.parametrize("options", some(3, list(FORMS.values())), ids=FORMS)
 @hypothesis.given(sequences())
 def test_no_gradient_flows_from_the_past_to_the_future_nor_across_documents(options, arrays):
     """Exact zeros, not small numbers; but for log_decay, whose cumulative sums leave their rounding behind."""
