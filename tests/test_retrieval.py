@@ -20,10 +20,12 @@ import pytest
 from cases import some
 
 from experiments.retrieval import experiment as retrieval
+from experiments.retrieval import fwm
 from experiments.retrieval import model as retrieval_model
 from experiments.retrieval.experiment import Config, Run, load, save, sweep
 from experiments.retrieval.model import Model, Task, batch_loss, params_from_torch
 from fwt_jax import clipped, feature_maps
+from fwt_jax.memory import delta_step
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -184,19 +186,36 @@ def test_dpfp_without_features_is_dpfp_by_features_with_all_digits(nu):
     assert "DEFAULT" not in jax.jit(both).lower(key, query).as_text()
 
 
-def test_the_fast_weight_memory_starts_without_a_clip():
-    """Figure 3's "Schlag (2021)": W_1 = β_1 k_1 v_1ᵀ whatever its norm, then the fwm step."""
-    rng = np.random.default_rng(0)
-    key, values, beta = (
-        rng.normal(size=(5, 4)).astype(np.float32),
-        np.array([0, 2, 1, 2, 0]),
-        np.full(5, 0.9, np.float32),
+def write_by_steps(num_values, key, beta, values):
+    """W_1 = β_1 k_1 v_1ᵀ whatever its norm, then the steps of fwm: the memory, and ‖W̃_t‖ of each write."""
+
+    def step(fast_weights, token):
+        key, beta, value = token
+        return clipped.step(fast_weights, key, value, beta), jnp.linalg.norm(delta_step(fast_weights, key, value, beta))
+
+    value = jax.nn.one_hot(values, num_values, dtype=key.dtype)
+    first = beta[0] * jnp.outer(key[0], value[0])
+    return jax.lax.scan(step, first, (key[1:], beta[1:], value[1:]))
+
+
+@pytest.mark.parametrize(("length", "size"), [(1, 1.0), (5, 1.0), (40, 0.02), (41, 0.4), (97, 0.4)])
+def test_the_fast_weight_memory_and_its_gradient_are_those_of_the_steps(length, size, x64):
+    """Figure 3's "Schlag (2021)", in one chunk, two and three, with writes that are clipped and writes that are not."""
+    rng = np.random.default_rng(length)
+    key, weights = size * rng.normal(size=(length, 4)), rng.normal(size=(4, 3))
+    beta, values = rng.uniform(size=length), rng.integers(0, 3, length)
+    key[0] *= 10  # longer than 1 with all sizes but the smallest
+
+    def loss(write, key, beta):
+        return jnp.sum(jnp.sin(write(3, key, beta, values)) * weights)
+
+    both = jax.jit(jax.value_and_grad(loss, (1, 2)), static_argnums=0)
+    chex.assert_trees_all_close(
+        both(fwm.write, key, beta), both(lambda *x: write_by_steps(*x)[0], key, beta), rtol=1e-9
     )
-    fast_weights = beta[0] * jnp.outer(key[0], jax.nn.one_hot(0, 3))
-    for t in range(1, 5):
-        fast_weights = clipped.step(fast_weights, key[t], jax.nn.one_hot(values[t], 3), beta[t])
-    got = retrieval_model._write(Model("tanh", "fwm"), 3, jnp.asarray(key), jnp.asarray(beta), values)
-    np.testing.assert_allclose(got, fast_weights, rtol=1e-5, atol=1e-6)
+    if length > 5:
+        is_clipped = write_by_steps(3, key, beta, values)[1] > 1
+        assert jnp.any(~is_clipped) and jnp.any(is_clipped) == (size > 0.1)
 
 
 @pytest.mark.parametrize("replace", [False, True])

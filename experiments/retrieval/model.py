@@ -29,6 +29,7 @@ import numpy as np
 import optax
 from flax import serialization
 
+from experiments.retrieval import fwm
 from experiments.run import files
 from fwt_jax import feature_maps, read_weights
 from fwt_jax.chunkwise import chunkwise
@@ -51,12 +52,10 @@ class Recipe(NamedTuple):
     Attributes:
       sum_normalize: keys and queries are divided by the sum of their features.
       layer_norm: the read is normalised to mean 0 and variance 1.
-      first_write_is_sum: the first write is β k vᵀ, which differs from the rule: it is not clipped.
     """
 
     sum_normalize: bool = False
     layer_norm: bool = False
-    first_write_is_sum: bool = False
 
 
 FEATURE_MAPS = ("softmax", "linear", "tanh", "dpfp", "favor")
@@ -64,7 +63,7 @@ RECIPES = {
     "softmax": Recipe(),
     "sum": Recipe(),
     "delta": Recipe(sum_normalize=True),
-    "fwm": Recipe(layer_norm=True, first_write_is_sum=True),
+    "fwm": Recipe(layer_norm=True),
 }
 # Learning rate and batch size. The fast weight memory with tanh needs its own (authors' program).
 OPTIMIZATION = {("tanh", "fwm"): (1e-4, 128)}
@@ -342,13 +341,10 @@ def _sum_by_value(weights, values, num_values):
 
 def _write(model: Model, num_values: int, key, beta, values):
     """W ``[F, S]`` after all pairs of one sequence."""
-    value, fast_weights = jax.nn.one_hot(values, num_values), jnp.zeros((key.shape[-1], num_values))
-    if RECIPES[model.rule].first_write_is_sum:
-        fast_weights = beta[0] * jnp.outer(key[0], value[0])
-        key, beta, value = key[1:], beta[1:], value[1:]
-    if not len(key):
-        return fast_weights
-    return chunkwise(fast_weights, None, key, value, beta, rule=model.update)[1]
+    if model.rule == "fwm":
+        return fwm.write(num_values, key, beta, values)
+    empty = jnp.zeros((key.shape[-1], num_values))
+    return chunkwise(empty, None, key, jax.nn.one_hot(values, num_values), beta, rule=model.update)[1]
 
 
 def batch_loss(params, batch, projection, model: Model):
