@@ -8,7 +8,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import pytest
-from cases import some
+from cases import MORE_CASES, some
 from flax import nnx
 
 import fwt_jax
@@ -122,11 +122,11 @@ def retrieval_step(number):
 @pytest.mark.parametrize(
     "make",
     [
-        functools.partial(language_step, "demo"),
+        pytest.param(functools.partial(language_step, "demo"), marks=MORE_CASES),
         functools.partial(language_step, "small-delta"),
         functools.partial(translation_step, "tiny-delta-dpfp-2"),
         functools.partial(translation_step, "tiny-performer-32"),
-        *some(3, [functools.partial(retrieval_step, number) for number in range(len(retrieval.UPDATE_RULE_MODELS))]),
+        *some(4, [functools.partial(retrieval_step, number) for number in range(len(retrieval.UPDATE_RULE_MODELS))]),
     ],
     ids=lambda make: f"{make.func.__name__}, {make.args[0]}",
 )
