@@ -122,7 +122,7 @@ def test_the_order_of_pairs_does_not_matter_where_keys_are_not_listed(model):
 # --- model and evaluation --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", some(4, ALL_MODELS), ids=lambda model: f"{model.name}-{model.rule}")
+@pytest.mark.parametrize("model", some(4, ALL_MODELS[::-1]), ids=lambda model: f"{model.name}-{model.rule}")
 def test_one_query_is_read_as_many_are(model):
     """One query takes the cheapest path (the transposed recurrence for delta), several go through the memory."""
     params = small_params(model, 9)
@@ -138,7 +138,7 @@ def test_one_query_is_read_as_many_are(model):
     np.testing.assert_allclose(predict(query), one_by_one, rtol=0, atol=2e-5 * jnp.abs(one_by_one).max())
 
 
-@pytest.mark.parametrize("model", some(5, ALL_MODELS), ids=lambda model: f"{model.name}-{model.rule}")
+@pytest.mark.parametrize("model", some(5, ALL_MODELS[::-1]), ids=lambda model: f"{model.name}-{model.rule}")
 def test_accelerators_take_all_sequences_at_once_with_the_same_gradient(model, monkeypatch):
     params, task = small_params(model, 6), Task(6, True)
     batch = retrieval_model.sample_batch(jax.random.key(1), task, 5)
