@@ -22,8 +22,8 @@ All clips together cost a number for each token: W̃_t is linear in (W_{t−1}, 
 
     d_{t−1} = d_t − v̄_tᵀv_t + 2 n̄_t (n_t − n′_{t−1}).
 
-2·L·F·S FLOPs for each of six products of the tokens with a memory: two forward and four backward. JAX's derivative of
-``fwt_jax.clipped`` takes seven, and eight products within a chunk that are not here.
+2·L·F·S FLOPs for each of six products of the tokens with a memory: two forward and four backward. The derivative of
+``fwt_jax.clipped`` takes seven, and several times as many products within a chunk.
 """
 
 from __future__ import annotations
