@@ -126,7 +126,13 @@ def retrieval_step(number):
         functools.partial(language_step, "small-delta"),
         functools.partial(translation_step, "tiny-delta-dpfp-2"),
         functools.partial(translation_step, "tiny-performer-32"),
-        *some(4, [functools.partial(retrieval_step, number) for number in range(len(retrieval.UPDATE_RULE_MODELS))]),
+        *some(
+            4,
+            [
+                functools.partial(retrieval_step, number)
+                for number in reversed(range(len(retrieval.UPDATE_RULE_MODELS)))
+            ],
+        ),
     ],
     ids=lambda make: f"{make.func.__name__}, {make.args[0]}",
 )

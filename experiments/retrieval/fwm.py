@@ -2,17 +2,17 @@
 
     W̃_t = W_{t−1} + β_t k_t e_tᵀ,   e_t = v_t − W_{t−1}ᵀk_t,   n_t = ‖W̃_t‖²,   W_t = s_t W̃_t,   s_t = 1/max(1, √n_t).
 
-It starts empty, and the first write is not clipped: s_1 = 1. Values are one-hot and take no gradient.
-``fwt_jax.clipped`` is the rule for every other use. It also has decays, resets, reads within the sequence and
+It starts empty. As in the authors' program the first write is not clipped: s_1 = 1. Values are one-hot and take no
+gradient. ``fwt_jax.clipped`` is the rule for every other use. It also has decays, resets, reads within the sequence and
 derivatives of every kind.
 
-In a chunk, b_i = β_i e_i, S_ti = s_i ⋯ s_{t−1} are the clips between write i and token t, M is the memory at its start,
-and n′_t = s_t² n_t = ‖W_t‖²:
+In a chunk, b_i = β_i e_i, and M is the memory at its start. S_ti = s_i ⋯ s_{t−1} are the clips between write i and
+token t, S_t0 all before t, and S_Ct = s_t ⋯ s_C those from write t to the chunk's end. With n′_t = s_t² n_t = ‖W_t‖²,
 
     e_t = v_t − S_t0 Mᵀk_t − Σ_{i<t} S_ti (k_tᵀk_i) b_i,     n_t = n′_{t−1} + β_t e_tᵀ(2 v_t − (2 − β_t‖k_t‖²) e_t).
 
 A bar is the gradient of the loss in what is below it, G that in the memory at the chunk's end, of C tokens. From the
-last token to the first,
+last token to the first, with n′_t as a variable of its own and n̄′ = 0 after the last token,
 
     b̄_t = S_Ct Gᵀk_t + Σ_{i>t} S_it (k_iᵀk_t) m̄_i,                      m = v − e, what a key recalls
     n̄_t = −d_t/(2n_t) if the token is clipped, else n̄′_t = n̄_{t+1},    d_t = ⟨W̄_t, W_t⟩
@@ -42,7 +42,7 @@ _matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 def write(num_values: int, key, beta, values):
     """W_L ``[F, S]`` of S ``num_values``, keys ``[L, F]``, β ``[L]`` and the ids of the values ``[L]``, in 0 … S−1.
 
-    The backward pass stores the memory at the start of each chunk, and S + 2C numbers for each token.
+    For the backward pass the memory at the start of each chunk is stored, and S + 2C numbers for each token.
     """
     return _forward(num_values, key, beta, values)[0]
 
