@@ -19,12 +19,9 @@ if "xla_cpu_use_fusion_emitters" in os.environ["XLA_FLAGS"]:
     AS_USERS["xla_cpu_use_fusion_emitters"] = True
 
 
-MORE_CASES = (pytest.mark.exhaustive, pytest.mark.more_cases)  # of a test with other cases that resemble these
-
-
 def some(every, cases):
     """Parameters of a test: one in ``every`` of the cases, from the first on; the others run with -m exhaustive."""
-    marks = [() if i % every == 0 else MORE_CASES for i in range(len(cases))]
+    marks = [() if i % every == 0 else pytest.mark.exhaustive for i in range(len(cases))]
     return [pytest.param(case, marks=mark) for case, mark in zip(cases, marks, strict=True)]
 
 

@@ -16,7 +16,6 @@ from cases import (
     DECAYS,
     FORMS,
     LENGTHS,
-    MORE_CASES,
     NORMALIZED_RULES,
     Case,
     attend,
@@ -179,7 +178,7 @@ LARGE += [
 @pytest.mark.parametrize(
     "case",
     some(8, [case for case in reversed(LARGE) if case.decay])
-    + [pytest.param(case, marks=MORE_CASES) for case in LARGE if not case.decay],
+    + [pytest.param(case, marks=pytest.mark.exhaustive) for case in LARGE if not case.decay],
     ids=str,
 )
 def test_large_jitted_programs_are_the_float64_reference(case):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import MORE_CASES, some
+from cases import some
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -185,10 +185,10 @@ def test_memories_on_the_way(name):
 @pytest.mark.parametrize(
     "name, is_packed",
     [
-        pytest.param("gated", False, marks=MORE_CASES),
+        pytest.param("gated", False, marks=pytest.mark.exhaustive),
         ("gated", True),
-        pytest.param("fast weights", True, marks=MORE_CASES),
-        pytest.param("linear", True, marks=MORE_CASES),
+        pytest.param("fast weights", True, marks=pytest.mark.exhaustive),
+        pytest.param("linear", True, marks=pytest.mark.exhaustive),
     ],
 )
 def test_the_tokens_of_a_mesh_axis(name, is_packed):

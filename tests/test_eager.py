@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import MORE_CASES, some
+from cases import some
 from flax import nnx
 from jax import lax
 
@@ -74,9 +74,9 @@ def test_compilations_are_counted():
     [
         {},
         {"form": "recurrent"},
-        pytest.param({"form": "parallel"}, marks=MORE_CASES),
-        pytest.param({"chunk_size": 2}, marks=MORE_CASES),
-        pytest.param({"rule": "sum", "normalize": "read"}, marks=MORE_CASES),
+        pytest.param({"form": "parallel"}, marks=pytest.mark.exhaustive),
+        pytest.param({"chunk_size": 2}, marks=pytest.mark.exhaustive),
+        pytest.param({"rule": "sum", "normalize": "read"}, marks=pytest.mark.exhaustive),
         {"normalize": "retrieval"},
         {"rule": "fwm"},
         {"implementation": "pallas"},

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 import reference
-from cases import MORE_CASES, some
+from cases import some
 from flax import linen, nnx
 from jax import lax
 from jax.sharding import AxisType
@@ -674,9 +674,9 @@ def test_features_that_are_not_finite_are_refused_where_jax_looks_for_nan():
     ("feature_map", "normalize"),
     [
         ("dpfp", False),
-        pytest.param("dpfp", "read", marks=MORE_CASES),
+        pytest.param("dpfp", "read", marks=pytest.mark.exhaustive),
         ("dpfp", "retrieval"),
-        pytest.param("relu", False, marks=MORE_CASES),
+        pytest.param("relu", False, marks=pytest.mark.exhaustive),
         ("identity", "retrieval"),
     ],
 )

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import MORE_CASES, some
+from cases import some
 from flax import nnx
 
 from fwt_jax import convert
@@ -152,7 +152,7 @@ def losses_of(model, tokens, targets, memory=None, **options):
     return model.losses(tokens, targets, memory, **options)
 
 
-@pytest.mark.parametrize("cutoffs", [(10, 30, 40), pytest.param((10,), marks=MORE_CASES), ()])
+@pytest.mark.parametrize("cutoffs", [(10, 30, 40), pytest.param((10,), marks=pytest.mark.exhaustive), ()])
 @pytest.mark.parametrize("length", some(2, [2000, 7]))
 def test_losses_are_those_of_the_log_probabilities(cutoffs, length):
     """The members of a cluster are none, some or all of the tokens; and all probabilities sum to one."""

@@ -8,7 +8,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import pytest
-from cases import MORE_CASES, some
+from cases import some
 from flax import nnx
 
 import fwt_jax
@@ -122,7 +122,7 @@ def retrieval_step(number):
 @pytest.mark.parametrize(
     "make",
     [
-        pytest.param(functools.partial(language_step, "demo"), marks=MORE_CASES),
+        pytest.param(functools.partial(language_step, "demo"), marks=pytest.mark.exhaustive),
         functools.partial(language_step, "small-delta"),
         functools.partial(translation_step, "tiny-delta-dpfp-2"),
         functools.partial(translation_step, "tiny-performer-32"),

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import MORE_CASES
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
@@ -22,7 +21,7 @@ GOLDEN = pathlib.Path(__file__).parent / "golden" / "public_models"
 FOLDERS = sorted(path.name for path in GOLDEN.iterdir())
 # One of each kind of layer. The others are exhaustive.
 FIRST = ("kimi_linear", "qwen3_next_moe")
-NUMBERS = [name if name in FIRST else pytest.param(name, marks=MORE_CASES) for name in FOLDERS]
+NUMBERS = [name if name in FIRST else pytest.param(name, marks=pytest.mark.exhaustive) for name in FOLDERS]
 # As compiled by users at most 7e-5 was measured. Without LLVM's optimisations, as in conftest.py, one model has 1.5e-4.
 GRADIENTS = 2e-4
 LOGITS = {"rtol": 0, "atol": 5e-4}  # the programs differ from themselves by 2e-4 between one call and many

@@ -147,6 +147,7 @@ def test_accelerators_take_all_sequences_at_once_with_the_same_gradient(model, m
     def derivatives():
         return jax.value_and_grad(batch_loss, has_aux=True)(params, batch, projection, model)
 
+    monkeypatch.setattr(fwm, "CHUNK_SIZE", 5)
     expected = derivatives()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     chex.assert_trees_all_close(derivatives(), expected, rtol=1e-4, atol=1e-6)
@@ -198,6 +199,23 @@ def write_by_steps(num_values, key, beta, values):
     return jax.lax.scan(step, first, (key[1:], beta[1:], value[1:]))
 
 
+def compare_with_steps(weights, key, beta, values):
+    def loss(write, key, beta):
+        return jnp.sum(jnp.sin(write(3, key, beta, values)) * weights)
+
+    both = jax.jit(jax.value_and_grad(loss, (1, 2)), static_argnums=0)
+    want = both(lambda *x: write_by_steps(*x)[0], key, beta)
+    chex.assert_trees_all_close(both(fwm.write, key, beta), want, rtol=1e-9)
+    assert "DEFAULT" not in both.lower(fwm.write, key, beta).as_text()
+
+
+def test_a_clip_at_norm_1_has_half_of_its_gradient(x64):
+    """As jnp.maximum has: a memory of norm 1, and then a write of nothing."""
+    key = np.array([[1.0, 0.0], [0.6, 0.3], [0.4, 0.5]])
+    weights = np.random.default_rng(0).normal(size=(2, 3))
+    compare_with_steps(weights, key, np.array([1.0, 0.0, 0.5]), np.array([0, 1, 2]))
+
+
 @pytest.mark.parametrize(("length", "size"), [(1, 1.0), (5, 1.0), (40, 0.02), (41, 0.4), (97, 0.4)])
 def test_the_fast_weight_memory_and_its_gradient_are_those_of_the_steps(length, size, x64):
     """Figure 3's "Schlag (2021)", in one chunk, two and three, with writes that are clipped and writes that are not."""
@@ -205,14 +223,7 @@ def test_the_fast_weight_memory_and_its_gradient_are_those_of_the_steps(length, 
     key, weights = size * rng.normal(size=(length, 4)), rng.normal(size=(4, 3))
     beta, values = rng.uniform(size=length), rng.integers(0, 3, length)
     key[0] *= 10  # longer than 1 with all sizes but the smallest
-
-    def loss(write, key, beta):
-        return jnp.sum(jnp.sin(write(3, key, beta, values)) * weights)
-
-    both = jax.jit(jax.value_and_grad(loss, (1, 2)), static_argnums=0)
-    chex.assert_trees_all_close(
-        both(fwm.write, key, beta), both(lambda *x: write_by_steps(*x)[0], key, beta), rtol=1e-9
-    )
+    compare_with_steps(weights, key, beta, values)
     if length > 5:
         is_clipped = write_by_steps(3, key, beta, values)[1] > 1
         assert jnp.any(~is_clipped) and jnp.any(is_clipped) == (size > 0.1)

@@ -7,7 +7,7 @@ import os
 import jax
 import jax.numpy as jnp
 import pytest
-from cases import MORE_CASES, some
+from cases import some
 from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding
@@ -50,13 +50,13 @@ def compiled_text(function, inputs, mesh):
 @pytest.mark.parametrize(
     ("implementation", "topology", "gated_and_packed"),
     [
-        ("pallas", "v5e:2x2", True),
+        ("pallas", "v6e:2x2", True),
         ("pallas", "tpu7x:2x2x1", True),
         ("xla", "v5e:2x2", True),  # plain JAX does not depend on which TPU it is
-        pytest.param("pallas", "v5e:2x2", False, marks=MORE_CASES),
-        pytest.param("pallas", "v5p:2x2x1", True, marks=MORE_CASES),
-        pytest.param("pallas", "v6e:2x2", True, marks=MORE_CASES),
-        pytest.param("xla", "tpu7x:2x2x1", False, marks=MORE_CASES),
+        pytest.param("pallas", "v5e:2x2", False, marks=pytest.mark.exhaustive),
+        pytest.param("pallas", "v5p:2x2x1", True, marks=pytest.mark.exhaustive),
+        pytest.param("pallas", "v5e:2x2", True, marks=pytest.mark.exhaustive),
+        pytest.param("xla", "tpu7x:2x2x1", False, marks=pytest.mark.exhaustive),
     ],
 )
 def test_a_gradient_compiles_and_shards_do_not_communicate(implementation, topology, gated_and_packed):
@@ -147,10 +147,10 @@ def test_gradients_are_added_up_where_values_alone_are_sharded(implementation):
         (24, 40, "bfloat16", "highest"),
         (512, 128, "float32", None),
         (64, 256, "float32", None),
-        pytest.param(256, 256, "bfloat16", None, marks=MORE_CASES),
-        pytest.param(24, 40, "bfloat16", None, marks=MORE_CASES),
-        pytest.param(256, 256, "float32", None, marks=MORE_CASES),
-        pytest.param(64, 256, "float32", "highest", marks=MORE_CASES),
+        pytest.param(256, 256, "bfloat16", None, marks=pytest.mark.exhaustive),
+        pytest.param(24, 40, "bfloat16", None, marks=pytest.mark.exhaustive),
+        pytest.param(256, 256, "float32", None, marks=pytest.mark.exhaustive),
+        pytest.param(64, 256, "float32", "highest", marks=pytest.mark.exhaustive),
     ],
 )
 def test_kernels_compile_for_other_sizes_an_odd_number_of_heads_and_whatever_jax_is_configured_to(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from cases import MORE_CASES, some
+from cases import some
 from flax import nnx
 from hypothesis import strategies as st
 
@@ -149,10 +149,10 @@ def numpy_log_probabilities(model, source, tokens, dropout=1.0):
     ("name", "norm", "factor"),
     [
         ("softmax", "post", 1.0),
-        pytest.param("softmax", "pre", 2.0, marks=MORE_CASES),
+        pytest.param("softmax", "pre", 2.0, marks=pytest.mark.exhaustive),
         ("sum", "post", 2.0),
         ("delta decoder", "post", 1.0),
-        pytest.param("delta decoder", "pre", 1.0, marks=MORE_CASES),
+        pytest.param("delta decoder", "pre", 1.0, marks=pytest.mark.exhaustive),
         ("gated delta decoder", "pre", 1.0),
     ],
 )

@@ -6,7 +6,7 @@
 
 Results and figures go to runs/retrieval/ (--out). A finished run is saved when it ends, an unfinished one every minute.
 The same command goes on with a sweep that was interrupted. README.md in this folder has measured times and numbers. The
-task and the models are in model.py, the figures in plot.py.
+task and the models are in model.py, the memory of fwm in fwm.py, and the figures in plot.py.
 """
 
 from __future__ import annotations

@@ -7,10 +7,11 @@ L = 2S, keys and values are drawn with replacement, so that keys are reassigned.
 
     k = W_K [v; e(key)] + b_K,   q = W_Q e(key) + b_Q   of size 64,   loss = ½ ‖v* − v̂‖².
 
-Four things make it fast. W_K e and W_β e are computed once for each of the S vocabulary entries and then gathered.
+Five things make it fast. W_K e and W_β e are computed once for each of the S vocabulary entries and then gathered.
 W_K v is a row of W_K, because v is one-hot. The one query is read by its weight for each position
 (``fwt_jax.read_weights``, O(L·F)) instead of from a memory (O(L·F·S)), with DPFP and FAVOR+ without an array of all
-features. And each sequence's gradient is computed right after its loss, while its arrays are in the cache.
+features. Each sequence's gradient is computed right after its loss, while its arrays are in the cache. And the fwm rule
+has a gradient by hand (fwm.py).
 """
 
 from __future__ import annotations
