@@ -199,31 +199,34 @@ def write_by_steps(num_values, key, beta, values):
     return jax.lax.scan(step, first, (key[1:], beta[1:], value[1:]))
 
 
-def compare_with_steps(weights, key, beta, values):
-    def loss(write, key, beta):
-        return jnp.sum(jnp.sin(write(3, key, beta, values)) * weights)
+def compare_with_steps(query, weights, key, beta, values):
+    def loss(read, key, beta, query):
+        return jnp.sum(jnp.sin(read(3, key, beta, values, query)) * weights)
 
-    both = jax.jit(jax.value_and_grad(loss, (1, 2)), static_argnums=0)
-    want = both(lambda *x: write_by_steps(*x)[0], key, beta)
-    chex.assert_trees_all_close(both(fwm.write, key, beta), want, rtol=1e-9)
-    assert "DEFAULT" not in both.lower(fwm.write, key, beta).as_text()
+    both = jax.jit(jax.value_and_grad(loss, (1, 2, 3)), static_argnums=0)
+    want = both(lambda *x: x[-1] @ write_by_steps(*x[:-1])[0], key, beta, query)
+    chex.assert_trees_all_close(both(fwm.read, key, beta, query), want, rtol=1e-9, atol=1e-14)
+    assert "DEFAULT" not in both.lower(fwm.read, key, beta, query).as_text()
 
 
 def test_a_clip_at_norm_1_has_half_of_its_gradient(x64):
     """As jnp.maximum has: a memory of norm 1, and then a write of nothing."""
     key = np.array([[1.0, 0.0], [0.6, 0.3], [0.4, 0.5]])
-    weights = np.random.default_rng(0).normal(size=(2, 3))
-    compare_with_steps(weights, key, np.array([1.0, 0.0, 0.5]), np.array([0, 1, 2]))
+    query, weights = np.random.default_rng(0).normal(size=(2, 2, 3))
+    compare_with_steps(query[:, :2], weights, key, np.array([1.0, 0.0, 0.5]), np.array([0, 1, 2]))
 
 
-@pytest.mark.parametrize(("length", "size"), [(1, 1.0), (5, 1.0), (40, 0.02), (41, 0.4), (97, 0.4)])
-def test_the_fast_weight_memory_and_its_gradient_are_those_of_the_steps(length, size, x64):
+@pytest.mark.parametrize(
+    ("length", "size", "queries"), [(1, 1.0, 1), (5, 1.0, 2), (40, 0.02, 1), (41, 0.4, 2), (97, 0.4, 1), (130, 0.4, 2)]
+)
+def test_the_fast_weight_memory_and_its_gradient_are_those_of_the_steps(length, size, queries, x64):
     """Figure 3's "Schlag (2021)", in one chunk, two and three, with writes that are clipped and writes that are not."""
     rng = np.random.default_rng(length)
-    key, weights = size * rng.normal(size=(length, 4)), rng.normal(size=(4, 3))
+    key = size * rng.normal(size=(length, 4))
+    query, weights = rng.normal(size=(queries, 4)), rng.normal(size=(queries, 3))
     beta, values = rng.uniform(size=length), rng.integers(0, 3, length)
     key[0] *= 10  # longer than 1 with all sizes but the smallest
-    compare_with_steps(weights, key, beta, values)
+    compare_with_steps(query, weights, key, beta, values)
     if length > 5:
         is_clipped = write_by_steps(3, key, beta, values)[1] > 1
         assert jnp.any(~is_clipped) and jnp.any(is_clipped) == (size > 0.1)

@@ -1,4 +1,4 @@
-"""The memory of the fwm rule (Schlag, Munkhdalai & Schmidhuber 2021) after the pairs of one sequence.
+"""Reads of the memory of the fwm rule (Schlag, Munkhdalai & Schmidhuber 2021) after the pairs of one sequence.
 
     W̃_t = W_{t−1} + β_t k_t e_tᵀ,   e_t = v_t − W_{t−1}ᵀk_t,   n_t = ‖W̃_t‖²,   W_t = s_t W̃_t,   s_t = 1/max(1, √n_t).
 
@@ -29,9 +29,10 @@ In the end, with ∂n_t/∂(β_t‖k_t‖²) = β_t ‖e_t‖²,
 
 They are exact relative to the largest gradient of a sequence, because d is a sum of differences.
 
-2·L·F·S FLOPs for each of six products of the tokens with a memory: two forward and four backward. JAX's derivative of
-``fwt_jax.clipped`` takes seven, and several times as many products within a chunk. A training step of the retrieval
-experiment takes 0.6 of its time with that derivative.
+A chunk takes six products with a memory, of 2·C·F·S FLOPs: two forward and four backward. The first chunk takes three,
+because its M is empty. So does the last one: its memory at the end is only read, by o = W_Lᵀq, and its G = Σ q ōᵀ stays
+the product of two thin matrices. JAX's derivative of ``fwt_jax.clipped`` takes seven in every chunk, and several times
+as many products within a chunk.
 """
 
 from __future__ import annotations
@@ -46,18 +47,12 @@ CHUNK_SIZE = 40  # 24 to 50 tokens take the same time on a CPU, within its noise
 _matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def write(num_values: int, key, beta, values):
-    """W_L ``[F, S]`` of S ``num_values``, keys ``[L, F]``, β ``[L]`` and the ids of the values ``[L]``, in 0 … S−1.
+def read(num_values: int, key, beta, values, query):
+    """W_Lᵀq ``[Q, S]`` for queries ``[Q, F]``, keys ``[L, F]``, β ``[L]`` and ids of values ``[L]``, in 0 … S−1.
 
-    Float32 or float64. For the backward pass the memories at the start of each chunk and at the end are stored, and
+    Float32 or float64. S is ``num_values``. For the backward pass the memory at the start of each chunk is stored, and
     S + 2C numbers for each token besides the inputs.
     """
-    return _forward(num_values, key, beta, values)[0]
-
-
-def _forward(num_values, key, beta, values):
-    """W_L, and what the backward pass needs."""
     length = len(key)
     num_chunks = -(-length // CHUNK_SIZE)
     size = -(-length // num_chunks)
@@ -66,63 +61,105 @@ def _forward(num_values, key, beta, values):
         x = jnp.pad(x, ((0, num_chunks * size - length), *((0, 0),) * (x.ndim - 1)))
         return x.reshape(num_chunks, size, *x.shape[1:])
 
-    chunks = jax.tree.map(split, (key, beta, values, jnp.arange(length) == 0))
-    empty = jnp.zeros((key.shape[-1], num_values), key.dtype)
-    (fast_weights, _), saved = lax.scan(_advance, (empty, jnp.zeros_like(beta[0])), chunks)
-    return fast_weights, (fast_weights, key, chunks, saved)
+    return _read(num_values, tuple(map(split, (key, beta, values))), query)
 
 
-def _advance(carry, chunk):
-    """A chunk: (M, n′) at its start -> at its end; and M, k_tᵀk_i, e, S, S_C, n. The first token has a mark."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _read(num_values, chunks, query):
+    return _forward(num_values, chunks, query)[0]
+
+
+def _forward(num_values, chunks, query):
+    """The reads, and what the backward pass needs: of the first chunk, of those in between, and of the last."""
+    num_chunks, advance = len(chunks[0]), functools.partial(_advance, num_values)
+    carry, parts = (None, jnp.zeros_like(chunks[1][0, 0])), []
+    if num_chunks > 1:
+        first = tuple(x[0] for x in chunks)
+        carry, saved = advance(carry, first)
+        parts.append((first, saved))
+    if num_chunks > 2:
+        between = tuple(x[1:-1] for x in chunks)
+        carry, saved = lax.scan(advance, carry, between)
+        parts.append((between, saved))
+    last, (fast_weights, squared_norm) = tuple(x[-1] for x in chunks), carry
+    (writes, to_end, start_to_end), _, saved = _write(num_values, fast_weights, squared_norm, last)
+    parts.append((last, saved))
+    read = _matmul(_matmul(query, last[0].T) * to_end, writes)
+    if fast_weights is not None:
+        read += start_to_end * _matmul(query, fast_weights)
+    return read, (query, read, writes, parts)
+
+
+def _advance(num_values, carry, chunk):
+    """A chunk: (M, n′) at its start -> at its end; and what the backward pass needs. M is None if it is empty."""
     fast_weights, squared_norm = carry
-    key, beta, values, is_first = chunk
-    recalled, overlaps = _matmul(key, fast_weights), jnp.tril(_matmul(key, key.T), -1)
-    size, num_values = recalled.shape
+    (writes, to_end, start_to_end), squared_norm, saved = _write(num_values, fast_weights, squared_norm, chunk)
+    after = _matmul(_transposed(chunk[0] * to_end[:, None]), writes)
+    if fast_weights is not None:
+        after += start_to_end * fast_weights
+    return (after, squared_norm), saved
+
+
+def _write(num_values, fast_weights, squared_norm, chunk):
+    """The chunk's b, S_C and S_C0; n′ at its end; and M, k_tᵀk_i, e, S, S_C, n."""
+    key, beta, values = chunk
+    size, overlaps = len(key), jnp.tril(_matmul(key, key.T), -1)
+    recalled = jnp.zeros((size, num_values), key.dtype) if fast_weights is None else _matmul(key, fast_weights)
 
     def advance(carry, token):
         writes, since_write, since_start, squared_norm = carry
-        at, overlap, recalled, beta, value, key_norm, is_first = token
+        at, overlap, recalled, beta, value, key_norm = token
         recall = since_start * recalled + _matmul(overlap * since_write, writes)
         error = jnp.where(jnp.arange(num_values) == value, 1, 0) - recall
         new_norm = squared_norm + beta * jnp.sum(error * (2 * recall + beta * key_norm * error))
-        clip = jnp.where(is_first, 1, lax.rsqrt(jnp.maximum(1, new_norm)))
+        clip, clipped_norm = lax.rsqrt(jnp.maximum(1, new_norm)), jnp.minimum(1, new_norm)
+        if fast_weights is None:  # the first write is not clipped
+            clip, clipped_norm = jnp.where(at == 0, 1, clip), jnp.where(at == 0, new_norm, clipped_norm)
         writes = lax.dynamic_update_slice(writes, (beta * error)[None], (at, 0))
         after = jnp.where(jnp.arange(size) <= at, clip * since_write, 1)
-        carry = writes, after, clip * since_start, jnp.where(is_first, new_norm, jnp.minimum(1, new_norm))
-        return carry, (error, (since_write, since_start), new_norm)
+        return (writes, after, clip * since_start, clipped_norm), (error, (since_write, since_start), new_norm)
 
-    tokens = (jnp.arange(size), overlaps, recalled, beta, values, _dot(key, key), is_first)
+    tokens = (jnp.arange(size), overlaps, recalled, beta, values, _dot(key, key))
     start = (jnp.zeros_like(recalled), jnp.ones_like(beta), jnp.ones_like(beta[0]), squared_norm)
     (writes, *clips_to_end, squared_norm), (errors, clips, new_norms) = lax.scan(advance, start, tokens)
-    to_end, start_to_end = clips_to_end
-    after = start_to_end * fast_weights + _matmul(_transposed(key * to_end[:, None]), writes)
-    return (after, squared_norm), (fast_weights, overlaps, errors, clips, clips_to_end, new_norms)
+    return (writes, *clips_to_end), squared_norm, (fast_weights, overlaps, errors, clips, clips_to_end, new_norms)
 
 
-def _backward(num_values, saved, gradient):
-    fast_weights, key, chunks, chunks_saved = saved
-    start = (gradient, jnp.sum(gradient * fast_weights), jnp.zeros_like(gradient[0, 0]))
-    _, gradients = lax.scan(_go_back, start, (chunks, chunks_saved), reverse=True)
-    of_key, of_beta = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[: len(key)], gradients)
-    return of_key, of_beta, None
+def _backward(num_values, saved, of_read):
+    """From the last chunk to the first. A chunk by itself has no axis of chunks, those in between have one."""
+    query, read, writes, parts = saved
+    (key, _, _), (fast_weights, *_, (to_end, start_to_end), _) = parts[-1]
+    of_query = _matmul(_matmul(of_read, writes.T) * to_end, key)
+    if fast_weights is not None:
+        of_query += start_to_end * _matmul(of_read, fast_weights.T)
+    carry, of_keys, of_betas = ((query, of_read), jnp.sum(of_read * read), jnp.zeros_like(read[0, 0])), [], []
+    for chunk, saved in reversed(parts):
+        is_one = chunk[1].ndim == 1
+        go_back = _go_back if is_one else functools.partial(lax.scan, _go_back, reverse=True)
+        carry, (of_key, of_beta) = go_back(carry, (chunk, saved))
+        of_keys.insert(0, of_key.reshape(-1, *key.shape))
+        of_betas.insert(0, of_beta.reshape(-1, len(key)))
+    return (jnp.concatenate(of_keys), jnp.concatenate(of_betas), None), of_query
 
 
-write.defvjp(_forward, _backward)
+_read.defvjp(_forward, _backward)
 
 
 def _go_back(carry, chunk):
-    """A chunk: (G, d, n̄′) at its end -> at its start; and the gradients of its keys and of β.
+    """A chunk: (G, d, n̄′) at its end -> at its start, unless it is the first; and the gradients of its keys and of β.
 
     ``of_x`` is x̄, ``of_scale`` d, ``shrink`` β‖k‖², and ``at_value`` eᵀv.
     """
     gradient, of_scale, of_norm = carry
-    (key, beta, values, is_first), (fast_weights, overlaps, errors, clips, clips_to_end, new_norms) = chunk
+    (key, beta, values), (fast_weights, overlaps, errors, clips, clips_to_end, new_norms) = chunk
     (since_write, since_start), (to_end, start_to_end), num_values = clips, clips_to_end, errors.shape[-1]
     writes, shrink = beta[:, None] * errors, beta * _dot(key, key)
     at_value = jnp.take_along_axis(errors, values[:, None], axis=-1, mode="promise_in_bounds")[:, 0]
     squared_errors = _dot(errors, errors)
     gain = 2 * (at_value - squared_errors) + shrink * squared_errors  # (n_t − n′_{t−1})/β_t
-    clipped = jnp.where(is_first, 0, (1 + jnp.sign(new_norms - 1)) / 2)  # one half at a tie, as for jnp.maximum
+    clipped = (1 + jnp.sign(new_norms - 1)) / 2  # one half at a tie, as for jnp.maximum
+    if fast_weights is None:
+        clipped = clipped.at[0].set(0)
     by_scale = -clipped / (2 * jnp.maximum(1, new_norms))
 
     def go_back(carry, token):
@@ -138,17 +175,39 @@ def _go_back(carry, chunk):
         return (of_recalls, of_scale, of_norm), (jnp.sum(of_write * error), of_norm)
 
     per_token = (to_end, errors, beta, values, shrink, at_value, gain, by_scale, clipped)
-    tokens = (jnp.arange(len(key)), (since_write * overlaps).T, _matmul(key, gradient), *per_token)
+    tokens = (jnp.arange(len(key)), (since_write * overlaps).T, _times(key, gradient), *per_token)
     start = (jnp.zeros_like(errors), of_scale, of_norm)
     (of_recalls, of_scale, of_norm), (of_beta, of_norms) = lax.scan(go_back, start, tokens, reverse=True)
     of_beta += of_norms * (gain + shrink * squared_errors)
     of_overlaps = jnp.tril(since_write * _matmul(of_recalls, writes.T), -1)
     of_overlaps += of_overlaps.T + jnp.diag(2 * of_norms * jnp.square(beta) * squared_errors)  # the diagonal is of ‖k‖²
     of_recalled = since_start[:, None] * of_recalls
-    of_key = _matmul(to_end[:, None] * writes, gradient.T) + _matmul(of_recalled, fast_weights.T)
-    of_key += _matmul(of_overlaps, key)
-    gradient = start_to_end * gradient + _matmul(_transposed(key), of_recalled)
+    of_key = _times_transposed(to_end[:, None] * writes, gradient) + _matmul(of_overlaps, key)
+    if fast_weights is None:
+        return None, (of_key, of_beta)
+    of_key += _matmul(of_recalled, fast_weights.T)
+    gradient = start_to_end * _whole(gradient) + _matmul(_transposed(key), of_recalled)
     return (gradient, of_scale, of_norm), (of_key, of_beta)
+
+
+def _times(x, gradient):
+    """x G, where G is an array, or the pair (q, ō) of ``[Q, F]`` and ``[Q, S]`` that stands for qᵀō."""
+    if not isinstance(gradient, tuple):
+        return _matmul(x, gradient)
+    query, of_read = gradient
+    return _matmul(_matmul(x, query.T), of_read)
+
+
+def _times_transposed(x, gradient):
+    """x Gᵀ."""
+    if not isinstance(gradient, tuple):
+        return _matmul(x, gradient.T)
+    query, of_read = gradient
+    return _matmul(_matmul(x, of_read.T), query)
+
+
+def _whole(gradient):
+    return _matmul(gradient[0].T, gradient[1]) if isinstance(gradient, tuple) else gradient
 
 
 def _dot(a, b):

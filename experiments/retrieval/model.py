@@ -260,7 +260,11 @@ def predict(model: Model, num_values: int, key, beta, values, query, projection)
     if len(query) == 1 and model.update.corrects is not None:
         weights, _ = read_weights(query[0], key, beta, rule=model.rule)
         return _sum_by_value(weights[None], values, num_values)
-    out = query @ _write(model, num_values, key, beta, values)
+    if model.rule == "fwm":
+        out = fwm.read(num_values, key, beta, values, query)
+    else:
+        empty = jnp.zeros((key.shape[-1], num_values))
+        out = query @ chunkwise(empty, None, key, jax.nn.one_hot(values, num_values), beta, rule=model.update)[1]
     if not recipe.layer_norm:
         return out
     mean, var = jnp.mean(out, axis=-1, keepdims=True), jnp.var(out, axis=-1, keepdims=True)
@@ -338,14 +342,6 @@ def _favor_weights(key, query, projection):
 def _sum_by_value(weights, values, num_values):
     """Σ_l w_l onehot(v_l), ``[Q, S]``."""
     return jax.ops.segment_sum(weights.T, values, num_values, mode="promise_in_bounds").T
-
-
-def _write(model: Model, num_values: int, key, beta, values):
-    """W ``[F, S]`` after all pairs of one sequence."""
-    if model.rule == "fwm":
-        return fwm.write(num_values, key, beta, values)
-    empty = jnp.zeros((key.shape[-1], num_values))
-    return chunkwise(empty, None, key, jax.nn.one_hot(values, num_values), beta, rule=model.update)[1]
 
 
 def batch_loss(params, batch, projection, model: Model):
