@@ -150,6 +150,7 @@ def test_a_query_asks_for_the_value_behind_its_key():
     assert numbers == {4, 8}
 
 
+@pytest.mark.slow
 def test_all_tests_of_recall_have_one_length_and_ask_as_much():
     for tokens, labels in recall.tests():
         assert tokens.shape == labels.shape == (recall.TEST_BATCH, 2 * max(recall.TEST_PAIRS) + recall.QUERIES)
@@ -168,6 +169,7 @@ def test_scores_are_scaled_by_the_most_frequent_answer():
 # --- networks and training -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_network_writes_n_times_and_reads_once():
     net = Model(writes=2, max_beta=2.0, num_heads=1, head_size=4, d_model=6)
     layer = model.FastWeights(net, model.nnx.Rngs(0))
@@ -184,6 +186,7 @@ def test_a_network_writes_n_times_and_reads_once():
     np.testing.assert_allclose(layer(x), expected, atol=1e-3)  # l2_normalize has an eps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["softmax", "delta β<2, 2 writes"])
 def test_a_network_does_not_see_later_tokens(name):
     net = dataclasses.replace(languages.MODELS[name], conv_size=4, num_layers=2, head_size=16)  # in chunks
@@ -195,6 +198,7 @@ def test_a_network_does_not_see_later_tokens(name):
     assert np.all(np.abs(other - logits)[:, 5].max(-1) > 1e-4)
 
 
+@pytest.mark.slow
 def test_training_stops_early_and_its_seeds_differ():
     net = Model(rule="sum", vocabulary=3, classes=2, num_heads=1, head_size=4, d_model=8, hidden=0)
 
@@ -211,6 +215,7 @@ def test_training_stops_early_and_its_seeds_differ():
     np.testing.assert_array_equal(model.predict(net, parameters, tokens, 1), [tokens, tokens])
 
 
+@pytest.mark.slow
 def test_a_model_is_compiled_once_for_all_its_languages():
     net = Model(vocabulary=5, classes=4, num_heads=1, head_size=4, d_model=8, hidden=0)
     for language in ("parity", "modulo 3"):
@@ -301,6 +306,7 @@ def test_runs_that_are_saved_are_not_made_again(tmp_path, capsys):
     assert "runs, " not in printed and "S5       delta β<2, 4 writes  0.175 ± 0.07" in printed
 
 
+@pytest.mark.slow
 def test_every_task_has_a_figure_and_the_overview_shows_its_settings(tmp_path):
     results = {name: (task, rows_of(task)) for name, task in experiment.TASKS.items()}
     written = plot.draw(results, tmp_path)

@@ -148,6 +148,7 @@ ROUNDED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", some(4, ROUNDED), ids=str)
 def test_float32_is_the_float64_reference_to_its_own_rounding(case):
     """Tolerances: 2⁻²⁴ per operation, a hundred steps of them, and sums over tokens in the gradients."""
@@ -155,6 +156,7 @@ def test_float32_is_the_float64_reference_to_its_own_rounding(case):
 
 
 # The cases that are left out have a form, and a normalisation or none, of which another case is rounded alike.
+@pytest.mark.slow
 @pytest.mark.parametrize("case", some(3, ROUNDED), ids=str)
 def test_bfloat16_loses_no_more_than_the_rounding_of_inputs_and_outputs(case):
     """Tolerances: inputs, outputs and gradients carry 2⁻⁹ = 0.2 % each; what lies between is float32."""
@@ -175,6 +177,7 @@ LARGE += [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     some(8, [case for case in reversed(LARGE) if case.decay])
@@ -192,6 +195,7 @@ def test_large_jitted_programs_are_the_float64_reference(case):
 
 
 # By default delta in chunks, and fwm token by token with a decay.
+@pytest.mark.slow
 @pytest.mark.parametrize("case", some(18, [*LARGE[13:], *LARGE[:13]]), ids=str)
 def test_large_jitted_gradients_are_the_float64_reference(case):
     check_against_reference(case, jnp.float32, rtol=5e-6, gradient_rtol=2e-5, compiler_options=AS_USERS)
@@ -221,6 +225,7 @@ def test_a_kernel_is_the_float64_reference_to_its_rounding(case, precision):
     check_against_reference(case, jnp.float32, rtol, gradient_rtol, precision=precision)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", some(8, KERNELS), ids=str)
 def test_a_kernel_loses_no_more_in_bfloat16_than_inputs_outputs_and_operands(case):
     check_against_reference(case, jnp.bfloat16, rtol=4e-2, gradient_rtol=8e-2)
@@ -262,6 +267,7 @@ def test_a_memory_may_have_more_digits_than_what_is_written(rule, form, x64):
 # --- other people's programs -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", some(4, ["chunkwise", "recurrent", "pallas", "parallel"]))
 @pytest.mark.parametrize("golden", some(2, ["gated_delta_rule_base", "delta_rule_base", "linear_attn_sum"]))
 def test_numbers_of_flash_linear_attention(golden, form):
@@ -330,6 +336,7 @@ def test_cross_attention_writes_all_keys_then_reads(normalize, start, masked, x6
             chex.assert_trees_all_close(got, want, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, 1e30])
 def test_masked_keys_and_values_leak_neither_into_outputs_nor_into_gradients(garbage):
     query, key, value, _ = cross_inputs("read", start=False, dtype=np.float32)
@@ -432,6 +439,7 @@ def test_keys_that_cancel_leave_nothing_to_retrieve(form):
     chex.assert_trees_all_close(np.float64(got[0, 0]), want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", some(2, ["float32", "bfloat16"]))
 def test_kernels_do_not_mind_that_float64_is_there(dtype):
     """Under jax_enable_x64 a Python integer is an int64 beside the int32 of a kernel."""

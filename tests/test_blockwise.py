@@ -101,6 +101,7 @@ def test_reads_of_bfloat16_are_rounded_once():
     assert_close(reads.astype(jnp.float32), exact, 2**-8)
 
 
+@pytest.mark.slow
 def test_forward_mode_and_second_derivatives(x64):
     case = Case(length=70, decay="head", start=True)
     arrays = {name: jnp.asarray(x) for name, x in random_inputs(case).items()}

@@ -237,6 +237,7 @@ def test_a_file_is_not_overwritten_with_itself(tmp_path, capsys):
     assert path.read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
 def test_no_damaged_byte_raises_anything_else(suffix, tmp_path):
     path = tmp_path / f"model{suffix}"

@@ -32,6 +32,7 @@ def likeliest(model, tokens):
     return jnp.argmax(model(tokens)[0], axis=-1).astype(jnp.int32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", some(2, [{"rule": "delta", "cutoffs": (10, 20)}, {"rule": "softmax"}]), ids=str)
 def test_the_likeliest_tokens_are_those_of_the_full_forward_pass_whatever_the_prompts_lengths(options):
     model, lengths = sharp(num_layers=2, **options), jnp.array([9, 4, 1])
@@ -54,6 +55,7 @@ def test_transformer_xl_goes_on_from_its_memory_and_refuses_lengths():
         decode.generate(model, PROMPTS, 4, lengths=jnp.array([9, 4, 1]), temperature=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"rule": "delta"}, {"rule": "softmax", "num_layers": 2, "scan": True}], ids=str)
 def test_a_model_that_recomputes_its_blocks_goes_on_as_one_that_does_not(options):
     want, got = (decode.generate(sharp(remat=remat, **options), PROMPTS, 4, temperature=0) for remat in (False, True))
@@ -72,6 +74,7 @@ def test_tokens_are_drawn_in_proportion_and_by_the_key():
     assert jnp.max(jnp.abs(share - want)) < 5 * (0.25 / 4000) ** 0.5
 
 
+@pytest.mark.slow
 def test_a_row_with_a_key_of_its_own_draws_what_it_draws_alone():
     model, keys, lengths = sharp(), jax.random.split(jax.random.key(5), 3), [9, 4, 6]
     options = {"temperature": 3.0, "top_p": 0.9}
@@ -99,6 +102,7 @@ def test_filters_keep_the_likeliest():
     assert passed(top_k=2, top_p=0.5) == [False, True, False, False]
 
 
+@pytest.mark.slow
 def test_generating_inside_of_transformations_gives_the_same_tokens_and_leaves_the_model():
     model, key = sharp(), jax.random.key(3)
     before = nnx.to_pure_dict(nnx.state(model))

@@ -134,6 +134,7 @@ def test_a_layer_of_flash_linear_attention(name):
 # --- streams ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", some(3, ["gated", "delta", "per channel", "fast weights", "linear", WITHOUT]))
 def test_calls_one_after_another_are_one_call(name):
     layer, x = layer_and_input(name)
@@ -147,6 +148,7 @@ def test_calls_one_after_another_are_one_call(name):
     assert_close((jnp.concatenate(outs, axis=1), streamed), (y, memory))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", some(2, ["gated", "linear", "fast weights", "per channel"]))
 def test_packed_documents_are_as_alone(name):
     layer, x = layer_and_input(name)
@@ -169,6 +171,7 @@ def test_padding_behind_changes_nothing(name):
     assert_close(jax.tree.map(lambda leaf: leaf[1], memory), jax.tree.map(lambda leaf: leaf[1], start))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", some(3, ["gated", "fast weights", "linear"]))
 def test_memories_on_the_way(name):
     layer, x = layer_and_input(name)
@@ -182,6 +185,7 @@ def test_memories_on_the_way(name):
     assert_close(jax.tree.map(lambda leaf: leaf[1, 1:], cut), jax.tree.map(lambda leaf: leaf[1:].repeat(2, 0), seven))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, is_packed",
     [
@@ -214,6 +218,7 @@ def test_the_tokens_of_a_mesh_axis(name, is_packed):
         assert_close(jax.jit(of_piece)(state, x, ids, lengths), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replicated", some(4, ["segment_ids", "memory", "of nothing given", "lengths"]))
 def test_the_rows_of_a_mesh_of_explicit_axes(replicated):
     layer, x = layer_and_input("fast weights")

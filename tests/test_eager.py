@@ -89,6 +89,7 @@ def test_the_operation_compiles_once(options):
     check_that_it_compiles_once(lambda memory: attend(memory=memory)[1], None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", some(2, [{}, {"form": "recurrent"}, {"rule": "fwm"}]), ids=str)
 def test_its_gradient_compiles_once(options):
     query, key, value, beta = one_token(length=7)
@@ -119,6 +120,7 @@ def test_the_form_of_one_head_compiles_once(scan):
     check_that_it_compiles_once(call, jnp.zeros((8, 5)), times=5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", some(2, ["delta", "sum"]))
 def test_a_layer_that_streams_compiles_once(rule):
     normalization = feature_maps.sum_normalize
@@ -132,6 +134,7 @@ def test_a_layer_that_streams_compiles_once(rule):
 MODELS = [{}, {"scan": True}, {"scan": True, "remat": True}, {"cutoffs": (8, 15)}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", some(2, MODELS), ids=str)
 def test_a_language_model_compiles_once(options):
     sizes = {"vocab_size": 23, "num_layers": 2 if "scan" in options else 1, "d_model": 12, "d_ff": 20}
@@ -141,6 +144,7 @@ def test_a_language_model_compiles_once(options):
     check_that_it_compiles_once(lambda memory: model.losses(tokens, tokens, memory)[1], None, times=5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", some(2, [True, False]))
 def test_a_translation_model_compiles_once(scan):
     layers = 2 if scan else 1

@@ -168,6 +168,7 @@ def test_small_gradients_of_decays_keep_their_digits():
     np.testing.assert_array_less(np.abs(got - want), 1e-3 * np.abs(want) + 1e-15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", some(4, list(ROUNDED)))
 def test_bfloat16_is_the_float64_recurrence_to_its_rounding(name):
     """As all kernels that multiply bfloat16 numbers: 1.2e-2 for correlated keys."""
@@ -193,6 +194,7 @@ def gradient(*inputs, **options):
     return jax.grad(loss, argnums=tuple(range(len(inputs))))(*inputs)
 
 
+@pytest.mark.slow
 def test_vmap_is_a_larger_batch():
     inputs = arguments((3, 1), 1)
     got = jax.vmap(gradient)(*inputs)
@@ -200,6 +202,7 @@ def test_vmap_is_a_larger_batch():
     chex.assert_trees_all_equal(got, jax.tree.map(lambda x: x.reshape(3, 1, *x.shape[1:]), want))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unbatched", some(2, [4, None]), ids=["all but the decay", "all"])
 def test_vmap_over_an_axis_that_a_mesh_splits(unbatched):
     mesh = jax.make_mesh((2, 2), ("rows", "heads"), axis_types=(AxisType.Explicit,) * 2, devices=jax.devices()[:4])
@@ -215,6 +218,7 @@ def test_vmap_over_an_axis_that_a_mesh_splits(unbatched):
     chex.assert_trees_all_close(got, want, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_vmap_of_a_value_alone():
     query, key, value, *gates = arguments()
     values = jnp.stack([value, 2 * value])
@@ -222,6 +226,7 @@ def test_vmap_of_a_value_alone():
     chex.assert_trees_all_close(got[1], 2 * got[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_checkpoint_scan_and_donation():
     inputs = arguments()
 
@@ -242,6 +247,7 @@ def test_checkpoint_scan_and_donation():
     chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_arrays_of_explicit_axes_are_sharded():
     mesh = jax.make_mesh((2, 2), ("rows", "heads"), axis_types=(AxisType.Explicit,) * 2, devices=jax.devices()[:4])
     inputs = arguments()
@@ -312,6 +318,7 @@ def test_cards_without_kernels_take_plain_jax(capabilities, monkeypatch):
         attention(*arguments())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("derivative", some(2, ["forward over reverse", "reverse over reverse"]))
 def test_derivatives_of_a_gradient_are_those_of_plain_jax(derivative):
     inputs = arguments((1,), 1)
@@ -363,6 +370,7 @@ class Backend:
     platform, platform_version = "gpu", "PJRT C API\ncuda 13000"
 
 
+@pytest.mark.slow
 def test_a_program_of_a_machine_with_gpu_that_is_compiled_for_its_cpu_is_plain_jax(monkeypatch):
     monkeypatch.setattr(triton_arrays, "INTERPRETED", False)
     inputs = arguments()

@@ -22,6 +22,7 @@ def run(*command, **more):
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -71,6 +72,7 @@ def test_interpreted_kernels_are_refused():
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "unset it" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_gradient_lowers_to_kernels_without_a_gpu():
     pytest.importorskip("jax_cuda13_plugin", reason="pip install --no-deps jax-cuda13-plugin")
     program = """

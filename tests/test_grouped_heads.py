@@ -88,6 +88,7 @@ def test_a_key_head_serves_a_group_of_value_heads(case, x64):
     check(case, outputs, whole=outputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", some(len(CASES), CASES), ids=str)
 def test_the_gradient_of_a_key_is_the_sum_over_its_group(case, x64):
     check(case)
@@ -127,6 +128,7 @@ def test_a_gpu_kernel_gets_repeated_queries_and_keys():
     check(case, outputs, whole=in_plain_jax, group=2, tolerance=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "heads_group_decay_key_size",
     some(
@@ -160,6 +162,7 @@ def kernel_operands(jaxpr):
                 yield from kernel_operands(getattr(inner, "jaxpr", inner))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "key_heads_heads_size_of_kernel",
     some(3, [(8, 32, 128, 8), (1, 4, 256, 2), (1, 4, 128, 1), (8, 64, 128, 16), (8, 16, 128, 8), (2, 32, 64, 4)]),
@@ -288,6 +291,7 @@ def test_cross_attention_takes_groups():
 # --- layers and models -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", some(2, [(6,), (6, 4)]), ids=["head", "channel"])
 def test_a_layer_of_grouped_heads_with_decays(decay):
     """In two calls, against the operation between projections in NumPy."""

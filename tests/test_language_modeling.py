@@ -59,6 +59,7 @@ def one_by_one(model, tokens, length):
     return np.mean(losses)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", some(2, ["delta", "softmax"]))
 @pytest.mark.parametrize("batch_size", [3, 64])
 def test_sliding_windows_in_batches_are_the_authors_one_by_one(rule, batch_size):
@@ -67,6 +68,7 @@ def test_sliding_windows_in_batches_are_the_authors_one_by_one(rule, batch_size)
     np.testing.assert_allclose(got, one_by_one(model, tokens, 8), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_memory_that_is_carried_reads_the_text_as_one_sequence():
     model, tokens = tiny_model(positions=None), tokens_of(60)
     losses = losses_of(model, jnp.asarray(tokens[None]))
@@ -93,6 +95,7 @@ def test_segments_are_summed_in_float64():
     np.testing.assert_allclose(evaluation.segments(model, tokens, 1, 1) * 41 - float(losses[0]), rest, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_segments_are_read_by_themselves():
     model, tokens = tiny_model(), tokens_of(47)
     rows = tokens[:46].reshape(2, 23)
@@ -169,6 +172,7 @@ def book(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_a_run_from_a_text_to_results_plot_sample_and_prompts(small_demo, book, tmp_path, capsys, monkeypatch):
     config = lm.Config(text=(book,), vocabulary="sentencepiece", vocabulary_size=300, out=tmp_path / "run", sample=20)
     lm.main(config)
@@ -351,6 +355,7 @@ def test_each_text_has_a_folder_and_a_vocabulary_of_its_own(small_demo, book, tm
     assert (tmp_path / book.stem / "results.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", some(2, [3, 6]))
 def test_windows_fill_any_mesh_and_short_texts_any_batch(rows):
     model = DecoderLM(ModelConfig(vocab_size=20, num_layers=1, d_model=8, d_ff=8, num_heads=1), rngs=nnx.Rngs(0))

@@ -82,6 +82,7 @@ def printed(capsys, folder, *prompts, **options):
 # --- generate --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_prompts_of_other_lengths_go_on_as_each_does_alone(folder, capsys):
     """The longer one is compared with the likeliest tokens of one call, which reads it with its continuation."""
     prompts, options = ("the cats sat on a mat\nthe mat", "mat\n"), {"tokens": 9, "temperature": 0}
@@ -151,6 +152,7 @@ def test_a_checkpoint_that_cannot_generate(folder, tmp_path):
 # --- --from ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_on_training_and_is_written_in_its_format(folder, run, capsys):
     config, results, said = run
     out = config.out
@@ -174,6 +176,7 @@ def test_a_checkpoint_goes_on_training_and_is_written_in_its_format(folder, run,
     assert text != printed(capsys, folder, "mat\n", tokens=9, temperature=0)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_reading_the_weights_again(run, tmp_path, monkeypatch):
     config, results, _ = run
     config, segments, calls = dataclasses.replace(config, out=tmp_path / "parts"), lm.evaluation.segments, []

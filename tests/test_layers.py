@@ -201,6 +201,7 @@ def test_packed_prefix_and_suffix(x64, name):
     assert_equals_numpy(layer, x, y, memory, SEGMENT_IDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["delta, elu, read", "softmax"])
 def test_packed_sequences_do_not_see_each_other(name):
     layer = make(name)
@@ -310,6 +311,7 @@ def test_gradients_reach_every_parameter(name):
         assert np.any(grad[...]) or (path == ("key", "bias") and "softmax" in name), path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "graph"), [("delta, favor", True), ("delta, favor", False), ("softmax", True)])
 def test_a_step_of_training_lowers_the_loss(name, graph):
     layer, x, target = make(name), inputs(), inputs(seed=1)
@@ -445,6 +447,7 @@ def test_a_cache_in_a_jitted_function_may_be_a_constant():
     np.testing.assert_allclose(y, call(layer, x)[0][:, 5:], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["delta, elu, read", "delta, dpfp-2, retrieval", "fwm, tanh", "sum, dpfp-2", "softmax"]
 )
@@ -534,6 +537,7 @@ def favor_attention(rngs):
     return FastWeightAttention(D_MODEL, HEADS, HEAD_SIZE, feature_map=feature_map, rngs=rngs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make_layer", [functools.partial(FastWeightAttention, D_MODEL, HEADS, HEAD_SIZE), favor_attention]
 )
@@ -670,6 +674,7 @@ def test_features_that_are_not_finite_are_refused_where_jax_looks_for_nan():
         FastWeightAttention(D_MODEL, HEADS, 5, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("feature_map", "normalize"),
     [
@@ -838,6 +843,7 @@ def test_positions_and_biases_of_relative_attention_must_fit(name):
         read_relative(relative(), inputs(), None, **{name: jnp.zeros((5, 1))})
 
 
+@pytest.mark.slow
 def test_lists_and_numpy_arrays_are_arrays():
     ids, x = SEGMENT_IDS, inputs()
     for name in ("delta, elu", "softmax"):

@@ -61,6 +61,7 @@ FORMS = [
 
 
 # A rule that is no name has an address in its text, which differs between the processes of pytest-xdist.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", some(3, FORMS), ids=lambda options: str(options | {"rule": str(options["rule"])[:5]})
 )
@@ -85,6 +86,7 @@ def test_what_padding_holds_reaches_no_output_and_no_gradient(options):
     chex.assert_trees_all_equal(gradients, padded_with(gradients, 0.0))
 
 
+@pytest.mark.slow
 def test_lengths_may_be_traced_mapped_and_sharded():
     """A traced length outside of the range counts as 0 or T."""
     arrays, lengths = inputs("read"), jnp.asarray(LENGTHS)

@@ -137,6 +137,7 @@ def test_chunks_of_the_delta_rule_bear_correlated_keys_and_strong_writes(kind, b
     chex.assert_trees_all_close((out[0, :, 0], fast_weights[0, 0]), want[:2], rtol=0, atol=tolerance * scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("beta", some(2, [2.0, 1.0]))
 def test_kernels_bear_correlated_keys_and_strong_writes(kind, beta):
@@ -155,6 +156,7 @@ def test_kernels_bear_correlated_keys_and_strong_writes(kind, beta):
             chex.assert_trees_all_close(np.float32(x), np.float32(y), rtol=0, atol=tolerance * np.max(np.abs(y)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", ["head", "channel"])
 def test_kernels_bear_strong_decays_beside_none(decay):
     """Interpreted, over nine heads and two chunks, the second not full: a tenth of the decays is exp(−30)."""
@@ -174,6 +176,7 @@ def test_kernels_bear_strong_decays_beside_none(decay):
         chex.assert_trees_all_close(x, y, rtol=0, atol=5e-6 * np.max(np.abs(y)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("limit", "size"), [("BLOCK_BYTES", 2**18), ("NUMBERS", 2 * 128**2)])
 def test_kernels_take_as_many_heads_at_a_time_as_fit(limit, size, monkeypatch):
     """In blocks, and of the heads of a block."""
@@ -193,6 +196,7 @@ def test_kernels_take_as_many_heads_at_a_time_as_fit(limit, size, monkeypatch):
     chex.assert_trees_all_close(results(), want, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_size", some(2, [64, 32]))
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("beta", some(3, ["2", "1", "0 to 2"]))
@@ -321,6 +325,7 @@ def test_retrieval_divides_what_has_decayed_by_what_has_decayed(strong, eps, for
     chex.assert_tree_all_finite(gradients)
 
 
+@pytest.mark.slow
 def test_clips_keep_their_digits_where_keys_are_short_and_values_long():
     """The norm grows by eᵀ(2m + β‖k‖²e), which for m ≪ v is a small difference of vᵀe and ‖e‖²."""
     arrays = float32_inputs(rule="fwm", length=100)
@@ -343,6 +348,7 @@ def test_a_norm_of_exactly_one_has_the_same_gradient_in_both_forms():
     chex.assert_trees_all_close(*gradients, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1.0, 64.0, 1600.0])
 def test_long_keys_do_not_overflow_between_the_clips_of_fwm(size):
     """β‖k‖² of many hundreds: what is not clipped grows so much with every token, and must not be kept that way."""
@@ -461,6 +467,7 @@ def test_a_gradient_through_131072_tokens_fits_in_two_gibibytes_and_grows_linear
     assert temporary(8192) < temporary(131_072) < min(2**31, 16.5 * temporary(8192))
 
 
+@pytest.mark.slow
 def test_two_gradients_in_one_program_finish():
     """Two triangular solves of XLA would dead-lock its thread pool on two cores (jaxlib 0.10)."""
     inputs = float32_inputs(length=300)

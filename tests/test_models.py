@@ -152,6 +152,7 @@ def losses_of(model, tokens, targets, memory=None, **options):
     return model.losses(tokens, targets, memory, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cutoffs", [(10, 30, 40), pytest.param((10,), marks=pytest.mark.exhaustive), ()])
 @pytest.mark.parametrize("length", some(2, [2000, 7]))
 def test_losses_are_those_of_the_log_probabilities(cutoffs, length):
@@ -165,6 +166,7 @@ def test_losses_are_those_of_the_log_probabilities(cutoffs, length):
     chex.assert_trees_all_close(losses, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cutoffs", some(2, [(10, 30, 40), ()]))
 def test_a_negative_target_costs_nothing_and_teaches_nothing(cutoffs):
     """In the head and in clusters of the output layer, and with a hidden state that is not finite."""
@@ -190,6 +192,7 @@ def test_a_negative_target_costs_nothing_and_teaches_nothing(cutoffs):
     chex.assert_trees_all_close(model.losses_of(hidden, negative), losses, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cutoffs", some(2, [(10, 30, 40), ()]))
 def test_words_outside_of_the_vocabulary_are_refused_or_nan(cutoffs):
     model = DecoderLM(dataclasses.replace(TINY, num_layers=1, rule="softmax", cutoffs=cutoffs), rngs=nnx.Rngs(0))
@@ -219,6 +222,7 @@ def test_words_outside_of_the_vocabulary_are_refused_or_nan(cutoffs):
     chex.assert_trees_all_close(model.losses(tokens.tolist(), targets.tolist())[0], losses(tokens, targets), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", some(2, ["softmax", *RULES]))
 @pytest.mark.parametrize("norm", some(2, ["post", "pre"]))
 def test_a_memory_goes_on_where_the_last_call_ended(rule, norm):
@@ -233,6 +237,7 @@ def test_a_memory_goes_on_where_the_last_call_ended(rule, norm):
         chex.assert_trees_all_close(jnp.concatenate([first, second], axis=1), want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"rule": "delta", "normalize": "retrieval"}, {"rule": "softmax"}], ids=str)
 def test_a_row_that_is_padded_in_front_is_as_it_is_alone(options):
     """With segment ids. Its memory is, too, and the next token that is read from it."""
@@ -255,6 +260,7 @@ def test_a_row_that_is_padded_in_front_is_as_it_is_alone(options):
     assert jnp.max(jnp.abs(got[1] - want[1])) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     some(3, [{"positions": "descending", "num_layers": 1}, {"rule": "softmax", "remat": True}, {"scan": True}]),
@@ -342,6 +348,7 @@ def test_a_scan_over_blocks_needs_no_stream_that_nothing_draws_from():
     assert jnp.max(jnp.abs(one - other)) > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", some(2, [True, False]))
 def test_dropout_is_of_training_alone_and_favor_plus_draws_there(scan):
     config = dataclasses.replace(TINY, feature_map="favor_plus", feature_size=4, dropout=0.5, scan=scan)
@@ -389,6 +396,7 @@ def test_configuration_mistakes(options, words):
         dataclasses.replace(TINY, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", some(2, [{"scan": True}, {"remat": True}]), ids=str)
 def test_memories_after_every_few_tokens_come_from_one_pass(options):
     config = dataclasses.replace(TINY, positions=None, dropout=0.0, **options)
@@ -458,6 +466,7 @@ def test_transformer_xl_refuses_segment_ids_and_lengths(options):
         model(tokens_of((1, 5)), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"remat": True}, {"scan": True}], ids=str)
 def test_random_streams_of_an_outer_trace_are_left_alone_where_nothing_is_drawn(options):
     """A model without dropout takes rngs from outside of jax.jit, whatever its blocks go through."""

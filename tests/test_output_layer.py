@@ -131,6 +131,7 @@ def test_losses_and_gradients_are_those_of_float64(name):
     np.testing.assert_allclose(slope, (ends[0] - ends[1]) / 2e-5, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", some(2, ["clusters", "softmax"]))
 def test_forward_mode_and_second_derivatives(name):
     x, targets, output, cutoffs, weights = case(name)
@@ -152,6 +153,7 @@ def test_forward_mode_and_second_derivatives(name):
     chex.assert_trees_all_close(got[1:], want[1:], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["softmax", "clusters"])
 def test_bfloat16_is_rounded_and_its_sums_are_float32(name):
     x, targets, output, cutoffs, weights = case(name)
@@ -182,6 +184,7 @@ def test_the_loss_of_a_sure_word_is_not_below_zero():
     assert jnp.min(output_layer.losses(x, best, output)) >= 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["softmax", "all tokens in one cluster"])
 def test_the_logits_of_all_words_never_exist(name, monkeypatch):
     monkeypatch.setattr(output_layer, "LOGITS", {"cpu": 2**17, "default": 2**26})
@@ -214,6 +217,7 @@ def test_blocks_are_those_of_the_platform_the_program_is_for(platform, blocks, m
     assert f"tensor<{blocks}x{SIZE}xf32>" in exported.mlir_module()
 
 
+@pytest.mark.slow
 def test_a_vmap_gives_the_losses_of_each_output_layer():
     x, targets, output, cutoffs, _ = case("clusters")
     outputs = jax.tree.map(lambda a: jnp.stack([a, 2 * a]), output)

@@ -65,6 +65,7 @@ def map_of(first, last):
     return jax.jit(functools.partial(piece_of, case, random_inputs(case), first, last))()
 
 
+@pytest.mark.slow
 @hypothesis.given(st.data())
 def test_any_cut_and_any_order_of_grouping_give_the_map_of_the_whole(data):
     cuts = [0, *sorted(data.draw(st.sets(st.integers(1, 6)))), 7]
@@ -95,6 +96,7 @@ def test_pieces_are_the_whole_sequence(case, x64):
     check(case, functools.partial(outputs_and_gradients, pieces=3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", some(2, [40, 2]))
 def test_any_number_of_pieces_in_float32(number):
     check(Case(length=40, decay="head"), functools.partial(outputs_and_gradients, pieces=number), 2e-6)
@@ -290,6 +292,7 @@ def test_what_has_no_pieces_says_so(name):
 PADDED = [(CASES[17], (2, 4)), (CASES[27], (2, 4)), (CASES[27], None), (CASES[17], None)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case_and_mesh", some(6, PADDED), ids=str)
 def test_rows_padded_behind_are_cut_in_pieces(case_and_mesh, x64):
     """Lengths of no token, of a piece's end, and in the middle of pieces."""

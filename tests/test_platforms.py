@@ -119,6 +119,7 @@ def retrieval_step(number):
     return advance, start(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [

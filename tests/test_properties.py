@@ -83,6 +83,7 @@ def test_a_prefix_and_then_the_rest_is_the_whole(options, arrays):
             assert_same((jnp.concatenate([first, rest], axis=1), *memory), whole)
 
 
+@pytest.mark.slow
 @every_form
 @hypothesis.given(sequences())
 def test_packed_documents_are_separate_documents(options, arrays):
@@ -135,6 +136,7 @@ def gradients_behind_a_reset(**options):
     return jax.jit(jax.grad(late))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", some(3, list(FORMS.values())), ids=FORMS)
 @hypothesis.given(sequences())
 def test_no_gradient_flows_from_the_past_to_the_future_nor_across_documents(options, arrays):

@@ -63,6 +63,7 @@ def loss_and_logits(model, ids):
     return nnx.value_and_grad(loss, has_aux=True)(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NUMBERS)
 def test_logits_loss_and_gradients(name):
     expected = golden(name)
@@ -134,6 +135,7 @@ def test_memories_on_the_way_go_without_softmax_attention():
         model(jnp.ones((1, 4), jnp.int32), memory_every=2)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_near(name="gated_deltanet"):
     half = from_pretrained(GOLDEN / name, dtype=jnp.bfloat16)
     rounded, exact = arrays_by_path(half), arrays_by_path(pretrained(name))

@@ -21,6 +21,7 @@ def name(snippet):
     return snippet.strip().splitlines()[-1][:40]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("snippet", [snippet for snippet in SNIPPETS if "runs/" not in snippet], ids=name)
 def test_a_snippet_runs_as_it_stands(snippet, tmp_path, monkeypatch):
     (tmp_path / "tests").symlink_to(ROOT / "tests")

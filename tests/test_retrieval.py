@@ -138,6 +138,7 @@ def test_one_query_is_read_as_many_are(model):
     np.testing.assert_allclose(predict(query), one_by_one, rtol=0, atol=2e-5 * jnp.abs(one_by_one).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", some(5, ALL_MODELS[::-1]), ids=lambda model: f"{model.name}-{model.rule}")
 def test_accelerators_take_all_sequences_at_once_with_the_same_gradient(model, monkeypatch):
     params, task = small_params(model, 6), Task(6, True)
@@ -153,6 +154,7 @@ def test_accelerators_take_all_sequences_at_once_with_the_same_gradient(model, m
     chex.assert_trees_all_close(derivatives(), expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1.0, 3.0])
 def test_favor_by_halves_is_favor_by_features_with_all_digits(length):
     key, query = length * jax.random.normal(jax.random.key(0), (7, 8)), jax.random.normal(jax.random.key(1), (2, 8))
@@ -170,6 +172,7 @@ def test_favor_by_halves_is_favor_by_features_with_all_digits(length):
     assert "DEFAULT" not in jax.jit(by_halves).lower(key, query).as_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nu", [1, 2, 7])
 def test_dpfp_without_features_is_dpfp_by_features_with_all_digits(nu):
     key, query = (jax.random.normal(jax.random.key(seed), shape) for seed, shape in ((0, (5, 4)), (1, (4,))))
@@ -232,6 +235,7 @@ def test_the_fast_weight_memory_and_its_gradient_are_those_of_the_steps(length, 
         assert jnp.any(~is_clipped) and jnp.any(is_clipped) == (size > 0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replace", [False, True])
 def test_evaluation_weighs_chunks_of_queries_as_the_authors_do(replace, monkeypatch):
     """Literally: distinct keys in sorted order, at most EVAL_QUERIES, in chunks, the mean of the chunks' means."""
@@ -291,6 +295,7 @@ def test_delta_learns_to_reassign_keys_where_sum_cannot():
     assert min(retrieval_model.train(Model("dpfp", "sum", 1), task, max_steps=100 * len(delta))[0]) > 0.03
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_where_it_was_kept(tmp_path, monkeypatch):
     run, checkpoint = (Model("dpfp", "delta", 1), Task(6, True)), tmp_path / "run.unfinished"
     whole, _ = retrieval_model.train(*run, max_steps=400)
@@ -392,6 +397,7 @@ def wait_until(condition, seconds):
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_where_it_stopped_and_repeats_nothing(tmp_path):
     runs = [Run(Model("linear", "sum"), Task(4, False)), Run(Model("softmax", "softmax"), Task(4, False))]
     path = tmp_path / "capacity.csv"
@@ -406,6 +412,7 @@ def test_a_sweep_goes_on_where_it_stopped_and_repeats_nothing(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["capacity.csv"]
 
 
+@pytest.mark.slow
 def test_a_sweep_does_not_take_a_run_that_was_cut_off_for_finished(tmp_path):
     run, path = Run(Model("linear", "sum"), Task(4, False)), tmp_path / "capacity.csv"
     other = dataclasses.replace(run, seed=2)  # is not asked for, and stays
@@ -422,6 +429,7 @@ def test_what_is_kept_of_a_plateau_does_not_make_its_run_finished():
     assert not retrieval_model.is_finished([*map(float, kept.split())], max_steps=10_000)
 
 
+@pytest.mark.slow
 def test_a_failing_run_loses_no_other(tmp_path, monkeypatch):
     runs = [Run(Model("linear", "sum"), Task(size, False)) for size in (4, 5)]
     path = tmp_path / "capacity.csv"

@@ -92,6 +92,7 @@ def test_a_rule_of_ones_own_has_a_gradient_in_every_form(options, x64):
     np.testing.assert_allclose(got, (loss_of_the_loop(1e-5) - loss_of_the_loop(-1e-5)) / 2e-5, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_rule_of_ones_own_streams_in_a_layer_and_in_a_model():
     layer = fwt_jax.FastWeightAttention(8, num_heads=2, head_size=4, rule=LEAKY, rngs=nnx.Rngs(0))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 7, 8)), jnp.float32)

@@ -66,6 +66,7 @@ def mixed_cases():
         yield case if case.defined else Case(rule, normalize, decay, None, None, LENGTH, True, True, i % 5 == 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", some(11, list(mixed_cases())), ids=str)
 def test_each_segment_is_as_if_it_were_alone(case, x64):
     """Outputs, memories and the gradients in every argument, along a direction, against the reference."""
@@ -129,6 +130,7 @@ def test_tokens_of_no_segment_are_padding():
     assert jnp.all(jnp.any(fast_weights != arrays["fast_weights"], axis=(2, 3, 4)) != untouched)
 
 
+@pytest.mark.slow
 def test_calls_may_be_eager_mapped_and_sharded():
     arrays, ids = float32_inputs(), jnp.asarray(IDS, jnp.int32)
     want = compiled(arrays, ids)
@@ -169,6 +171,7 @@ def first_memories(layer, num_segments):
     return jax.tree.map(lambda x: x.reshape(2, num_segments, *x.shape[1:]), layer.init_memory(2 * num_segments))
 
 
+@pytest.mark.slow
 def test_a_layer_streams_tokens_of_two_segments():
     """In two calls; each segment as if the layer read it alone."""
     layer = FastWeightAttention(8, num_heads=2, head_size=4, form="recurrent", rngs=nnx.Rngs(0))

@@ -74,6 +74,7 @@ def test_eight_devices_train_as_one(axes, rule):
     chex.assert_trees_all_close(jax.device_get(sharded.params), jax.device_get(state.params), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_layer_with_split_tokens_is_one_device_in_float64(x64):
     layer = FastWeightAttention(8, 2, 4, normalize="retrieval", param_dtype=jnp.float64, rngs=nnx.Rngs(0))
     x, cotangent = jax.random.normal(jax.random.key(1), (2, 4, 12, 8), jnp.float64)
@@ -95,6 +96,7 @@ def test_a_layer_with_split_tokens_is_one_device_in_float64(x64):
         assert jnp.linalg.norm(ours - right) <= 1e-9 * jnp.linalg.norm(right)
 
 
+@pytest.mark.slow
 def test_a_step_with_split_tokens_is_that_of_one_device_and_gathers_no_tokens():
     config = dataclasses.replace(TINY, num_layers=1, normalize="retrieval", dropout=0.1)
     batch, memory = batch_of(0), maker(config)().init_memory(8)
@@ -123,6 +125,7 @@ def test_a_step_with_split_tokens_is_that_of_one_device_and_gathers_no_tokens():
         assert np.linalg.norm(ours - right) <= 1e-5 * np.linalg.norm(right)
 
 
+@pytest.mark.slow
 def test_devices_exchange_only_the_tokens_that_a_convolution_looks_back():
     """And with segments, whether one begins at a token, which is one bool each."""
 
@@ -198,6 +201,7 @@ def test_several_memories_of_a_row_are_split_by_heads_as_one_is():
     assert memory.value_inputs.spec == P(("data", "fsdp"), None, None, "tensor", None)
 
 
+@pytest.mark.slow
 def test_what_is_trained_stays_split_by_the_table_and_a_step_is_compiled_once(tmp_path, monkeypatch):
     make = maker(dataclasses.replace(TINY, num_layers=1, cutoffs=()))
     mesh, compiled, jit = sharding.make_mesh(fsdp=2, tensor=2), [], jax.jit
@@ -220,6 +224,7 @@ def test_a_vocabulary_that_cannot_be_split_stays_whole():
     assert sharding.partition(mesh, shapes)["embedding"].spec == P(None, "fsdp")
 
 
+@pytest.mark.slow
 def test_the_output_layer_is_computed_once_for_each_row():
     """Each device has an eighth of the products, or the scan over blocks would run on all of them."""
 
@@ -238,6 +243,7 @@ def test_the_output_layer_is_computed_once_for_each_row():
     assert flops(sharding.make_mesh()) < flops(None) / 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cutoffs", some(2, [(5, 11), ()]), ids=str)
 def test_devices_may_differ_in_what_they_skip(cutoffs):
     """All targets of one device are ignored, and rare words are on another one alone."""

@@ -90,6 +90,7 @@ def test_a_gradient_compiles_and_shards_do_not_communicate(implementation, topol
 SPLIT = P(("data", "fsdp"), None, "tensor")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("axes", "spec", "kind", "is_kernel"),
     [
@@ -121,6 +122,7 @@ def test_a_kernel_is_the_default_where_a_mesh_splits_rows_and_heads_alone(axes, 
     assert not is_kernel or not [word for word in COLLECTIVES if word in text]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["xla", "pallas"])
 def test_gradients_are_added_up_where_values_alone_are_sharded(implementation):
 
@@ -140,6 +142,7 @@ def test_gradients_are_added_up_where_values_alone_are_sharded(implementation):
     assert "all-reduce" in compiled_text(mapped, inputs, two)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key_size", "value_size", "dtype", "matmul_precision"),
     [
@@ -208,6 +211,7 @@ def test_value_heads_share_the_queries_and_keys_of_a_chip(decay, tensor):
         assert not [word for word in COLLECTIVES if word in text]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     some(

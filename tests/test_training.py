@@ -99,6 +99,7 @@ test_training.run(out)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "at"), [("SIGKILL", 4), pytest.param("SIGTERM", 9, marks=pytest.mark.exhaustive)])
 def test_a_run_that_was_killed_goes_on_bit_for_bit(kind, at, whole, tmp_path):
     command = [sys.executable, "-c", PROGRAM, kind, str(at), str(tmp_path)]
@@ -222,6 +223,7 @@ def test_load_gives_the_last_model_where_nothing_was_evaluated(tmp_path):
         training.load(tmp_path / "nowhere", make_model)
 
 
+@pytest.mark.slow
 def test_the_mean_of_the_last_checkpoints(tmp_path):
     run(tmp_path, dataclasses.replace(CONFIG, keep=3, eval_every=12), evaluate=None)
     assert saved_steps(tmp_path) == [4, 8, 12]
@@ -448,6 +450,7 @@ def test_settings_that_cannot_be_read_name_their_file(content, tmp_path):
         run(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_good_checkpoint(tmp_path):
     def explodes(model, batch, memory, rngs):
         total, count, memory = loss(model, batch, memory, rngs)
@@ -463,6 +466,7 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_good_checkpoint(tmp
 # --- what a step does ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_accumulated_parts_make_the_same_step():
     states = []
     for accumulate in (1, 4):
@@ -477,6 +481,7 @@ def test_accumulated_parts_make_the_same_step():
     chex.assert_trees_all_close(*states, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_carried_memory_is_that_of_the_text_read_so_far():
     """Three segments one after another leave the memory of their concatenation, with a learning rate of 0."""
     config = dataclasses.replace(CONFIG, learning_rate=0.0)
@@ -573,6 +578,7 @@ def test_what_changes_no_number_may_change_when_a_run_goes_on(whole, tmp_path):
         run(tmp_path, dataclasses.replace(CONFIG, steps=11))
 
 
+@pytest.mark.slow
 def test_more_steps_are_another_run_where_the_schedule_depends_on_them(tmp_path):
     config = dataclasses.replace(CONFIG, steps=2, schedule="cosine")
     run(tmp_path, config)

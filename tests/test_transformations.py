@@ -125,6 +125,7 @@ def test_jit_and_vmap_change_nothing(options, x64):
     chex.assert_trees_all_close(jax.tree.map(lambda x: x[1], both), want, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.slow
 @some_forms
 def test_forward_mode_is_reverse_mode_and_second_derivatives_are_differences_of_first(options, x64):
     arrays, direction = float64_inputs(options), float64_inputs(options, seed=4)
@@ -145,6 +146,7 @@ def test_forward_mode_is_reverse_mode_and_second_derivatives_are_differences_of_
         chex.assert_trees_all_close(product[name], differences[name], rtol=0, atol=1e-6 * float(scale) + 1e-12)
 
 
+@pytest.mark.slow
 @some_forms
 def test_shards_of_the_batch_and_of_the_heads_give_the_same_numbers(options, x64):
     """jit with sharded arguments, and shard_map, on a mesh of four by two devices, with gradients."""
@@ -177,6 +179,7 @@ def test_shards_of_the_batch_and_of_the_heads_give_the_same_numbers(options, x64
     chex.assert_trees_all_close(jax.jit(mapped)(*inputs), want, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_kernels_bear_vmap_and_checkpoint_and_derivatives_of_their_gradient():
     x = jnp.asarray(np.random.default_rng(0).random((3, 2, 20, 4, 8)), jnp.float32)
 
@@ -234,6 +237,7 @@ def sharded_inputs(axis_type):
     return mesh, specs, inputs, placed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", some(2, [False, True]), ids=["no memory", "empty memory"])
 @pytest.mark.parametrize("options", some(4, [{"implementation": "pallas"}, *FORMS]), ids=str)
 def test_constants_may_be_made_in_shard_map(options, start):
@@ -243,6 +247,7 @@ def test_constants_may_be_made_in_shard_map(options, start):
     chex.assert_trees_all_close(jax.jit(mapped)(*inputs), jax.jit(run)(*inputs), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", some(2, [True, False]), ids=["empty memory", "no memory"])
 @some_forms
 def test_meshes_of_explicit_axes_keep_their_sharding(options, start):

@@ -202,6 +202,7 @@ def test_every_sentence_is_in_one_batch_of_an_epoch_padded_to_few_sizes():
     assert [batch["source"].shape for batch in epochs[0]] != [batch["source"].shape for batch in epochs[1]]
 
 
+@pytest.mark.slow
 def test_an_epoch_has_new_batches_in_an_order_that_does_not_know_their_sizes():
     rng = np.random.default_rng(0)
     data = sentences(*([5 + i % 5000] * int(n) + [EOS] for i, n in enumerate(rng.integers(1, 60, 5000))))
@@ -279,6 +280,7 @@ def trained(small_demo, tmp_path_factory):
     return config, translation.run(config)
 
 
+@pytest.mark.slow
 def test_a_run_learns_writes_what_it_says_and_scores_as_sacrebleus_own_command(trained, capsys):
     config, results = trained
     lines = (config.out / "translations.test.txt").read_text(encoding="utf-8").splitlines()
@@ -305,6 +307,7 @@ def test_a_run_learns_writes_what_it_says_and_scores_as_sacrebleus_own_command(t
     assert ["25.5" in table for table in tables] == [False, True]
 
 
+@pytest.mark.slow
 def test_a_trained_run_translates_standard_input_line_by_line(trained, monkeypatch, capsys):
     config, _ = trained
     source, lines = config.test[0], (config.out / "translations.test.txt").read_text(encoding="utf-8")
@@ -331,6 +334,7 @@ def test_a_folder_that_cannot_translate(settings, words, tmp_path):
         translating.main(translating.Config(tmp_path))
 
 
+@pytest.mark.slow
 def test_the_same_command_again_trains_no_further_and_gives_the_same(trained):
     config, results = trained
     again = translation.run(config)
@@ -338,6 +342,7 @@ def test_the_same_command_again_trains_no_further_and_gives_the_same(trained):
         assert {**again[part], "sentences_per_second": 0} == {**results[part], "sentences_per_second": 0}
 
 
+@pytest.mark.slow
 def test_the_loss_of_validation_leaves_out_what_is_empty(trained):
     config, _ = trained
     subwords = Subwords((config.out / "subwords.model").read_bytes())
@@ -424,6 +429,7 @@ def test_a_step_on_eight_devices_is_that_of_one(preset, accumulate, trained, tmp
     chex.assert_trees_all_close(spread, run("one", None), atol=3e-5)
 
 
+@pytest.mark.slow
 def test_the_loss_of_validation_counts_tokens_and_no_padding(trained):
     subwords = Subwords((trained[0].out / "subwords.model").read_bytes())
     pairs = pairs_of_words(9, seed=3)

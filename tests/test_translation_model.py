@@ -202,6 +202,7 @@ def test_decoding_token_by_token_equals_all_at_once(name):
 PADDED = 5e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", some(4, list(MODELS)))
 @hypothesis.given(st.lists(st.integers(1, 6), min_size=4, max_size=4), st.integers(0, 99))
 @hypothesis.settings(max_examples=8, deadline=None)
@@ -242,6 +243,7 @@ def test_the_loss_is_the_cross_entropy_with_smoothed_labels(smoothing):
     chex.assert_trees_all_close(losses, expected, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("smoothing", some(2, [0.1, 0.0]))
 def test_a_negative_target_costs_nothing_and_teaches_nothing(smoothing):
     """The decoder reads padding in its place, and padding costs nothing."""
@@ -261,6 +263,7 @@ def test_a_negative_target_costs_nothing_and_teaches_nothing(smoothing):
     assert not np.any(got[0][1][target == TINY.pad_id]) and np.all(got[0][1][target != TINY.pad_id])
 
 
+@pytest.mark.slow
 def test_words_outside_of_the_vocabulary_are_refused_or_nan():
     model, source, target = make("sum"), sentences(2, 4, lengths=[4, 4]), sentences(2, 5, seed=1, lengths=[5, 4])
     losses = jax.jit(lambda source, target: model.losses(source, target, label_smoothing=0.1))
@@ -293,6 +296,7 @@ def test_recomputing_blocks_changes_nothing_and_all_parameters_learn(name):
     assert not silent
 
 
+@pytest.mark.slow
 def test_dropout_and_random_features_come_from_rngs():
     model, source, target = make("FAVOR+", dropout=0.5), sentences(2, 5), sentences(2, 5, seed=1)
     one, same, other = (plain(model, source, target, nnx.Rngs(seed)) for seed in (0, 0, 1))
@@ -348,6 +352,7 @@ def all_translations(length):
     return np.asarray([(*row, SMALL.eos_id, *(SMALL.pad_id,) * (length - 1 - len(row))) for row in words], np.int32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoder", some(3, [DELTA, SOFTMAX, SUM]), ids=lambda attention: attention.rule)
 @pytest.mark.parametrize("penalty", [0.0, 0.6, 1.0])
 def test_a_beam_that_holds_everything_finds_the_best_of_all(decoder, penalty):
@@ -385,6 +390,7 @@ def searched(log_p, beam_size, length, penalty, early_stop):
     return ended
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beam", some(3, [(2, True), (2, False), (3, True), (3, False)]), ids=str)
 def test_a_beam_is_that_of_plain_python(beam):
     """The logits of the model are sharp, so that translations of many lengths end in the beam."""
@@ -412,6 +418,7 @@ def test_a_beam_is_that_of_plain_python(beam):
     assert len(lengths) > 1
 
 
+@pytest.mark.slow
 def test_a_model_that_recomputes_its_blocks_translates_as_one_that_does_not():
     source, target = sentences(3, 6, seed=4), sentences(3, 5, seed=1)
     results = []
@@ -422,6 +429,7 @@ def test_a_model_that_recomputes_its_blocks_translates_as_one_that_does_not():
     chex.assert_trees_all_close(*results, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_search_inside_of_transformations_is_the_same_and_leaves_the_model():
     model, source = make("each another"), sentences(3, 6, seed=4)
     options = {"beam_size": 2, "max_length": 6}
@@ -477,6 +485,7 @@ def greedy(model, source, length):
     return tokens[0, 1 : i + 2].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", some(3, ["delta decoder", "softmax", "sum", "each another", *list(MODELS)[2:4]]))
 def test_beam_one_is_greedy_whatever_stands_beside_a_sentence(name):
     model, source = make(name), sentences(3, 6, seed=4)
@@ -486,6 +495,7 @@ def test_beam_one_is_greedy_whatever_stands_beside_a_sentence(name):
         assert [int(token) for token in translations.tokens[row, 0] if token != TINY.pad_id] == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", some(2, ["each another", "FAVOR+"]))
 def test_the_scores_are_those_of_the_teacher_forced_model_and_better_with_a_larger_beam(name):
     model, source = make(name), sentences(4, 6, seed=5)
@@ -504,6 +514,7 @@ def test_the_scores_are_those_of_the_teacher_forced_model_and_better_with_a_larg
 # --- many devices ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", some(2, [{"fsdp": 2, "tensor": 2}, {}]), ids=str)
 @pytest.mark.parametrize("name", some(4, ["each another", "softmax", "delta decoder", "gated delta decoder"]))
 def test_eight_devices_decode_and_score_as_one(name, axes):
@@ -636,6 +647,7 @@ def test_sources_that_are_refused(rule, change, words):
         layer.read(call["x"], layer.write(call["source"], call["mask"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", some(2, ["relu", "relu_squared"]))
 def test_features_that_are_all_zero_stay_zero(name):
     """The features of negative keys, and of zeros, are all zero. No division by zero follows."""

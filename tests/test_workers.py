@@ -41,6 +41,7 @@ assert (workers.cores(), sorted(of_thread)) == (after, after)
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["retrieval.experiment", "language.comparison"])
 def test_a_program_that_starts_workers_takes_no_memory_of_a_gpu_itself(name):
     program = (
