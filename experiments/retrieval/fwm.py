@@ -59,9 +59,9 @@ def read(num_values: int, key, beta, values, query):
 
     def split(x):  # the last chunk is filled up with tokens that write nothing
         x = jnp.pad(x, ((0, num_chunks * size - length), *((0, 0),) * (x.ndim - 1)))
-        return x.reshape(num_chunks, size, *x.shape[1:])
+        return list(x.reshape(num_chunks, size, *x.shape[1:]))
 
-    return _read(num_values, tuple(map(split, (key, beta, values))), query)
+    return _read(num_values, list(zip(split(key), split(beta), split(values), strict=True)), query)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -70,28 +70,26 @@ def _read(num_values, chunks, query):
 
 
 def _forward(num_values, chunks, query):
-    """The reads, and what the backward pass needs: of the first chunk, of those in between, and of the last."""
-    num_chunks, advance = len(chunks[0]), functools.partial(_advance, num_values)
-    carry, parts = (None, jnp.zeros_like(chunks[1][0, 0])), []
-    if num_chunks > 1:
-        first = tuple(x[0] for x in chunks)
-        carry, saved = advance(carry, first)
-        parts.append((first, saved))
-    if num_chunks > 2:
-        between = tuple(x[1:-1] for x in chunks)
-        carry, saved = lax.scan(advance, carry, between)
-        parts.append((between, saved))
-    last, (fast_weights, squared_norm) = tuple(x[-1] for x in chunks), carry
-    (writes, to_end, start_to_end), _, saved = _write(num_values, fast_weights, squared_norm, last)
-    parts.append((last, saved))
+    """The reads, and what the backward pass needs.
+
+    The chunks are a Python list. A ``lax.scan`` slices them and stacks what it saves, in about a tenth of the time.
+    """
+    *chunks, last = chunks
+    carry, saved = (None, jnp.zeros_like(last[1][0])), []
+    for chunk in chunks:
+        carry, of_chunk = _advance(num_values, carry, chunk)
+        saved.append((chunk, of_chunk))
+    fast_weights, squared_norm = carry
+    (writes, to_end, start_to_end), _, of_chunk = _write(num_values, fast_weights, squared_norm, last)
+    saved.append((last, of_chunk))
     read = _matmul(_matmul(query, last[0].T) * to_end, writes)
     if fast_weights is not None:
         read += start_to_end * _matmul(query, fast_weights)
-    return read, (query, read, writes, parts)
+    return read, (query, read, writes, saved)
 
 
 def _advance(num_values, carry, chunk):
-    """A chunk: (M, n′) at its start -> at its end; and what the backward pass needs. M is None if it is empty."""
+    """A chunk: (M, n′) at its start -> at its end; and what the backward pass needs. M is None in the first."""
     fast_weights, squared_norm = carry
     (writes, to_end, start_to_end), squared_norm, saved = _write(num_values, fast_weights, squared_norm, chunk)
     after = _matmul(_transposed(chunk[0] * to_end[:, None]), writes)
@@ -125,21 +123,17 @@ def _write(num_values, fast_weights, squared_norm, chunk):
     return (writes, *clips_to_end), squared_norm, (fast_weights, overlaps, errors, clips, clips_to_end, new_norms)
 
 
-def _backward(num_values, saved, of_read):
-    """From the last chunk to the first. A chunk by itself has no axis of chunks, those in between have one."""
-    query, read, writes, parts = saved
-    (key, _, _), (fast_weights, *_, (to_end, start_to_end), _) = parts[-1]
+def _backward(num_values, residuals, of_read):
+    query, read, writes, saved = residuals
+    (key, _, _), (fast_weights, *_, (to_end, start_to_end), _) = saved[-1]
     of_query = _matmul(_matmul(of_read, writes.T) * to_end, key)
     if fast_weights is not None:
         of_query += start_to_end * _matmul(of_read, fast_weights.T)
-    carry, of_keys, of_betas = ((query, of_read), jnp.sum(of_read * read), jnp.zeros_like(read[0, 0])), [], []
-    for chunk, saved in reversed(parts):
-        is_one = chunk[1].ndim == 1
-        go_back = _go_back if is_one else functools.partial(lax.scan, _go_back, reverse=True)
-        carry, (of_key, of_beta) = go_back(carry, (chunk, saved))
-        of_keys.insert(0, of_key.reshape(-1, *key.shape))
-        of_betas.insert(0, of_beta.reshape(-1, len(key)))
-    return (jnp.concatenate(of_keys), jnp.concatenate(of_betas), None), of_query
+    carry, of_chunks = ((query, of_read), jnp.sum(of_read * read), jnp.zeros_like(read[0, 0])), []
+    for chunk in reversed(saved):
+        carry, of_chunk = _go_back(carry, chunk)
+        of_chunks.insert(0, (*of_chunk, None))
+    return of_chunks, of_query
 
 
 _read.defvjp(_forward, _backward)
