@@ -20,7 +20,7 @@ if "xla_cpu_use_fusion_emitters" in os.environ["XLA_FLAGS"]:
 
 
 def some(every, cases):
-    """Parameters of a test: one in ``every`` of the cases, from the first on; the others run with -m exhaustive."""
+    """Parameters of a test: one in ``every`` of the cases, from the first on; the others are exhaustive."""
     marks = [() if i % every == 0 else pytest.mark.exhaustive for i in range(len(cases))]
     return [pytest.param(case, marks=mark) for case, mark in zip(cases, marks, strict=True)]
 

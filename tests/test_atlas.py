@@ -150,7 +150,6 @@ def test_a_query_asks_for_the_value_behind_its_key():
     assert numbers == {4, 8}
 
 
-@pytest.mark.slow
 def test_all_tests_of_recall_have_one_length_and_ask_as_much():
     for tokens, labels in recall.tests():
         assert tokens.shape == labels.shape == (recall.TEST_BATCH, 2 * max(recall.TEST_PAIRS) + recall.QUERIES)

@@ -155,8 +155,8 @@ def test_float32_is_the_float64_reference_to_its_own_rounding(case):
     check_against_reference(case, jnp.float32, rtol=5e-6, gradient_rtol=2e-5)
 
 
-# The cases that are left out have a form, and a normalisation or none, of which another case is rounded alike.
 @pytest.mark.slow
+# The cases that are left out have a form, and a normalisation or none, of which another case is rounded alike.
 @pytest.mark.parametrize("case", some(3, ROUNDED), ids=str)
 def test_bfloat16_loses_no_more_than_the_rounding_of_inputs_and_outputs(case):
     """Tolerances: inputs, outputs and gradients carry 2⁻⁹ = 0.2 % each; what lies between is float32."""
@@ -194,8 +194,7 @@ def test_large_jitted_programs_are_the_float64_reference(case):
         assert_relative(name, got, want, 5e-6)
 
 
-# By default delta in chunks, and fwm token by token with a decay.
-@pytest.mark.slow
+@pytest.mark.slow  # not exhaustive: delta in chunks, and fwm token by token with a decay
 @pytest.mark.parametrize("case", some(18, [*LARGE[13:], *LARGE[:13]]), ids=str)
 def test_large_jitted_gradients_are_the_float64_reference(case):
     check_against_reference(case, jnp.float32, rtol=5e-6, gradient_rtol=2e-5, compiler_options=AS_USERS)

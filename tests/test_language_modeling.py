@@ -59,7 +59,6 @@ def one_by_one(model, tokens, length):
     return np.mean(losses)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("rule", some(2, ["delta", "softmax"]))
 @pytest.mark.parametrize("batch_size", [3, 64])
 def test_sliding_windows_in_batches_are_the_authors_one_by_one(rule, batch_size):

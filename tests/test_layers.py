@@ -311,7 +311,6 @@ def test_gradients_reach_every_parameter(name):
         assert np.any(grad[...]) or (path == ("key", "bias") and "softmax" in name), path
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "graph"), [("delta, favor", True), ("delta, favor", False), ("softmax", True)])
 def test_a_step_of_training_lowers_the_loss(name, graph):
     layer, x, target = make(name), inputs(), inputs(seed=1)

@@ -60,8 +60,8 @@ FORMS = [
 ]
 
 
-# A rule that is no name has an address in its text, which differs between the processes of pytest-xdist.
 @pytest.mark.slow
+# A rule that is no name has an address in its text, which differs between the processes of pytest-xdist.
 @pytest.mark.parametrize(
     "options", some(3, FORMS), ids=lambda options: str(options | {"rule": str(options["rule"])[:5]})
 )

@@ -202,12 +202,17 @@ def write_by_steps(num_values, key, beta, values):
     return jax.lax.scan(step, first, (key[1:], beta[1:], value[1:]))
 
 
+def read_by_steps(num_values, key, beta, values, query):
+    return query @ write_by_steps(num_values, key, beta, values)[0]
+
+
 def compare_with_steps(query, weights, key, beta, values):
     def loss(read, key, beta, query):
         return jnp.sum(jnp.sin(read(3, key, beta, values, query)) * weights)
 
     both = jax.jit(jax.value_and_grad(loss, (1, 2, 3)), static_argnums=0)
-    want = both(lambda *x: x[-1] @ write_by_steps(*x[:-1])[0], key, beta, query)
+    want = both(read_by_steps, key, beta, query)
+    # Gradients of early keys are as small as 1e-8.
     chex.assert_trees_all_close(both(fwm.read, key, beta, query), want, rtol=1e-9, atol=1e-14)
     assert "DEFAULT" not in both.lower(fwm.read, key, beta, query).as_text()
 
@@ -223,7 +228,7 @@ def test_a_clip_at_norm_1_has_half_of_its_gradient(x64):
     ("length", "size", "queries"), [(1, 1.0, 1), (5, 1.0, 2), (40, 0.02, 1), (41, 0.4, 2), (97, 0.4, 1), (130, 0.4, 2)]
 )
 def test_the_fast_weight_memory_and_its_gradient_are_those_of_the_steps(length, size, queries, x64):
-    """Figure 3's "Schlag (2021)", in one chunk, two and three, with writes that are clipped and writes that are not."""
+    """Figure 3's "Schlag (2021)", in one to four chunks, with writes that are clipped and writes that are not."""
     rng = np.random.default_rng(length)
     key = size * rng.normal(size=(length, 4))
     query, weights = rng.normal(size=(queries, 4)), rng.normal(size=(queries, 3))
@@ -235,7 +240,6 @@ def test_the_fast_weight_memory_and_its_gradient_are_those_of_the_steps(length, 
         assert jnp.any(~is_clipped) and jnp.any(is_clipped) == (size > 0.1)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("replace", [False, True])
 def test_evaluation_weighs_chunks_of_queries_as_the_authors_do(replace, monkeypatch):
     """Literally: distinct keys in sorted order, at most EVAL_QUERIES, in chunks, the mean of the chunks' means."""
@@ -412,7 +416,6 @@ def test_a_sweep_goes_on_where_it_stopped_and_repeats_nothing(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["capacity.csv"]
 
 
-@pytest.mark.slow
 def test_a_sweep_does_not_take_a_run_that_was_cut_off_for_finished(tmp_path):
     run, path = Run(Model("linear", "sum"), Task(4, False)), tmp_path / "capacity.csv"
     other = dataclasses.replace(run, seed=2)  # is not asked for, and stays

@@ -280,7 +280,6 @@ def trained(small_demo, tmp_path_factory):
     return config, translation.run(config)
 
 
-@pytest.mark.slow
 def test_a_run_learns_writes_what_it_says_and_scores_as_sacrebleus_own_command(trained, capsys):
     config, results = trained
     lines = (config.out / "translations.test.txt").read_text(encoding="utf-8").splitlines()
@@ -307,7 +306,6 @@ def test_a_run_learns_writes_what_it_says_and_scores_as_sacrebleus_own_command(t
     assert ["25.5" in table for table in tables] == [False, True]
 
 
-@pytest.mark.slow
 def test_a_trained_run_translates_standard_input_line_by_line(trained, monkeypatch, capsys):
     config, _ = trained
     source, lines = config.test[0], (config.out / "translations.test.txt").read_text(encoding="utf-8")
@@ -342,7 +340,6 @@ def test_the_same_command_again_trains_no_further_and_gives_the_same(trained):
         assert {**again[part], "sentences_per_second": 0} == {**results[part], "sentences_per_second": 0}
 
 
-@pytest.mark.slow
 def test_the_loss_of_validation_leaves_out_what_is_empty(trained):
     config, _ = trained
     subwords = Subwords((config.out / "subwords.model").read_bytes())
@@ -429,7 +426,6 @@ def test_a_step_on_eight_devices_is_that_of_one(preset, accumulate, trained, tmp
     chex.assert_trees_all_close(spread, run("one", None), atol=3e-5)
 
 
-@pytest.mark.slow
 def test_the_loss_of_validation_counts_tokens_and_no_padding(trained):
     subwords = Subwords((trained[0].out / "subwords.model").read_bytes())
     pairs = pairs_of_words(9, seed=3)

@@ -2,9 +2,9 @@
 
     W̃_t = W_{t−1} + β_t k_t e_tᵀ,   e_t = v_t − W_{t−1}ᵀk_t,   n_t = ‖W̃_t‖²,   W_t = s_t W̃_t,   s_t = 1/max(1, √n_t).
 
-It starts empty. As in the authors' program the first write is not clipped: s_1 = 1. Values are one-hot and take no
-gradient. ``fwt_jax.clipped`` is the rule for every other use. It also has decays, resets, reads within the sequence and
-derivatives of every kind.
+The memory starts empty, and is only read after the last token: o = W_Lᵀq. As in the authors' program the first write is
+not clipped: s_1 = 1. Values are one-hot and take no gradient. ``fwt_jax.clipped`` is the rule for every other use. It
+also has decays, resets, reads within the sequence and derivatives of every kind.
 
 In a chunk, b_i = β_i e_i, and M is the memory at its start. S_ti = s_i ⋯ s_{t−1} are the clips between write i and
 token t, S_t0 all before t, and S_Ct = s_t ⋯ s_C those from write t to the chunk's end. With n′_t = s_t² n_t = ‖W_t‖²,
@@ -20,9 +20,9 @@ last token to the first, with n′_t as a variable of its own and n̄′ = 0 aft
 
 All clips together cost a number for each token: W̃_t is linear in (W_{t−1}, v_t), and n_t − n′_{t−1} is quadratic, so
 
-    d_{t−1} = d_t − v̄_tᵀv_t + 2 n̄_t (n_t − n′_{t−1}).
+    d_{t−1} = d_t − v̄_tᵀv_t + 2 n̄_t (n_t − n′_{t−1}),     d_L = Σ ōᵀo over the reads.
 
-In the end, with ∂n_t/∂(β_t‖k_t‖²) = β_t ‖e_t‖²,
+In the end q̄ = W_L ō and, with ∂n_t/∂(β_t‖k_t‖²) = β_t ‖e_t‖²,
 
     β̄_t = b̄_tᵀe_t + n̄_t ((n_t − n′_{t−1})/β_t + β_t‖k_t‖² ‖e_t‖²)
     k̄_t = S_Ct G b_t + S_t0 M m̄_t + Σ_{i<t} S_ti (m̄_tᵀb_i) k_i + Σ_{i>t} S_it (m̄_iᵀb_t) k_i + 2 n̄_t β_t² ‖e_t‖² k_t.
@@ -30,9 +30,9 @@ In the end, with ∂n_t/∂(β_t‖k_t‖²) = β_t ‖e_t‖²,
 They are exact relative to the largest gradient of a sequence, because d is a sum of differences.
 
 A chunk takes six products with a memory, of 2·C·F·S FLOPs: two forward and four backward. The first chunk takes three,
-because its M is empty. So does the last one: its memory at the end is only read, by o = W_Lᵀq, and its G = Σ q ōᵀ stays
-the product of two thin matrices. JAX's derivative of ``fwt_jax.clipped`` takes seven in every chunk, and several times
-as many products within a chunk.
+because its M is empty. So does the last one, because its W_L is not formed, and its G = Σ q ōᵀ stays the product of two
+thin matrices. A chunk alone takes none. JAX's derivative of ``fwt_jax.clipped`` takes seven in every chunk, and several
+times as many products within a chunk.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ _matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 def read(num_values: int, key, beta, values, query):
     """W_Lᵀq ``[Q, S]`` for queries ``[Q, F]``, keys ``[L, F]``, β ``[L]`` and ids of values ``[L]``, in 0 … S−1.
 
-    Float32 or float64. S is ``num_values``. For the backward pass the memory at the start of each chunk is stored, and
-    S + 2C numbers for each token besides the inputs.
+    Float32 or float64. S is ``num_values``. Stored for the backward pass are the memory at the start of each chunk but
+    the first, and S + 2C numbers for each token besides the inputs.
     """
     length = len(key)
     num_chunks = -(-length // CHUNK_SIZE)
@@ -129,11 +129,11 @@ def _backward(num_values, residuals, of_read):
     of_query = _matmul(_matmul(of_read, writes.T) * to_end, key)
     if fast_weights is not None:
         of_query += start_to_end * _matmul(of_read, fast_weights.T)
-    carry, of_chunks = ((query, of_read), jnp.sum(of_read * read), jnp.zeros_like(read[0, 0])), []
+    carry, of_chunks = ((query, of_read), jnp.sum(of_read * read), jnp.zeros_like(start_to_end)), []
     for chunk in reversed(saved):
         carry, of_chunk = _go_back(carry, chunk)
-        of_chunks.insert(0, (*of_chunk, None))
-    return of_chunks, of_query
+        of_chunks.append((*of_chunk, None))
+    return of_chunks[::-1], of_query
 
 
 _read.defvjp(_forward, _backward)
@@ -201,6 +201,7 @@ def _times_transposed(x, gradient):
 
 
 def _whole(gradient):
+    """G as an array."""
     return _matmul(gradient[0].T, gradient[1]) if isinstance(gradient, tuple) else gradient
 
 
