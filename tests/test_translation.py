@@ -332,7 +332,6 @@ def test_a_folder_that_cannot_translate(settings, words, tmp_path):
         translating.main(translating.Config(tmp_path))
 
 
-@pytest.mark.slow
 def test_the_same_command_again_trains_no_further_and_gives_the_same(trained):
     config, results = trained
     again = translation.run(config)
