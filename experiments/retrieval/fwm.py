@@ -82,10 +82,10 @@ def _forward(num_values, chunks, query):
     fast_weights, squared_norm = carry
     (writes, to_end, start_to_end), _, of_chunk = _write(num_values, fast_weights, squared_norm, last)
     saved.append((last, of_chunk))
-    read = _matmul(_matmul(query, last[0].T) * to_end, writes)
+    out = _matmul(_matmul(query, last[0].T) * to_end, writes)
     if fast_weights is not None:
-        read += start_to_end * _matmul(query, fast_weights)
-    return read, (query, read, writes, saved)
+        out += start_to_end * _matmul(query, fast_weights)
+    return out, (query, out, writes, saved)
 
 
 def _advance(num_values, carry, chunk):
@@ -123,13 +123,13 @@ def _write(num_values, fast_weights, squared_norm, chunk):
     return (writes, *clips_to_end), squared_norm, (fast_weights, overlaps, errors, clips, clips_to_end, new_norms)
 
 
-def _backward(num_values, residuals, of_read):
-    query, read, writes, saved = residuals
+def _backward(num_values, residuals, of_out):
+    query, out, writes, saved = residuals
     (key, _, _), (fast_weights, *_, (to_end, start_to_end), _) = saved[-1]
-    of_query = _matmul(_matmul(of_read, writes.T) * to_end, key)
+    of_query = _matmul(_matmul(of_out, writes.T) * to_end, key)
     if fast_weights is not None:
-        of_query += start_to_end * _matmul(of_read, fast_weights.T)
-    carry, of_chunks = ((query, of_read), jnp.sum(of_read * read), jnp.zeros_like(start_to_end)), []
+        of_query += start_to_end * _matmul(of_out, fast_weights.T)
+    carry, of_chunks = ((query, of_out), jnp.sum(of_out * out), jnp.zeros_like(start_to_end)), []
     for chunk in reversed(saved):
         carry, of_chunk = _go_back(carry, chunk)
         of_chunks.append((*of_chunk, None))
@@ -188,16 +188,16 @@ def _times(x, gradient):
     """x G, where G is an array, or the pair (q, ō) of ``[Q, F]`` and ``[Q, S]`` that stands for qᵀō."""
     if not isinstance(gradient, tuple):
         return _matmul(x, gradient)
-    query, of_read = gradient
-    return _matmul(_matmul(x, query.T), of_read)
+    query, of_out = gradient
+    return _matmul(_matmul(x, query.T), of_out)
 
 
 def _times_transposed(x, gradient):
     """x Gᵀ."""
     if not isinstance(gradient, tuple):
         return _matmul(x, gradient.T)
-    query, of_read = gradient
-    return _matmul(_matmul(x, of_read.T), query)
+    query, of_out = gradient
+    return _matmul(_matmul(x, of_out.T), query)
 
 
 def _whole(gradient):
