@@ -24,7 +24,7 @@ from experiments.retrieval import fwm
 from experiments.retrieval import model as retrieval_model
 from experiments.retrieval.experiment import Config, Run, load, save, sweep
 from experiments.retrieval.model import Model, Task, batch_loss, params_from_torch
-from fwt_jax import clipped, feature_maps
+from fwt_jax import clipped
 from fwt_jax.memory import delta_step
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -156,36 +156,20 @@ def test_accelerators_take_all_sequences_at_once_with_the_same_gradient(model, m
 
 @pytest.mark.slow
 @pytest.mark.parametrize("length", [1.0, 3.0])
-def test_favor_by_halves_is_favor_by_features_with_all_digits(length):
-    key, query = length * jax.random.normal(jax.random.key(0), (7, 8)), jax.random.normal(jax.random.key(1), (2, 8))
-    projection = retrieval_model.draw_projection(jax.random.key(2), Model("favor", "sum", 5), (), 8)
+@pytest.mark.parametrize("model", [Model("favor", "sum", 5), *(Model("dpfp", "sum", nu) for nu in (1, 2, 7))], ids=str)
+def test_weights_without_features_are_those_of_features_with_all_digits(model, length):
+    key, query = (jax.random.normal(jax.random.key(seed), shape) for seed, shape in ((0, (7, 4)), (1, (4,))))
+    projection = retrieval_model.draw_projection(jax.random.key(2), model, (), 4)
 
     def by_features(key, query):
-        return feature_maps.favor_plus(query, projection) @ feature_maps.favor_plus(key, projection).T
-
-    def by_halves(key, query):
-        return retrieval_model._favor_weights(key, query, projection)
-
-    for function in (lambda f: f, lambda f: jax.grad(lambda *x: jnp.sum(jnp.sin(f(*x))), argnums=(0, 1))):
-        weights = function(by_halves)(key, query)
-        chex.assert_trees_all_close(weights, function(by_features)(key, query), rtol=1e-4, atol=1e-7)
-    assert "DEFAULT" not in jax.jit(by_halves).lower(key, query).as_text()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("nu", [1, 2, 7])
-def test_dpfp_without_features_is_dpfp_by_features_with_all_digits(nu):
-    key, query = (jax.random.normal(jax.random.key(seed), shape) for seed, shape in ((0, (5, 4)), (1, (4,))))
-
-    def by_features(key, query):
-        return feature_maps.dpfp(key, nu) @ feature_maps.dpfp(query, nu)
+        return retrieval_model._features(model, key, projection) @ retrieval_model._features(model, query, projection)
 
     def without_features(key, query):
-        return retrieval_model._dpfp_weights(nu, key, query)
+        return retrieval_model._weights(model, key, query[None], projection)[0]
 
     for function in (lambda f: f, lambda f: jax.grad(lambda *x: jnp.sum(jnp.sin(f(*x))), argnums=(0, 1))):
-        weights = function(without_features)(key, query)
-        chex.assert_trees_all_close(weights, function(by_features)(key, query), rtol=1e-5, atol=1e-6)
+        weights = function(without_features)(length * key, query)
+        chex.assert_trees_all_close(weights, function(by_features)(length * key, query), rtol=1e-5, atol=1e-6)
     both = jax.value_and_grad(lambda *x: jnp.sum(without_features(*x)), argnums=(0, 1))
     assert "DEFAULT" not in jax.jit(both).lower(key, query).as_text()
 
@@ -208,7 +192,7 @@ def read_by_steps(num_values, key, beta, values, query):
 
 def compare_with_steps(query, weights, key, beta, values):
     def loss(read, key, beta, query):
-        return jnp.sum(jnp.sin(read(3, key, beta, values, query)) * weights)
+        return jnp.sum(jnp.sin(read(weights.shape[1], key, beta, values, query)) * weights)
 
     both = jax.jit(jax.value_and_grad(loss, (1, 2, 3)), static_argnums=0)
     want = both(read_by_steps, key, beta, query)
