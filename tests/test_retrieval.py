@@ -209,18 +209,19 @@ def test_a_clip_at_norm_1_has_half_of_its_gradient(x64):
 
 
 @pytest.mark.parametrize(
-    ("length", "size", "queries"), [(1, 1.0, 1), (5, 1.0, 2), (40, 0.02, 1), (41, 0.4, 2), (97, 0.4, 1), (130, 0.4, 2)]
+    ("length", "size", "queries", "num_values"),
+    [(1, 1.0, 1, 3), (5, 1.0, 2, 9), (40, 0.02, 1, 3), (41, 0.4, 2, 50), (97, 0.4, 1, 3), (130, 0.4, 2, 60)],
 )
-def test_the_fast_weight_memory_and_its_gradient_are_those_of_the_steps(length, size, queries, x64):
+def test_the_fast_weight_memory_and_its_gradient_are_those_of_the_steps(length, size, queries, num_values, x64):
     """Figure 3's "Schlag (2021)", in one to four chunks, with writes that are clipped and writes that are not."""
     rng = np.random.default_rng(length)
     key = size * rng.normal(size=(length, 4))
-    query, weights = rng.normal(size=(queries, 4)), rng.normal(size=(queries, 3))
-    beta, values = rng.uniform(size=length), rng.integers(0, 3, length)
+    query, weights = rng.normal(size=(queries, 4)), rng.normal(size=(queries, num_values))
+    beta, values = rng.uniform(size=length), rng.integers(0, num_values, length)
     key[0] *= 10  # longer than 1 with all sizes but the smallest
     compare_with_steps(query, weights, key, beta, values)
     if length > 5:
-        is_clipped = write_by_steps(3, key, beta, values)[1] > 1
+        is_clipped = write_by_steps(num_values, key, beta, values)[1] > 1
         assert jnp.any(~is_clipped) and jnp.any(is_clipped) == (size > 0.1)
 
 

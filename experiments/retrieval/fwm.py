@@ -29,10 +29,14 @@ In the end q̄ = W_L ō and, with ∂n_t/∂(β_t‖k_t‖²) = β_t ‖e_t‖²
 
 They are exact relative to the largest gradient of a sequence, because d is a sum of differences.
 
-A chunk takes six products with a memory, of 2·C·F·S FLOPs: two forward and four backward. The first chunk takes three,
-because its M is empty. So does the last one, because its W_L is not formed, and its G = Σ q ōᵀ stays the product of two
-thin matrices. A chunk alone takes none. JAX's derivative of ``fwt_jax.clipped`` takes seven in every chunk, and several
-times as many products within a chunk.
+A chunk takes six products with a memory, of at most 2·C·F·S FLOPs: two forward and four backward. The first chunk takes
+three, because its M is empty. So does the last one, because its W_L is not formed, and its G = Σ q ōᵀ stays the product
+of two thin matrices. A chunk alone takes none. JAX's derivative of ``fwt_jax.clipped`` takes seven in every chunk, and
+several times as many products within a chunk.
+
+In M, the column of a value is zero until the first write of that value, and its gradient is not needed before. So the
+columns stand in the order of these writes, and chunk j takes the first min(S, j·C). With L = 2S and S = 200 the chunks
+take 80 % of the columns.
 """
 
 from __future__ import annotations
@@ -61,7 +65,15 @@ def read(num_values: int, key, beta, values, query):
         x = jnp.pad(x, ((0, num_chunks * size - length), *((0, 0),) * (x.ndim - 1)))
         return list(x.reshape(num_chunks, size, *x.shape[1:]))
 
-    return _read(num_values, list(zip(split(key), split(beta), split(values), strict=True)), query)
+    ranks = _ranks(num_values, values)
+    return _read(num_values, list(zip(split(key), split(beta), split(ranks[values]), strict=True)), query)[:, ranks]
+
+
+def _ranks(num_values, values):
+    """The column of each value: the number of values whose first write is earlier. Those never written share one."""
+    length = len(values)
+    first = jnp.full(num_values, length).at[values].min(jnp.arange(length), mode="promise_in_bounds")
+    return jnp.sum(first < first[:, None], axis=1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -76,39 +88,42 @@ def _forward(num_values, chunks, query):
     """
     *chunks, last = chunks
     carry, saved = (None, jnp.zeros_like(last[1][0])), []
-    for chunk in chunks:
-        carry, of_chunk = _advance(num_values, carry, chunk)
+    for number, chunk in enumerate(chunks, 1):
+        carry, of_chunk = _advance(min(num_values, number * len(chunk[1])), carry, chunk)
         saved.append((chunk, of_chunk))
     fast_weights, squared_norm = carry
     (writes, to_end, start_to_end), _, of_chunk = _write(num_values, fast_weights, squared_norm, last)
     saved.append((last, of_chunk))
     out = _matmul(_matmul(query, last[0].T) * to_end, writes)
     if fast_weights is not None:
-        out += start_to_end * _matmul(query, fast_weights)
+        out += start_to_end * _widened(_matmul(query, fast_weights), num_values)
     return out, (query, out, writes, saved)
 
 
-def _advance(num_values, carry, chunk):
-    """A chunk: (M, n′) at its start -> at its end; and what the backward pass needs. M is None in the first."""
+def _advance(width, carry, chunk):
+    """A chunk: (M, n′) at its start -> at its end; and what the backward pass needs. M is None in the first.
+
+    M has ``width`` columns at its end, and as many or fewer at its start.
+    """
     fast_weights, squared_norm = carry
-    (writes, to_end, start_to_end), squared_norm, saved = _write(num_values, fast_weights, squared_norm, chunk)
+    (writes, to_end, start_to_end), squared_norm, saved = _write(width, fast_weights, squared_norm, chunk)
     after = _matmul(_transposed(chunk[0] * to_end[:, None]), writes)
     if fast_weights is not None:
-        after += start_to_end * fast_weights
+        after += start_to_end * _widened(fast_weights, width)
     return (after, squared_norm), saved
 
 
-def _write(num_values, fast_weights, squared_norm, chunk):
-    """The chunk's b, S_C and S_C0; n′ at its end; and M, k_tᵀk_i, e, S, S_C, n."""
+def _write(width, fast_weights, squared_norm, chunk):
+    """The chunk's b, S_C and S_C0; n′ at its end; and M, k_tᵀk_i, e, S, S_C, n. b and e have ``width`` columns."""
     key, beta, values = chunk
     size, overlaps = len(key), jnp.tril(_matmul(key, key.T), -1)
-    recalled = jnp.zeros((size, num_values), key.dtype) if fast_weights is None else _matmul(key, fast_weights)
+    recalled = jnp.zeros((size, 0), key.dtype) if fast_weights is None else _matmul(key, fast_weights)
 
     def advance(carry, token):
         writes, since_write, since_start, squared_norm = carry
         at, overlap, recalled, beta, value, key_norm = token
         recall = since_start * recalled + _matmul(overlap * since_write, writes)
-        error = jnp.where(jnp.arange(num_values) == value, 1, 0) - recall
+        error = jnp.where(jnp.arange(width) == value, 1, 0) - recall
         new_norm = squared_norm + beta * jnp.sum(error * (2 * recall + beta * key_norm * error))
         clip, clipped_norm = lax.rsqrt(jnp.maximum(1, new_norm)), jnp.minimum(1, new_norm)
         if fast_weights is None:  # the first write is not clipped
@@ -117,8 +132,8 @@ def _write(num_values, fast_weights, squared_norm, chunk):
         after = jnp.where(jnp.arange(size) <= at, clip * since_write, 1)
         return (writes, after, clip * since_start, clipped_norm), (error, (since_write, since_start), new_norm)
 
-    tokens = (jnp.arange(size), overlaps, recalled, beta, values, _dot(key, key))
-    start = (jnp.zeros_like(recalled), jnp.ones_like(beta), jnp.ones_like(beta[0]), squared_norm)
+    tokens = (jnp.arange(size), overlaps, _widened(recalled, width), beta, values, _dot(key, key))
+    start = (jnp.zeros((size, width), key.dtype), jnp.ones_like(beta), jnp.ones_like(beta[0]), squared_norm)
     (writes, *clips_to_end, squared_norm), (errors, clips, new_norms) = lax.scan(advance, start, tokens)
     return (writes, *clips_to_end), squared_norm, (fast_weights, overlaps, errors, clips, clips_to_end, new_norms)
 
@@ -128,7 +143,7 @@ def _backward(num_values, residuals, of_out):
     (key, _, _), (fast_weights, *_, (to_end, start_to_end), _) = saved[-1]
     of_query = _matmul(_matmul(of_out, writes.T) * to_end, key)
     if fast_weights is not None:
-        of_query += start_to_end * _matmul(of_out, fast_weights.T)
+        of_query += start_to_end * _matmul(of_out[:, : fast_weights.shape[1]], fast_weights.T)
     carry, of_chunks = ((query, of_out), jnp.sum(of_out * out), jnp.zeros_like(start_to_end)), []
     for chunk in reversed(saved):
         carry, of_chunk = _go_back(carry, chunk)
@@ -142,11 +157,11 @@ _read.defvjp(_forward, _backward)
 def _go_back(carry, chunk):
     """A chunk: (G, d, n̄′) at its end -> at its start, unless it is the first; and the gradients of its keys and of β.
 
-    ``of_x`` is x̄, ``of_scale`` d, ``shrink`` β‖k‖², and ``at_value`` eᵀv.
+    G has as many columns as M has there. ``of_x`` is x̄, ``of_scale`` d, ``shrink`` β‖k‖², and ``at_value`` eᵀv.
     """
     gradient, of_scale, of_norm = carry
     (key, beta, values), (fast_weights, overlaps, errors, clips, clips_to_end, new_norms) = chunk
-    (since_write, since_start), (to_end, start_to_end), num_values = clips, clips_to_end, errors.shape[-1]
+    (since_write, since_start), (to_end, start_to_end), width = clips, clips_to_end, errors.shape[-1]
     writes, shrink = beta[:, None] * errors, beta * _dot(key, key)
     at_value = jnp.take_along_axis(errors, values[:, None], axis=-1, mode="promise_in_bounds")[:, 0]
     squared_errors = _dot(errors, errors)
@@ -161,7 +176,7 @@ def _go_back(carry, chunk):
         at, overlap, from_end, to_end, error, beta, value, shrink, at_value, gain, by_scale, clipped = token
         of_write = to_end * from_end + _matmul(overlap, of_recalls)
         of_norm = by_scale * of_scale + (1 - clipped) * of_norm
-        is_value = jnp.arange(num_values) == value
+        is_value = jnp.arange(width) == value
         of_recall = beta * (2 * of_norm * ((2 - shrink) * error - jnp.where(is_value, 1, 0)) - of_write)
         of_own_value = jnp.sum(jnp.where(is_value, of_write, 0)) + 2 * of_norm * (1 - (1 - shrink) * at_value)
         of_scale = of_scale + beta * (2 * of_norm * gain - of_own_value)
@@ -175,12 +190,12 @@ def _go_back(carry, chunk):
     of_beta += of_norms * (gain + shrink * squared_errors)
     of_overlaps = jnp.tril(since_write * _matmul(of_recalls, writes.T), -1)
     of_overlaps += of_overlaps.T + jnp.diag(2 * of_norms * jnp.square(beta) * squared_errors)  # the diagonal is of ‖k‖²
-    of_recalled = since_start[:, None] * of_recalls
     of_key = _times_transposed(to_end[:, None] * writes, gradient) + _matmul(of_overlaps, key)
     if fast_weights is None:
         return None, (of_key, of_beta)
+    of_recalled = since_start[:, None] * of_recalls[:, : fast_weights.shape[1]]
     of_key += _matmul(of_recalled, fast_weights.T)
-    gradient = start_to_end * _whole(gradient) + _matmul(_transposed(key), of_recalled)
+    gradient = start_to_end * _whole(gradient, fast_weights.shape[1]) + _matmul(_transposed(key), of_recalled)
     return (gradient, of_scale, of_norm), (of_key, of_beta)
 
 
@@ -200,9 +215,17 @@ def _times_transposed(x, gradient):
     return _matmul(_matmul(x, of_out.T), query)
 
 
-def _whole(gradient):
-    """G as an array."""
-    return _matmul(gradient[0].T, gradient[1]) if isinstance(gradient, tuple) else gradient
+def _whole(gradient, width):
+    """The first ``width`` columns of G, as an array."""
+    if not isinstance(gradient, tuple):
+        return gradient[:, :width]
+    query, of_out = gradient
+    return _matmul(query.T, of_out[:, :width])
+
+
+def _widened(x, width):
+    """x with columns of zeros on its right, to ``width``."""
+    return jnp.pad(x, ((0, 0), (0, width - x.shape[1])))
 
 
 def _dot(a, b):
