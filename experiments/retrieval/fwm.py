@@ -35,13 +35,14 @@ of two thin matrices. A chunk alone takes none. JAX's derivative of ``fwt_jax.cl
 several times as many products within a chunk.
 
 In M, the column of a value is zero until the first write of that value, and its gradient is not needed before. So the
-columns stand in the order of these writes, and chunk j takes the first min(S, j·C). With L = 2S and S = 200 the chunks
-take 80 % of the columns.
+columns stand in the order of these writes, and chunk j takes the first min(S, j·C), the last one all. With L = 2S and
+S = 200 the chunks take 80 % of the columns.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +56,7 @@ def read(num_values: int, key, beta, values, query):
     """W_Lᵀq ``[Q, S]`` for queries ``[Q, F]``, keys ``[L, F]``, β ``[L]`` and ids of values ``[L]``, in 0 … S−1.
 
     Float32 or float64. S is ``num_values``. Stored for the backward pass are the memory at the start of each chunk but
-    the first, and S + 2C numbers for each token besides the inputs.
+    the first, and at most S + 2C numbers for each token besides the inputs.
     """
     length = len(key)
     num_chunks = -(-length // CHUNK_SIZE)
@@ -81,6 +82,22 @@ def _read(num_values, chunks, query):
     return _forward(num_values, chunks, query)[0]
 
 
+class _Written(NamedTuple):
+    """What a chunk leaves for its end and for the backward pass.
+
+    M at its start, or None in the first chunk; and k_tᵀk_i, e, the clips S_ti, S_t0, S_Ct and S_C0, and n.
+    """
+
+    fast_weights: jax.Array | None
+    overlaps: jax.Array
+    errors: jax.Array
+    since_write: jax.Array
+    since_start: jax.Array
+    to_end: jax.Array
+    start_to_end: jax.Array
+    new_norms: jax.Array
+
+
 def _forward(num_values, chunks, query):
     """The reads, and what the backward pass needs.
 
@@ -89,62 +106,64 @@ def _forward(num_values, chunks, query):
     *chunks, last = chunks
     carry, saved = (None, jnp.zeros_like(last[1][0])), []
     for number, chunk in enumerate(chunks, 1):
-        carry, of_chunk = _advance(min(num_values, number * len(chunk[1])), carry, chunk)
-        saved.append((chunk, of_chunk))
-    fast_weights, squared_norm = carry
-    (writes, to_end, start_to_end), _, of_chunk = _write(num_values, fast_weights, squared_norm, last)
-    saved.append((last, of_chunk))
-    out = _matmul(_matmul(query, last[0].T) * to_end, writes)
+        carry, written = _advance(min(num_values, number * len(chunk[1])), carry, chunk)
+        saved.append((chunk, written))
+    (key, beta, _), (fast_weights, squared_norm) = last, carry
+    _, written = _write(num_values, fast_weights, squared_norm, last)
+    saved.append((last, written))
+    out = _matmul(_matmul(query, key.T) * (written.to_end * beta), written.errors)
     if fast_weights is not None:
-        out += start_to_end * _widened(_matmul(query, fast_weights), num_values)
-    return out, (query, out, writes, saved)
+        out += written.start_to_end * _widened(_matmul(query, fast_weights), num_values)
+    return out, (query, out, saved)
 
 
 def _advance(width, carry, chunk):
-    """A chunk: (M, n′) at its start -> at its end; and what the backward pass needs. M is None in the first.
+    """A chunk: (M, n′) at its start -> at its end; and what it leaves. M is None at the start of the first.
 
     M has ``width`` columns at its end, and as many or fewer at its start.
     """
-    fast_weights, squared_norm = carry
-    (writes, to_end, start_to_end), squared_norm, saved = _write(width, fast_weights, squared_norm, chunk)
-    after = _matmul(_transposed(chunk[0] * to_end[:, None]), writes)
+    (key, beta, _), (fast_weights, squared_norm) = chunk, carry
+    squared_norm, written = _write(width, fast_weights, squared_norm, chunk)
+    after = _matmul(_transposed((written.to_end * beta)[:, None] * key), written.errors)
     if fast_weights is not None:
-        after += start_to_end * _widened(fast_weights, width)
-    return (after, squared_norm), saved
+        after += written.start_to_end * _widened(fast_weights, width)
+    return (after, squared_norm), written
 
 
 def _write(width, fast_weights, squared_norm, chunk):
-    """The chunk's b, S_C and S_C0; n′ at its end; and M, k_tᵀk_i, e, S, S_C, n. b and e have ``width`` columns."""
+    """n′ at the chunk's end, and what the chunk leaves. e has ``width`` columns."""
     key, beta, values = chunk
     size, overlaps = len(key), jnp.tril(_matmul(key, key.T), -1)
     recalled = jnp.zeros((size, 0), key.dtype) if fast_weights is None else _matmul(key, fast_weights)
 
     def advance(carry, token):
-        writes, since_write, since_start, squared_norm = carry
+        errors, since_write, since_start, squared_norm = carry
         at, overlap, recalled, beta, value, key_norm = token
-        recall = since_start * recalled + _matmul(overlap * since_write, writes)
+        recall = since_start * recalled + _matmul(overlap * since_write, errors)
         error = jnp.where(jnp.arange(width) == value, 1, 0) - recall
         new_norm = squared_norm + beta * jnp.sum(error * (2 * recall + beta * key_norm * error))
         clip, clipped_norm = lax.rsqrt(jnp.maximum(1, new_norm)), jnp.minimum(1, new_norm)
         if fast_weights is None:  # the first write is not clipped
             clip, clipped_norm = jnp.where(at == 0, 1, clip), jnp.where(at == 0, new_norm, clipped_norm)
-        writes = lax.dynamic_update_slice(writes, (beta * error)[None], (at, 0))
+        errors = lax.dynamic_update_slice(errors, error[None], (at, 0))
         after = jnp.where(jnp.arange(size) <= at, clip * since_write, 1)
-        return (writes, after, clip * since_start, clipped_norm), (error, (since_write, since_start), new_norm)
+        return (errors, after, clip * since_start, clipped_norm), (since_write, since_start, new_norm)
 
-    tokens = (jnp.arange(size), overlaps, _widened(recalled, width), beta, values, _dot(key, key))
+    tokens = (jnp.arange(size), beta * overlaps, _widened(recalled, width), beta, values, _dot(key, key))
     start = (jnp.zeros((size, width), key.dtype), jnp.ones_like(beta), jnp.ones_like(beta[0]), squared_norm)
-    (writes, *clips_to_end, squared_norm), (errors, clips, new_norms) = lax.scan(advance, start, tokens)
-    return (writes, *clips_to_end), squared_norm, (fast_weights, overlaps, errors, clips, clips_to_end, new_norms)
+    carry, (since_write, since_start, new_norms) = lax.scan(advance, start, tokens)
+    errors, to_end, start_to_end, squared_norm = carry
+    clips = since_write, since_start, to_end, start_to_end
+    return squared_norm, _Written(fast_weights, overlaps, errors, *clips, new_norms)
 
 
 def _backward(num_values, residuals, of_out):
-    query, out, writes, saved = residuals
-    (key, _, _), (fast_weights, *_, (to_end, start_to_end), _) = saved[-1]
-    of_query = _matmul(_matmul(of_out, writes.T) * to_end, key)
-    if fast_weights is not None:
-        of_query += start_to_end * _matmul(of_out[:, : fast_weights.shape[1]], fast_weights.T)
-    carry, of_chunks = ((query, of_out), jnp.sum(of_out * out), jnp.zeros_like(start_to_end)), []
+    query, out, saved = residuals
+    (key, beta, _), written = saved[-1]
+    of_query = _matmul(_matmul(of_out, written.errors.T) * (written.to_end * beta), key)
+    if (fast_weights := written.fast_weights) is not None:
+        of_query += written.start_to_end * _matmul(of_out[:, : fast_weights.shape[1]], fast_weights.T)
+    carry, of_chunks = ((query, of_out), jnp.sum(of_out * out), jnp.zeros_like(written.start_to_end)), []
     for chunk in reversed(saved):
         carry, of_chunk = _go_back(carry, chunk)
         of_chunks.append((*of_chunk, None))
@@ -160,9 +179,10 @@ def _go_back(carry, chunk):
     G has as many columns as M has there. ``of_x`` is x̄, ``of_scale`` d, ``shrink`` β‖k‖², and ``at_value`` eᵀv.
     """
     gradient, of_scale, of_norm = carry
-    (key, beta, values), (fast_weights, overlaps, errors, clips, clips_to_end, new_norms) = chunk
-    (since_write, since_start), (to_end, start_to_end), width = clips, clips_to_end, errors.shape[-1]
-    writes, shrink = beta[:, None] * errors, beta * _dot(key, key)
+    (key, beta, values), written = chunk
+    fast_weights, overlaps, errors, since_write, since_start, to_end, start_to_end, new_norms = written
+    width = errors.shape[1]
+    shrink = beta * _dot(key, key)
     at_value = jnp.take_along_axis(errors, values[:, None], axis=-1, mode="promise_in_bounds")[:, 0]
     squared_errors = _dot(errors, errors)
     gain = 2 * (at_value - squared_errors) + shrink * squared_errors  # (n_t − n′_{t−1})/β_t
@@ -188,9 +208,9 @@ def _go_back(carry, chunk):
     start = (jnp.zeros_like(errors), of_scale, of_norm)
     (of_recalls, of_scale, of_norm), (of_beta, of_norms) = lax.scan(go_back, start, tokens, reverse=True)
     of_beta += of_norms * (gain + shrink * squared_errors)
-    of_overlaps = jnp.tril(since_write * _matmul(of_recalls, writes.T), -1)
+    of_overlaps = jnp.tril(since_write * beta * _matmul(of_recalls, errors.T), -1)
     of_overlaps += of_overlaps.T + jnp.diag(2 * of_norms * jnp.square(beta) * squared_errors)  # the diagonal is of ‖k‖²
-    of_key = _times_transposed(to_end[:, None] * writes, gradient) + _matmul(of_overlaps, key)
+    of_key = (to_end * beta)[:, None] * _times_transposed(errors, gradient) + _matmul(of_overlaps, key)
     if fast_weights is None:
         return None, (of_key, of_beta)
     of_recalled = since_start[:, None] * of_recalls[:, : fast_weights.shape[1]]

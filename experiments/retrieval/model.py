@@ -330,19 +330,21 @@ def _favor_weights(key, query, projection):
 
     The features are exponentials of R k and −R k, so that their products are exponentials of sums:
 
-        φ(k)ᵀφ(q) = 1/(2M) · Σᵢ [exp(Rᵢ(k + q) − c) + exp(−Rᵢ(k + q) − c)],   c = (‖k‖² + ‖q‖²)/2.
+        φ(k)ᵀφ(q) = Σᵢ [exp(Rᵢ(k + q) − c) + exp(−Rᵢ(k + q) − c)],   c = (‖k‖² + ‖q‖²)/2 + log(2M).
+
+    ``favor_plus`` raises the features of very long tokens to about exp(−60). Here they are 0, which reads the same.
     """
     return _favor_weights_forward(key, query, projection)[0]
 
 
 def _favor_weights_forward(key, query, projection):
-    """The gradient in k + q with c fixed, 1/(2M) · Σᵢ [exp(…) − exp(−…)] Rᵢ, takes the same exponentials."""
+    """The gradient in k + q with c fixed, Σᵢ [exp(Rᵢ(k + q) − c) − exp(−Rᵢ(k + q) − c)] Rᵢ, has the same terms."""
     projected = _matmul(key + query, projection.T)
     offset = 0.5 * (jnp.sum(jnp.square(key), axis=-1, keepdims=True) + jnp.sum(jnp.square(query)))
+    offset += math.log(2 * len(projection))
     rising, falling = jnp.exp(projected - offset), jnp.exp(-projected - offset)
-    size = 2 * len(projection)
-    weights = _matmul(rising + falling, jnp.full(len(projection), 1 / size))
-    return weights, (key, query, weights, _matmul(rising - falling, projection) / size)
+    weights = _matmul(rising + falling, jnp.ones(len(projection)))
+    return weights, (key, query, weights, _matmul(rising - falling, projection))
 
 
 def _favor_weights_backward(residuals, gradient):
