@@ -3,9 +3,9 @@
     python -m experiments.benchmarks.retrieval              the table (about five minutes on two cores)
     python -m experiments.benchmarks.retrieval --parts      the time of each part of a step at S = 600
 
-The authors' column is their PyTorch program (Python loops over batch and time, batch 32), measured in turns with ours
-on two cores of an Intel Xeon. Our columns are the minimum and the median of ``--repeats`` jitted scans of ``--steps``
-steps, on all cores of the process. ``taskset -c 0`` in front gives it one core, as a worker of a sweep has.
+The authors' column is their PyTorch program (Python loops over batch and time, batch 32): medians, measured in turns
+with ours on two cores of an AMD EPYC. Our columns are the minimum and the median of ``--repeats`` jitted scans of
+``--steps`` steps, on all cores of the process. ``taskset -c 0`` in front gives it one core, as a worker of a sweep has.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from experiments.run import command_line
 
 # For each model, and whether the setting is 2: the authors' milliseconds per step for each S, or None if not measured.
 AUTHORS = {
-    (Model("softmax", "softmax"), False): {20: 2.2, 200: 15, 600: 229},
-    (Model("linear", "sum"), False): {20: 2.6, 200: 20, 600: 269},
-    (Model("dpfp", "sum", 1), False): {20: 3.0, 200: 25, 600: 290},
+    (Model("softmax", "softmax"), False): {20: 5.1, 200: 45, 600: 444},
+    (Model("linear", "sum"), False): {20: 6.2, 200: 49, 600: 548},
+    (Model("dpfp", "sum", 1), False): {20: 8.0, 200: 60, 600: 619},
     (Model("dpfp", "sum", 2), False): {20: None, 200: None, 600: None},
-    (Model("dpfp", "sum", 3), False): {20: 3.5, 200: 39, 600: 340},
+    (Model("dpfp", "sum", 3), False): {20: 11.3, 200: 87, 600: 822},
     (Model("favor", "sum", 64), False): {20: None, 200: None, 600: None},
     (Model("favor", "sum", 128), False): {20: None, 200: None, 600: None},
-    (Model("favor", "sum", 512), False): {20: 6.0, 200: 155, 600: 728},
+    (Model("favor", "sum", 512), False): {20: 16.1, 200: 224, 600: 1570},
     (Model("dpfp", "sum", 1), True): {200: None},
     (Model("linear", "delta"), True): {200: None},
-    (Model("dpfp", "delta", 1), True): {20: 39, 100: 541, 200: 3390},
+    (Model("dpfp", "delta", 1), True): {20: 70, 100: 1100, 200: 3277},
     (Model("dpfp", "delta", 2), True): {200: None},
     (Model("favor", "delta", 64), True): {200: None},
     (Model("favor", "delta", 128), True): {200: None},
