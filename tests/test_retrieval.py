@@ -218,7 +218,7 @@ def test_the_fast_weight_memory_and_its_gradient_are_those_of_the_steps(length, 
     key = size * rng.normal(size=(length, 4))
     query, weights = rng.normal(size=(queries, 4)), rng.normal(size=(queries, num_values))
     beta, values = rng.uniform(size=length), rng.integers(0, num_values, length)
-    if length == num_values:  # every write of the first chunk takes a column
+    if length == num_values:  # every write takes a column of its own
         values = rng.permutation(length)
     key[0] *= 10  # longer than 1 with all sizes but the smallest
     compare_with_steps(query, weights, key, beta, values)

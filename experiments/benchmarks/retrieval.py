@@ -35,7 +35,7 @@ AUTHORS = {
     (Model("favor", "sum", 512), False): {20: 16.1, 200: 224, 600: 1570},
     (Model("dpfp", "sum", 1), True): {200: None},
     (Model("linear", "delta"), True): {200: None},
-    (Model("dpfp", "delta", 1), True): {20: 70, 100: 1100, 200: 3277},
+    (Model("dpfp", "delta", 1), True): {20: 70, 100: 1100, 200: 3276},
     (Model("dpfp", "delta", 2), True): {200: None},
     (Model("favor", "delta", 64), True): {200: None},
     (Model("favor", "delta", 128), True): {200: None},

@@ -7,7 +7,8 @@ not clipped: s_1 = 1. Values are one-hot and take no gradient. ``fwt_jax.clipped
 also has decays, resets, reads within the sequence and derivatives of every kind.
 
 In a chunk, b_i = β_i e_i, and M is the memory at its start. S_ti = s_i ⋯ s_{t−1} are the clips between write i and
-token t, S_t0 all before t, and S_Ct = s_t ⋯ s_C those from write t to the chunk's end. With n′_t = s_t² n_t = ‖W_t‖²,
+token t, S_t0 all before t, S_Ct = s_t ⋯ s_C those from write t to the chunk's end, and S_C0 all of the chunk. With
+n′_t = s_t² n_t = ‖W_t‖²,
 
     e_t = v_t − S_t0 Mᵀk_t − Σ_{i<t} S_ti (k_tᵀk_i) b_i,     n_t = n′_{t−1} + β_t e_tᵀ(2 v_t − (2 − β_t‖k_t‖²) e_t).
 
@@ -48,7 +49,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-CHUNK_SIZE = 40  # 24 to 50 tokens take the same time on a CPU, within its noise
+CHUNK_SIZE = 40  # on a CPU 28, 34 and 50 tokens are no faster
 _matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 
@@ -56,7 +57,7 @@ def read(num_values: int, key, beta, values, query):
     """W_Lᵀq ``[Q, S]`` for queries ``[Q, F]``, keys ``[L, F]``, β ``[L]`` and ids of values ``[L]``, in 0 … S−1.
 
     Float32 or float64. S is ``num_values``. Stored for the backward pass are the memory at the start of each chunk but
-    the first, and at most S + 2C numbers for each token besides the inputs.
+    the first, and about S + 2C numbers for each token besides the inputs.
     """
     length = len(key)
     num_chunks = -(-length // CHUNK_SIZE)
@@ -153,8 +154,9 @@ def _write(width, fast_weights, squared_norm, chunk):
     start = (jnp.zeros((size, width), key.dtype), jnp.ones_like(beta), jnp.ones_like(beta[0]), squared_norm)
     carry, (since_write, since_start, new_norms) = lax.scan(advance, start, tokens)
     errors, to_end, start_to_end, squared_norm = carry
-    clips = since_write, since_start, to_end, start_to_end
-    return squared_norm, _Written(fast_weights, overlaps, errors, *clips, new_norms)
+    return squared_norm, _Written(
+        fast_weights, overlaps, errors, since_write, since_start, to_end, start_to_end, new_norms
+    )
 
 
 def _backward(num_values, residuals, of_out):

@@ -332,7 +332,8 @@ def _favor_weights(key, query, projection):
 
         φ(k)ᵀφ(q) = Σᵢ [exp(Rᵢ(k + q) − c) + exp(−Rᵢ(k + q) − c)],   c = (‖k‖² + ‖q‖²)/2 + log(2M).
 
-    ``favor_plus`` raises the features of very long tokens to about exp(−60). Here they are 0, which reads the same.
+    ``favor_plus`` raises the features of very long tokens to about exp(−60). Here their weights stay smaller. Both are
+    far below the 1e-6 that ``predict`` adds to the sum of the weights.
     """
     return _favor_weights_forward(key, query, projection)[0]
 
