@@ -82,6 +82,7 @@ def test_logits_loss_and_gradients(name):
     assert compared == sum(key.startswith("grad/") for key in expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NUMBERS)
 def test_greedy_continuations_of_prompts_padded_in_front(name):
     expected, prompts = golden(name), tokens(name, "padded_prompt")

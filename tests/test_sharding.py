@@ -153,6 +153,7 @@ def test_devices_exchange_only_the_tokens_that_a_convolution_looks_back():
     assert "collective-permute" in compiled.as_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", some(2, ["tensor", "fsdp"]))
 def test_a_mesh_with_one_axis_above_1_trains(axis):
     """XLA compiled no gradient of the output layer on a mesh of tensor=N alone."""

@@ -88,6 +88,7 @@ def test_a_derivative_program_may_leave_the_axis_of_a_vmap_elsewhere(wrapper):
     np.testing.assert_array_equal(gradient, np.moveaxis(weights, 0, -1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", some(4, EVERY_FORM), ids=names)
 def test_no_wrapper_changes_values_gradients_or_tangents(options, x64):
     arrays, directions = (float64_inputs(options, length=14, seed=seed) for seed in (0, 4))
