@@ -174,6 +174,18 @@ def test_weights_without_features_are_those_of_features_with_all_digits(model, l
     assert "DEFAULT" not in jax.jit(both).lower(key, query).as_text()
 
 
+@pytest.mark.parametrize("model", [Model("favor", "sum", 5), Model("dpfp", "sum", 2)], ids=str)
+def test_weights_without_features_keep_float32(model, x64):
+    key, query = jnp.ones((3, 8), jnp.float32), jnp.ones((1, 8), jnp.float32)
+    projection = None if model.feature_map == "dpfp" else jnp.ones((5, 8), jnp.float32)
+
+    def weigh(key, query):
+        return jnp.sum(retrieval_model._weights(model, key, query, projection))
+
+    value, gradients = jax.value_and_grad(weigh, argnums=(0, 1))(key, query)
+    assert {x.dtype for x in (value, *gradients)} == {np.dtype("float32")}
+
+
 def write_by_steps(num_values, key, beta, values):
     """W_1 = β_1 k_1 v_1ᵀ whatever its norm, then the steps of fwm: the memory, and ‖W̃_t‖ of each write."""
 

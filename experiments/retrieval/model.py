@@ -284,7 +284,7 @@ def _weights(model: Model, key, query, projection):
         if model.feature_map == "favor":
             return _favor_weights(key, query[0], projection)[None]
     key, query = _features(model, key, projection), _features(model, query, projection)
-    return jax.vmap(lambda q: read_weights(q, key, jnp.ones(len(key)), rule=model.rule)[0])(query)
+    return jax.vmap(lambda q: read_weights(q, key, jnp.ones(len(key), key.dtype), rule=model.rule)[0])(query)
 
 
 def _dpfp_weights(nu, key, query):
@@ -312,7 +312,7 @@ def _quadratic_form_forward(u, q):
     rolls = {j: wide[:, nu - j : nu - j + size] for j in range(-nu, nu + 1)}
     p = sum(rolls[j] * row + rolls[-j] * jnp.roll(row, -j) for j, row in enumerate(q, 1))
     # A product with ones is a sum. On a CPU, jnp.sum took 3 of the 19 ms of a step with DPFP-3 and S = 600.
-    return 0.5 * _matmul(u * p, jnp.ones(size)), (p, rolls)
+    return 0.5 * _matmul(u * p, jnp.ones(size, u.dtype)), (p, rolls)
 
 
 def _quadratic_form_backward(residuals, gradient):
@@ -344,7 +344,7 @@ def _favor_weights_forward(key, query, projection):
     offset = 0.5 * (jnp.sum(jnp.square(key), axis=-1, keepdims=True) + jnp.sum(jnp.square(query)))
     offset += math.log(2 * len(projection))
     rising, falling = jnp.exp(projected - offset), jnp.exp(-projected - offset)
-    weights = _matmul(rising + falling, jnp.ones(len(projection)))
+    weights = _matmul(rising + falling, jnp.ones(len(projection), key.dtype))
     return weights, (key, query, weights, _matmul(rising - falling, projection))
 
 
