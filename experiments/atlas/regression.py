@@ -26,9 +26,10 @@ exactly, from w = c = 0; c = 0 again where the map changes, because the new one 
 
 For given keys the same holds with matrices, before E k kᵀ = I/d is used. tests/test_atlas_memory.py has that form, and
 finds the reads of ``fast_weight_attention`` equal to it to 1e-6. "oja" and "fwm" are not linear in these moments and
-are simulated alone. Oja's rule learns the map from values to keys, and its read is right for orthogonal maps only; its
-values are divided by √V, as it needs a length of about 1. "least squares" is the posterior mean of A given all pairs,
-which no reader can beat; after the change it starts anew, as if told. Without noise its score is max(0, 1 − t/d).
+are simulated alone. Oja's rule learns the map from values to keys, and its read is right for orthogonal maps only. The
+values of both are divided by √V: Oja's rule needs a length of about 1, and fwm clips ‖W‖ to 1. "least squares" is the
+posterior mean of A given all pairs, which no reader can beat; after the change it starts anew, as if told. Without
+noise its score is max(0, 1 − t/d).
 
 A gain is a number for each t that fits all reads of a seed, as the output of a layer can be rescaled. Sum, fwm and oja
 have one, except "sum, no gain". The number after "delta" is β, 1 if there is none. "gated" is a fixed α of 0.95.
