@@ -14,13 +14,30 @@ from fwt_jax.attention import fast_weight_attention
 from fwt_jax.decode import beam_search, generate
 from fwt_jax.layers import (
     CrossAttention,
+    DeltaNet,
     FastWeightAttention,
     FavorPlus,
+    GatedDeltaNet,
+    GroupedQueryAttention,
+    KimiDeltaAttention,
+    LatentAttention,
+    LinearAttention,
     RandomProjection,
     SoftmaxAttention,
     TrainedFeatureMap,
 )
-from fwt_jax.models import Attention, DecoderLM, EncoderDecoder, ModelConfig, TranslationConfig
+from fwt_jax.models import (
+    Attention,
+    BlockConfig,
+    DecoderLM,
+    EncoderDecoder,
+    HybridConfig,
+    HybridLM,
+    MixtureOfExperts,
+    ModelConfig,
+    SwiGLU,
+    TranslationConfig,
+)
 
 TOKENS = jax.ShapeDtypeStruct((2, 5), jnp.int32)
 
@@ -84,6 +101,54 @@ def test_language_models(name, mode):
     of_cache = {"bfloat16", "int32"} if name == "softmax, bfloat16" else {"float32", "int32"}
     assert set(dtypes(memories)) == (of_cache if options.get("rule") == "softmax" else {"float32"})
     assert set(dtypes(drawn)) <= {"int32"}
+
+
+SWIGLU = functools.partial(SwiGLU, d_ff=8)
+MIXTURE = functools.partial(MixtureOfExperts, d_ff=8, num_experts=4, experts_per_token=2)
+HYBRID = {
+    "delta": (functools.partial(DeltaNet, num_heads=2, head_size=8), SWIGLU),
+    "gated delta, tied": (functools.partial(GatedDeltaNet, num_heads=2, head_size=8, num_value_heads=4), SWIGLU),
+    "kimi, sigmoid router": (
+        functools.partial(KimiDeltaAttention, num_heads=2, head_size=8),
+        functools.partial(MIXTURE, router="sigmoid", groups=2, groups_per_token=1, shared_d_ff=8),
+    ),
+    "linear, post": (functools.partial(LinearAttention, num_heads=2, head_size=8), SWIGLU),
+    "grouped, softmax router": (
+        functools.partial(GroupedQueryAttention, num_heads=2, head_size=8, qk_norm="head", window=3, gate=True),
+        functools.partial(MIXTURE, shared_d_ff=8, shared_gate=True),
+    ),
+    "latent": (functools.partial(LatentAttention, num_heads=2, head_size=8, shared_size=4, latent_size=4), SWIGLU),
+}
+
+
+@each_mode
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", HYBRID)
+def test_hybrid_models(name, dtype, mode):
+    mixer, feed_forward = HYBRID[name]
+    block = BlockConfig(mixer, feed_forward, placement="post" if "post" in name else "pre")
+    every = {} if name in ("grouped, softmax router", "latent") else {"memory_every": 2}
+
+    def evaluate(tokens, ids, key):
+        config = HybridConfig(23, 16, (block,) * 2, tied="tied" in name, dtype=dtype)
+        model = HybridLM(config, rngs=nnx.Rngs(key))
+        start = model.init_memory(2, 12)
+        losses, memory = model.losses(tokens, tokens, start)
+        out, after = model(tokens, memory)
+        packed, several = model(tokens, segment_ids=ids, lengths=ids[:, 0], **every)
+
+        def loss(model):
+            return jnp.sum(model.losses(tokens, tokens)[0])
+
+        floats = losses, out, packed, nnx.value_and_grad(loss)(model), nnx.state(model, nnx.Param)
+        return floats, (start, memory, after, several), generate(model, tokens, 3, temperature=0)
+
+    with MODES[mode]():
+        floats, memories, drawn = jax.eval_shape(evaluate, TOKENS, TOKENS, jax.random.key(0))
+    assert set(dtypes(floats)) == {"float32"}
+    assert len({tuple(dtypes(memory)) for memory in memories}) == 1
+    assert set(dtypes(memories)) <= {dtype, "float32", "int32"}
+    assert drawn.dtype == "int32"
 
 
 TRANSLATION = {

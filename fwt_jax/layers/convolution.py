@@ -139,14 +139,14 @@ def _last_inputs(x, begins, ends, length, size, axis):
     if ends is None and axis is None and begins is None:
         return x[:, length:]
     after_all = length if axis is None else length * lax.axis_size(axis)
-    places = (after_all if ends is None else ends) + _false(x)
+    places = (after_all if ends is None else ends) + _false(x).astype(jnp.int32)
     local = jnp.clip(places - first, 0, length)
-    indices = local[..., None] + jnp.arange(size - 1)[None, None]
+    indices = local[..., None] + jnp.arange(size - 1, dtype=jnp.int32)[None, None]
     gather = jax.vmap(lambda rows, index: rows[index])
     result = gather(x, indices)
     if begins is not None:
-        begins = gather(begins, indices)
-        is_hidden = lax.cumsum(begins.astype(jnp.int32), axis=2, reverse=True) > begins
+        begins = gather(begins, indices).astype(jnp.int32)
+        is_hidden = lax.cumsum(begins, axis=2, reverse=True) > begins
         result = jnp.where(lax.expand_dims(is_hidden, range(3, result.ndim)), 0, result)
     if axis is not None:
         is_own = (jnp.maximum(places - 1, 0) // length) == lax.axis_index(axis)
@@ -226,5 +226,5 @@ def _ends(batch, length, lengths, memory_every):
     if memory_every is None:
         return lengths
     size = arguments.static_size("memory_every", memory_every)
-    ends = jnp.minimum(size * jnp.arange(1, -(-length // size) + 1), length)[None]
+    ends = jnp.minimum(size * jnp.arange(1, -(-length // size) + 1, dtype=jnp.int32), length)[None]
     return jnp.broadcast_to(ends, (batch, ends.shape[1])) if lengths is None else jnp.minimum(ends, lengths)

@@ -179,7 +179,8 @@ class HybridLM(nnx.Module):
 
         Targets are integers up to V − 1. A negative one has the loss 0 and no gradient.
         """
-        return output_layer.losses(hidden, targets, (self._rows(hidden), jnp.zeros(self.config.vocab_size)))
+        bias = jnp.zeros(self.config.vocab_size, jnp.float32)
+        return output_layer.losses(hidden, targets, (self._rows(hidden), bias))
 
     def hidden(self, tokens, memory=None, *, segment_ids=None, lengths=None, memory_every=None, rngs=None):
         """The input of the output layer, ``[B, T, D]``, and the memories. Arguments as in ``__call__``."""

@@ -188,7 +188,7 @@ def _log_sum_and_own_jvp(max_logits, precision, primals, tangents):
 
 def _logits(x, rows, precision):
     embedding, bias = rows
-    return jnp.matmul(x, embedding.T, precision=precision) + bias[None]
+    return jnp.matmul(x, embedding.astype(x.dtype).T, precision=precision) + bias[None]
 
 
 def _precision(x):
