@@ -225,7 +225,7 @@ def tokens_within(lengths, batch, length, sequence_axis=None):
     num_pieces = 1 if sequence_axis is None else lax.axis_size(sequence_axis)
     lengths = arguments.integers("lengths", lengths, num_pieces * length, axes=axes, shape=(batch,))
     first = 0 if sequence_axis is None else length * lax.axis_index(sequence_axis)
-    return (first + jnp.arange(length)).astype(lengths.dtype)[None] < lengths[:, None]
+    return (first + jnp.arange(length, dtype=jnp.int32))[None] < lengths[:, None]
 
 
 def segments_of(segment_ids, num_segments, lengths, batch, length):

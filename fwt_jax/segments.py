@@ -44,17 +44,17 @@ def layout(ids, num_segments: int, size: int) -> Layout:
     """
     length = len(ids)
     num_stretches = min(length, (length + num_segments * (size - 1)) // size)
-    segments = jnp.arange(num_segments)
+    segments = jnp.arange(num_segments, dtype=jnp.int32)
     order = jnp.argsort(jnp.where((ids < 0) | (ids >= num_segments), num_segments, ids), stable=True)
     counts = jnp.sum(ids[:, None] == segments[None], axis=0, dtype=jnp.int32)
     first_token = jnp.cumsum(counts) - counts
     stretches = -(-counts // size)
     ends = jnp.cumsum(stretches)
 
-    stretch = jnp.arange(num_stretches)
+    stretch = jnp.arange(num_stretches, dtype=jnp.int32)
     segment = jnp.searchsorted(ends, stretch, side="right", method="compare_all")
     segment = jnp.minimum(segment, num_segments - 1)
-    rank = ((stretch - (ends - stretches)[segment]) * size)[:, None] + jnp.arange(size)[None]
+    rank = ((stretch - (ends - stretches)[segment]) * size)[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
     is_used = rank < counts[segment][:, None]
     token = jnp.where(is_used, order[jnp.minimum(first_token[segment][:, None] + rank, length - 1)], length)
     places = jnp.arange(token.size, dtype=jnp.int32)

@@ -9,8 +9,9 @@ import pytest
 from cases import some
 from flax import nnx
 
-from fwt_jax import feature_maps
+from fwt_jax import RULES, feature_maps, init_memory
 from fwt_jax.attention import fast_weight_attention
+from fwt_jax.convert.families import fla
 from fwt_jax.decode import beam_search, generate
 from fwt_jax.layers import (
     CrossAttention,
@@ -21,7 +22,6 @@ from fwt_jax.layers import (
     GroupedQueryAttention,
     KimiDeltaAttention,
     LatentAttention,
-    LinearAttention,
     RandomProjection,
     SoftmaxAttention,
     TrainedFeatureMap,
@@ -82,6 +82,7 @@ def test_language_models(name, mode):
         losses, memory = model.losses(tokens, tokens, start)
         again, after = model.losses(tokens, tokens, memory)
         out, new = model(tokens)
+        padded = None if options["positions"] == "relative" else model(tokens, lengths=tokens[:, 0])[0]
 
         def loss(model):
             return jnp.sum(model.losses(tokens, tokens, rngs=nnx.Rngs(key))[0])
@@ -91,7 +92,7 @@ def test_language_models(name, mode):
             greedy = generate(model, tokens, 3, temperature=0)
             drawn = [greedy, generate(model, tokens, 3, key=key, temperature=0.5, top_k=3, top_p=0.9)]
         state = nnx.state(model)
-        floats = losses, again, out, nnx.value_and_grad(loss)(model), nnx.filter_state(state, nnx.Param)
+        floats = losses, again, out, padded, nnx.value_and_grad(loss)(model), nnx.filter_state(state, nnx.Param)
         return floats, nnx.filter_state(state, RandomProjection), (start, memory, after, new), drawn
 
     with MODES[mode]():
@@ -112,7 +113,17 @@ HYBRID = {
         functools.partial(KimiDeltaAttention, num_heads=2, head_size=8),
         functools.partial(MIXTURE, router="sigmoid", groups=2, groups_per_token=1, shared_d_ff=8),
     ),
-    "linear, post": (functools.partial(LinearAttention, num_heads=2, head_size=8), SWIGLU),
+    "linear, hedgehog, post": (
+        functools.partial(
+            fla._linear_attention_layer,
+            num_heads=2,
+            head_size=8,
+            feature_map="hedgehog",
+            norm_query=True,
+            norm_key=False,
+        ),
+        SWIGLU,
+    ),
     "grouped, softmax router": (
         functools.partial(GroupedQueryAttention, num_heads=2, head_size=8, qk_norm="head", window=3, gate=True),
         functools.partial(MIXTURE, shared_d_ff=8, shared_gate=True),
@@ -122,15 +133,17 @@ HYBRID = {
 
 
 @each_mode
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "param_dtype"), [("float32", "float32"), ("bfloat16", "float32"), (None, "bfloat16")], ids=str
+)
 @pytest.mark.parametrize("name", HYBRID)
-def test_hybrid_models(name, dtype, mode):
+def test_hybrid_models(name, dtype, param_dtype, mode):
     mixer, feed_forward = HYBRID[name]
     block = BlockConfig(mixer, feed_forward, placement="post" if "post" in name else "pre")
     every = {} if name in ("grouped, softmax router", "latent") else {"memory_every": 2}
 
     def evaluate(tokens, ids, key):
-        config = HybridConfig(23, 16, (block,) * 2, tied="tied" in name, dtype=dtype)
+        config = HybridConfig(23, 16, (block,) * 2, tied="tied" in name, dtype=dtype, param_dtype=param_dtype)
         model = HybridLM(config, rngs=nnx.Rngs(key))
         start = model.init_memory(2, 12)
         losses, memory = model.losses(tokens, tokens, start)
@@ -140,15 +153,18 @@ def test_hybrid_models(name, dtype, mode):
         def loss(model):
             return jnp.sum(model.losses(tokens, tokens)[0])
 
-        floats = losses, out, packed, nnx.value_and_grad(loss)(model), nnx.state(model, nnx.Param)
-        return floats, (start, memory, after, several), generate(model, tokens, 3, temperature=0)
+        drawn = [generate(model, tokens, 3, temperature=0, lengths=lengths) for lengths in (None, ids[:, 0])]
+        parameters = nnx.state(model, nnx.Param)
+        return (losses, out, packed), (parameters, nnx.grad(loss)(model)), (start, memory, after, several), drawn
 
     with MODES[mode]():
-        floats, memories, drawn = jax.eval_shape(evaluate, TOKENS, TOKENS, jax.random.key(0))
-    assert set(dtypes(floats)) == {"float32"}
+        results, parameters, memories, drawn = jax.eval_shape(evaluate, TOKENS, TOKENS, jax.random.key(0))
+    assert set(dtypes(results)) == {"float32"}
+    assert dtypes(parameters[0]) == dtypes(parameters[1]) and param_dtype in dtypes(parameters)
+    assert set(dtypes(parameters)) <= {param_dtype, "float32"}
     assert len({tuple(dtypes(memory)) for memory in memories}) == 1
-    assert set(dtypes(memories)) <= {dtype, "float32", "int32"}
-    assert drawn.dtype == "int32"
+    assert set(dtypes(memories)) <= {dtype or param_dtype, "float32", "int32"}
+    assert set(dtypes(drawn)) == {"int32"}
 
 
 TRANSLATION = {
@@ -242,3 +258,24 @@ def test_the_operation(form, dtype, mode):
     with MODES[mode]():
         computed, memories = jax.eval_shape(evaluate, x, beta, beta, TOKENS)
     assert set(dtypes(computed)) == {dtype} and set(dtypes(memories)) == {"float32"}
+
+
+@each_mode
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rule", RULES)
+def test_the_operation_in_pieces_and_with_a_memory_for_each_segment(rule, dtype, mode):
+    def evaluate(x, beta, ids):
+        options = {"rule": rule, "normalize": False}
+        of_rows = fast_weight_attention(x, x, x[..., :3], beta, lengths=ids[:, 0], **options)
+        in_pieces = of_rows
+        if RULES[rule].piece is not None:
+            in_pieces = fast_weight_attention(x, x, x[..., :3], beta, lengths=ids[:, 0], pieces=2, **options)
+        memories = jax.tree.map(lambda m: m.reshape(2, 3, *m.shape[1:]), init_memory(6, 3, 4, 3))
+        of_segments = fast_weight_attention(x, x, x[..., :3], beta, memory=memories, segment_ids=ids, **options)
+        outputs, after = zip(of_rows, in_pieces, of_segments, strict=True)
+        return outputs, after
+
+    x, beta = jax.ShapeDtypeStruct((2, 5, 3, 4), dtype), jax.ShapeDtypeStruct((2, 5, 3), "float32")
+    with MODES[mode]():
+        outputs, memories = jax.eval_shape(evaluate, x, beta, TOKENS)
+    assert set(dtypes(outputs)) == {dtype} and set(dtypes(memories)) == {"float32"}

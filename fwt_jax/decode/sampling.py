@@ -64,7 +64,8 @@ def generate(
     if lengths is not None:
         lengths = arguments.integers("lengths", lengths, length, axes=f"[{batch}]", shape=(batch,), least=1)
         if padding == "front":
-            prompts = jnp.take_along_axis(prompts, (jnp.arange(length)[None] - lengths[:, None]) % length, axis=1)
+            places = jnp.arange(length, dtype=jnp.int32)[None] - lengths[:, None]
+            prompts = jnp.take_along_axis(prompts, places % length, axis=1)
     count = arguments.static_size("max_new_tokens", max_new_tokens)
     divisor = arguments.number("temperature", temperature, "at least 0", lambda x: x >= 0)
     key = _checked_key(key, temperature, batch)

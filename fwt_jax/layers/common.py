@@ -149,6 +149,15 @@ def at_least_float32(x):
     return x.astype(computation_dtype(x.dtype))
 
 
+def promote_to_float32(arrays, *, dtype=None, inexact=True):
+    """``promote_dtype`` of an ``nnx.Linear`` that computes in ``dtype``, or in float32 with parameters in bfloat16.
+
+    Strict promotion would refuse a float32 x beside such parameters.
+    """
+    dtype = computation_dtype(arrays) if dtype is None else dtype
+    return tuple(None if x is None else x.astype(dtype) for x in arrays)
+
+
 def checked_input(x, in_features, segment_ids: Any = None) -> tuple[jax.Array, Any]:
     """x, ``[B, T, in_features]``, and segment_ids as arrays, of JAX or NumPy."""
     x = jnp.asarray(x)

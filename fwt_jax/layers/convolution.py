@@ -139,7 +139,7 @@ def _last_inputs(x, begins, ends, length, size, axis):
     if ends is None and axis is None and begins is None:
         return x[:, length:]
     after_all = length if axis is None else length * lax.axis_size(axis)
-    places = (after_all if ends is None else ends) + _false(x).astype(jnp.int32)
+    places = (after_all if ends is None else ends.astype(jnp.int32)) + _false(x).astype(jnp.int32)
     local = jnp.clip(places - first, 0, length)
     indices = local[..., None] + jnp.arange(size - 1, dtype=jnp.int32)[None, None]
     gather = jax.vmap(lambda rows, index: rows[index])

@@ -302,7 +302,7 @@ class DecoderLM(nnx.Module):
         if lengths is not None:
             lengths = arguments.integers("lengths", lengths, length, axes=f"[B] = [{batch}]", shape=(batch,))
         if config.positions == "descending":
-            followers = jnp.arange(length)[::-1][None]
+            followers = jnp.arange(length, dtype=jnp.int32)[::-1][None]
             if lengths is not None:
                 followers = jnp.maximum(followers - length + lengths[:, None], 0)
             x = x + sinusoids(followers, config.d_model)

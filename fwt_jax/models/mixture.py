@@ -11,7 +11,7 @@ from flax import nnx
 from jax import lax
 
 from fwt_jax import arguments
-from fwt_jax.layers.common import KERNEL_INIT, at_least_float32, check_rngs
+from fwt_jax.layers.common import KERNEL_INIT, at_least_float32, check_rngs, promote_to_float32
 from fwt_jax.sharding import TOKENS, over_batch
 
 
@@ -150,9 +150,8 @@ class MixtureOfExperts(nnx.Module):
         self.groups_per_token = groups_per_token
         self.scaling = scaling
         self.dtype = dtype
-        linear = functools.partial(
-            nnx.Linear, d_model, use_bias=False, param_dtype=param_dtype, kernel_init=kernel_init, rngs=rngs
-        )
+        options = {"param_dtype": param_dtype, "kernel_init": kernel_init, "rngs": rngs}
+        linear = functools.partial(nnx.Linear, d_model, use_bias=False, promote_dtype=promote_to_float32, **options)
         self.router = linear(num_experts, precision=lax.Precision.HIGHEST)
         self.bias = ExpertBias(jnp.zeros(num_experts, jnp.float32)) if router == "sigmoid" else None
 
@@ -164,10 +163,7 @@ class MixtureOfExperts(nnx.Module):
         self.gate = stacked(d_model, d_ff)
         self.up = stacked(d_model, d_ff)
         self.down = stacked(d_ff, d_model)
-        swiglu = functools.partial(
-            SwiGLU, d_model, dtype=dtype, param_dtype=param_dtype, kernel_init=kernel_init, rngs=rngs
-        )
-        self.shared = swiglu(shared_d_ff) if shared_d_ff else None
+        self.shared = SwiGLU(d_model, shared_d_ff, dtype=dtype, **options) if shared_d_ff else None
         self.shared_gate = linear(1) if shared_gate else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -178,14 +174,14 @@ class MixtureOfExperts(nnx.Module):
         y = over_batch(_weighted_experts, (rows, weights, chosen), experts, TOKENS)
         if self.shared is not None:
             shared = at_least_float32(self.shared(x))
-            gate = 1 if self.shared_gate is None else jax.nn.sigmoid(self.shared_gate(at_least_float32(x)))
+            gate = 1 if self.shared_gate is None else jax.nn.sigmoid(self.shared_gate(x))
             y = y + gate * shared
         return y.astype(rows.dtype)
 
     def choose(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The weights w of the chosen experts of x ``[B, T, d_model]``, and their indices: ``[B, T, chosen]``."""
-        scores = self.score(self.router(at_least_float32(x)))
-        order = scores if self.bias is None else scores + self.bias[...][None, None]
+        scores = self.score(self.router(x))
+        order = scores if self.bias is None else scores + self.bias[...].astype(scores.dtype)[None, None]
         if self.groups > 1:
             order = _within_best_groups(order, self.groups, self.groups_per_token)
         _, chosen = lax.top_k(lax.stop_gradient(order), self.experts_per_token)

@@ -23,6 +23,7 @@ from fwt_jax.layers import (
     LinearAttention,
     OutputGate,
 )
+from fwt_jax.layers.common import promote_to_float32
 from fwt_jax.models import BlockConfig, HybridConfig, HybridLM, SwiGLU
 from fwt_jax.models.blocks import partial
 
@@ -345,7 +346,8 @@ class TrainedMap(nnx.Module):
         self.is_normalized = is_normalized
         options = {"dtype": dtype, "param_dtype": param_dtype, "kernel_init": kernel_init, "rngs": rngs}
         for layer, has_bias in self.layers:
-            setattr(self, layer, nnx.Linear(head_size, head_size, use_bias=has_bias, **options))
+            linear = nnx.Linear(head_size, head_size, use_bias=has_bias, promote_dtype=promote_to_float32, **options)
+            setattr(self, layer, linear)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self.function(*(getattr(self, layer)(x) for layer, _ in self.layers)) if self.layers else self.function(x)
