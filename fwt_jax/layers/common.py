@@ -155,7 +155,7 @@ def promote_to_float32(arrays, *, dtype=None, inexact=True):
     Strict promotion would refuse a float32 x beside such parameters.
     """
     dtype = computation_dtype(arrays) if dtype is None else dtype
-    return tuple(None if x is None else x.astype(dtype) for x in arrays)
+    return jax.tree.map(lambda x: x.astype(dtype), arrays)  # without a bias, one of them is None
 
 
 def checked_input(x, in_features, segment_ids: Any = None) -> tuple[jax.Array, Any]:
