@@ -22,7 +22,9 @@ from fwt_jax.layers import (
     GroupedQueryAttention,
     KimiDeltaAttention,
     LatentAttention,
+    LinearAttention,
     RandomProjection,
+    ShortConvolution,
     SoftmaxAttention,
     TrainedFeatureMap,
 )
@@ -113,7 +115,8 @@ HYBRID = {
         functools.partial(KimiDeltaAttention, num_heads=2, head_size=8),
         functools.partial(MIXTURE, router="sigmoid", groups=2, groups_per_token=1, shared_d_ff=8),
     ),
-    "linear, hedgehog, post": (
+    "linear, post": (functools.partial(LinearAttention, num_heads=2, head_size=8), SWIGLU),
+    "linear, hedgehog": (
         functools.partial(
             fla._linear_attention_layer,
             num_heads=2,
@@ -279,3 +282,16 @@ def test_the_operation_in_pieces_and_with_a_memory_for_each_segment(rule, dtype,
     with MODES[mode]():
         outputs, memories = jax.eval_shape(evaluate, x, beta, TOKENS)
     assert set(dtypes(outputs)) == {dtype} and set(dtypes(memories)) == {"float32"}
+
+
+@each_mode
+def test_a_router_in_float64_and_the_ends_of_a_convolution_in_int64(mode):
+    def evaluate(x, ends):
+        rngs, sizes = nnx.Rngs(0), {"d_ff": 8, "num_experts": 4, "experts_per_token": 2}
+        mixture = MixtureOfExperts(6, **sizes, router="sigmoid", param_dtype=jnp.float64, rngs=rngs)
+        convolution = ShortConvolution((6,), 3, param_dtype=jnp.float64, rngs=rngs)
+        return mixture(x), convolution(x, ends=ends)
+
+    with MODES[mode]():
+        x, ends = jax.ShapeDtypeStruct((2, 5, 6), "float64"), jax.ShapeDtypeStruct((2, 2), "int64")
+        assert set(dtypes(jax.eval_shape(evaluate, x, ends))) == {"float64"}

@@ -150,9 +150,9 @@ def at_least_float32(x):
 
 
 def promote_to_float32(arrays, *, dtype=None, inexact=True):
-    """``promote_dtype`` of an ``nnx.Linear`` that computes in ``dtype``, or in float32 with parameters in bfloat16.
+    """``promote_dtype`` of an ``nnx.Linear`` that computes in ``dtype``, or else in float32 (float64 for float64).
 
-    Strict promotion would refuse a float32 x beside such parameters.
+    Flax promotes x and the parameters to a common dtype, which strict promotion refuses where one of them is bfloat16.
     """
     dtype = computation_dtype(arrays) if dtype is None else dtype
     return jax.tree.map(lambda x: x.astype(dtype), arrays)  # without a bias, one of them is None
