@@ -64,13 +64,14 @@ class Run:
     def cost(self) -> float:
         """A rough estimate of its seconds on one core, to start the longest first and to show the progress.
 
-        It counts 4 s of compilation, and a time that grows with S and with the features. It grows with the square of
-        the batch for a rule that writes token by token, because a larger batch goes with a smaller learning rate. The
-        240 runs of results/capacity.csv with seed 2 took 6,470 s on an Intel Xeon; the estimates add up to 7,260 s.
+        It counts 4 s of compilation, and a time that grows with S and with the features. For a rule that writes token
+        by token it grows faster than the batch, because a larger batch goes with a smaller learning rate. The 240 runs
+        of results/capacity.csv with seed 2 took 6,470 s on an Intel Xeon; the estimates add up to 7,260 s. The 80 runs
+        of results/update_rules.csv with seed 1 took 8,180 s there; the estimates add up to 7,430 s.
         """
         of_features = {"favor": self.model.size / 6000, "dpfp": 0.04 * self.model.size}
         sequential = self.model.update is not None and not self.model.update.parallel
-        rule = self.model.optimization[1] ** 2 / 50 if sequential else 1
+        rule = self.model.optimization[1] ** 1.5 / 12 if sequential else 1
         return 4 + (0.04 + of_features.get(self.model.feature_map, 0)) * self.task.num_keys * rule
 
 
